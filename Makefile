@@ -1,0 +1,67 @@
+# Everything a checkout needs: python3 and make. The first target that needs packages makes .venv and installs them there once.
+#
+#   make demo    train on real images with 2 workers and print the accuracy
+#   make test    the test suite
+#   make lint    ruff and mypy
+#   make soak    the long tests
+#   make bench   the benchmarks
+#   make docs    the manual as HTML, in docs/_build/html
+#   make clean   remove what the other targets made
+#
+# pip is used as it is configured on the machine: where it is set up to find a CPU-only build of torch, that one is installed.
+# DEMO_ARGS, TEST_ARGS and BENCH_ARGS are handed on: make test TEST_ARGS="-k sampler".
+
+PYTHON ?= python3
+VENV ?= .venv
+TEST_PROCESSES ?= 2
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed.stamp
+DOCS_INSTALLED := $(VENV)/installed-docs.stamp
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint soak bench docs clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/cifar10/train.py --num-workers 2 $(DEMO_ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(TEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+soak: $(INSTALLED)
+	$(BIN)/python -m pytest -m soak --timeout 3600 $(TEST_ARGS)
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/start.py $(BENCH_ARGS)
+
+docs: $(DOCS_INSTALLED)
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+clean:
+	rm -rf $(VENV) docs/_build build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	$(PIP) install --editable '.[test]'
+	@touch $@
+
+$(DOCS_INSTALLED): pyproject.toml $(INSTALLED)
+	$(PIP) install --editable '.[docs]'
+	@touch $@
+
+# Some distributions ship Python without ensurepip; virtualenv brings its own pip.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("torchtrainer needs Python 3.10 or newer, got " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.10") if sys.version_info < (3, 10) else None'
+	@if $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
+	elif $(PYTHON) -c 'import virtualenv' 2>/dev/null; then $(PYTHON) -m virtualenv $(VENV); \
+	elif command -v virtualenv >/dev/null; then virtualenv --python $(PYTHON) $(VENV); \
+	else echo "$(PYTHON) has neither ensurepip nor virtualenv: install one of them (on Debian and Ubuntu: python3-venv)" >&2; exit 1; fi

@@ -1,0 +1,17 @@
+"""The peer: to be started by torchrun. Joins a group, wraps a model, does one optimizer step, prints how long that took."""
+
+import os
+import time
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+dist.init_process_group("gloo")
+model = DistributedDataParallel(torch.nn.Linear(20, 5))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+model(torch.randn(4, 20)).sum().backward()
+optimizer.step()
+if dist.get_rank() == 0:
+    print("FIRST", time.time() - float(os.environ["T0"]), flush=True)
+dist.destroy_process_group()

@@ -1,0 +1,233 @@
+"""The structure of the package: who may import what, what stays free of torch, and how long things get."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import torchtrainer
+
+PACKAGE = Path(torchtrainer.__file__).parent
+MAX_MODULE_LINES = 400
+MAX_FUNCTION_LINES = 40
+REASON_FOR_LENGTH = "Long because"
+
+# From the bottom up. A unit (a module of the package, or a folder) imports from layers below its own, and from units of its
+# own layer only where they are listed together: the operator's hooks call the built-in loop, which calls the hooks.
+LAYERS: tuple[frozenset[str], ...] = (
+    frozenset({"errors"}),
+    frozenset({"version"}),
+    frozenset({"config"}),
+    frozenset({"topology"}),
+    frozenset({"spec"}),
+    frozenset({"arguments"}),
+    frozenset({"session"}),
+    frozenset({"resnet"}),
+    frozenset({"process"}),
+    frozenset({"control"}),
+    frozenset({"comm"}),
+    frozenset({"train", "operator", "lightning"}),
+    frozenset({"driver"}),
+    frozenset({"observe"}),
+    frozenset({"worker"}),
+    frozenset({"engines"}),
+    frozenset({"trainer"}),
+    frozenset({"launcher"}),
+    frozenset({"__init__", "__main__"}),
+)
+
+FREE_OF_TORCH = ("__init__", "trainer", "driver", "control", "process", "launcher")
+ONLY_IMPORTERS = {"torch.distributed": "comm", "zmq": "control"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """One imported name and where it stands.
+
+    Attributes:
+        name: dotted, the imported object included: ``torch.distributed.TCPStore``.
+        line: in the file.
+        at_module_level: runs when the module is imported; not inside a function.
+    """
+
+    name: str
+    line: int
+    at_module_level: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Module:
+    name: str
+    path: Path
+    tree: ast.Module
+    lines: int
+    imports: tuple[Import, ...]
+
+    @property
+    def unit(self) -> str:
+        return unit_of(self.name)
+
+
+def unit_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports_in(body: list[ast.stmt], at_module_level: bool = True) -> Iterator[Import]:
+    """Imports that can run: what stands under ``if TYPE_CHECKING`` never does."""
+    for node in body:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(name=alias.name, line=node.lineno, at_module_level=at_module_level)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            for alias in node.names:
+                yield Import(name=f"{node.module}.{alias.name}", line=node.lineno, at_module_level=at_module_level)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from imports_in(node.orelse, at_module_level)
+        else:
+            inside = at_module_level and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+                yield from imports_in(getattr(node, field, []), inside)
+
+
+def read_module(path: Path) -> Module:
+    text = path.read_text()
+    tree = ast.parse(text, filename=str(path))
+    name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    return Module(name=name, path=path, tree=tree, lines=len(text.splitlines()), imports=tuple(imports_in(tree.body)))
+
+
+MODULES = tuple(read_module(path) for path in sorted(PACKAGE.rglob("*.py")))
+NAMES = frozenset(module.name for module in MODULES)
+
+
+def imported_module(name: str) -> str:
+    """The module of this package that an imported name lives in: the name itself, or what it is taken from."""
+    return name if name in NAMES else name.rpartition(".")[0]
+
+
+def is_from(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def test_units_import_from_layers_below_only():
+    layer_of = {unit: index for index, layer in enumerate(LAYERS) for unit in layer}
+    wrong = []
+    for module in MODULES:
+        assert module.unit in layer_of, f"{module.name} belongs to no layer: give {module.unit!r} a place in LAYERS"
+        for used in module.imports:
+            target = unit_of(imported_module(used.name)) if is_from(used.name, "torchtrainer") else module.unit
+            if (
+                target == module.unit
+                or layer_of[target] < layer_of[module.unit]
+                or {target, module.unit} <= LAYERS[layer_of[target]]
+            ):
+                continue
+            wrong.append(
+                f"{module.path}:{used.line}: {module.unit} imports {used.name} from {target}, which is above it"
+            )
+    assert not wrong, "\n".join(wrong)
+
+
+def test_modules_import_each_other_without_cycles():
+    graph = {
+        module.name: {
+            imported_module(used.name)
+            for used in module.imports
+            if used.at_module_level
+            and is_from(used.name, "torchtrainer")
+            and imported_module(used.name) != "torchtrainer"
+        }
+        - {module.name}
+        for module in MODULES
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize(("package", "only_importer"), ONLY_IMPORTERS.items())
+def test_package_has_one_importer(package, only_importer):
+    importers = {module.unit for module in MODULES for used in module.imports if is_from(used.name, package)}
+    assert importers == {only_importer}
+
+
+def test_units_free_of_torch_do_not_name_it_at_module_level():
+    wrong = [
+        f"{module.path}:{used.line}: {used.name}"
+        for module in MODULES
+        for used in module.imports
+        if module.unit in FREE_OF_TORCH and used.at_module_level and is_from(used.name.split(".")[0], "torch")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def heavy_modules_after(code: str) -> list[str]:
+    report = (
+        "import json, sys; print(json.dumps(sorted({'torch', 'numpy', 'pandas', 'matplotlib'} & set(sys.modules))))"
+    )
+    program = f"{code}\n{report}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    loaded: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return loaded
+
+
+def test_import_of_the_package_loads_nothing_heavy():
+    assert heavy_modules_after("import torchtrainer; torchtrainer.TorchTrainer") == []
+
+
+def test_import_of_every_torch_free_module_loads_nothing_heavy():
+    names = [module.name for module in MODULES if module.unit in FREE_OF_TORCH and module.unit != "__main__"]
+    assert len(names) > len(FREE_OF_TORCH)
+    assert heavy_modules_after(f"import {', '.join(names)}") == []
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_command_line_answers_without_torch(argument):
+    code = (
+        "from torchtrainer.launcher.cli import main\n"
+        "try:\n"
+        f"    main([{argument!r}])\n"
+        "except SystemExit as stop:\n"
+        "    assert stop.code == 0, stop.code"
+    )
+    assert heavy_modules_after(code) == []
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from the first statement after the docstring to the last."""
+    statements = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    if not statements:
+        return 0
+    last = statements[-1].end_lineno
+    assert last is not None
+    return last - statements[0].lineno + 1
+
+
+def test_modules_and_functions_are_short_or_say_why_not():
+    wrong = []
+    for module in MODULES:
+        if module.lines > MAX_MODULE_LINES and REASON_FOR_LENGTH not in (ast.get_docstring(module.tree) or ""):
+            wrong.append(f"{module.path}: {module.lines} lines")
+        for node in ast.walk(module.tree):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or body_lines(node) <= MAX_FUNCTION_LINES:
+                continue
+            if REASON_FOR_LENGTH not in (ast.get_docstring(node) or ""):
+                wrong.append(f"{module.path}:{node.lineno}: {node.name} has {body_lines(node)} lines")
+    advice = f"split it, or say why not in the docstring: {REASON_FOR_LENGTH!r} ..."
+    assert not wrong, "\n".join([*wrong, advice])
+
+
+def test_every_module_says_what_it_is():
+    silent = [str(module.path) for module in MODULES if not ast.get_docstring(module.tree)]
+    assert not silent

@@ -1,0 +1,680 @@
+"""Tests of what people see: events, bars, history, device statistics, status, notices."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, RunDirectoryError
+from torchtrainer.observe.devices import (
+    GIB,
+    CpuMeter,
+    DeviceUse,
+    GpuMonitor,
+    ProcessUse,
+    gpu_count,
+    proportional_memory,
+    read_process_use,
+)
+from torchtrainer.observe.events import (
+    Callbacks,
+    CheckpointEvent,
+    EpochEvent,
+    FailureEvent,
+    RunEndEvent,
+    StepEvent,
+    ValidateEvent,
+)
+from torchtrainer.observe.history import History, HistoryFile, read_history
+from torchtrainer.observe.notices import notice
+from torchtrainer.observe.plot import curves_of
+from torchtrainer.observe.progress_bar import PassBar, StartBar, summarize
+from torchtrainer.observe.status import FailureRecord, ProcessStatus, Status
+
+STEP = StepEvent(epoch=2, step=40, batch=10, batches=40, samples=640)
+EPOCHS: list[dict[str, Any]] = [
+    {"epoch": 1, "num_samples": 60, "batch_count": 2, "train_loss": 2.0, "last_train_loss": 1.5, "val_accuracy": 0.5},
+    {"epoch": 2, "num_samples": 60, "batch_count": 2, "train_loss": math.nan, "val_accuracy": 0.75, "profile": {}},
+    {"epoch": 3, "num_samples": 60, "batch_count": 2, "train_loss": 1.0, "last_train_loss": 0.5},
+]
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Recorder:
+    """A callback object with every method."""
+
+    def __init__(self) -> None:
+        self.events: list[object] = []
+
+    def on_step(self, event: object) -> None:
+        self.events.append(event)
+
+    on_epoch_end = on_validate_end = on_failure = on_checkpoint = on_run_end = on_step
+
+
+# events
+
+
+def test_each_event_reaches_its_method() -> None:
+    recorder = Recorder()
+    callbacks = Callbacks([recorder], clock=Clock())
+    events: list[Any] = [
+        STEP,
+        EpochEvent(epoch=2, step=40, metrics={"train_loss": 1.0}),
+        ValidateEvent(epoch=2, step=40, metrics={"val_loss": 1.0}),
+        FailureEvent(time=1.0, rank=1, cause="killed by SIGKILL", message="rank 1 ..."),
+        CheckpointEvent(step=40, epoch=2, path="runs/x", seconds=0.5),
+        RunEndEvent(reason="finished", step=40, epoch=2, seconds=9.0),
+    ]
+    callbacks.on_step(events[0])
+    callbacks.on_epoch_end(events[1])
+    callbacks.on_validate_end(events[2])
+    callbacks.on_failure(events[3])
+    callbacks.on_checkpoint(events[4])
+    callbacks.on_run_end(events[5])
+    assert recorder.events == events
+
+
+def test_steps_are_thinned_out_and_the_last_one_is_never_missed() -> None:
+    clock, recorder = Clock(), Recorder()
+    callbacks = Callbacks([recorder], steps_per_s=10, clock=clock)
+    for step in range(100):  # one second of steps
+        callbacks.on_step(replace(STEP, step=step))
+        clock.now += 0.01
+    seen = [event.step for event in recorder.events if isinstance(event, StepEvent)]
+    assert 9 <= len(seen) <= 10
+    assert seen[0] == 0
+    end = EpochEvent(epoch=2, step=99, metrics={})
+    callbacks.on_epoch_end(end)
+    assert recorder.events[-1] == end
+    assert isinstance(recorder.events[-2], StepEvent)
+    assert recorder.events[-2].step == 99
+    callbacks.on_validate_end(ValidateEvent(epoch=2, step=99, metrics={}))
+    assert len([e for e in recorder.events if isinstance(e, StepEvent) and e.step == 99]) == 1
+
+
+def test_objects_need_only_some_of_the_methods_and_are_called_in_order() -> None:
+    calls: list[str] = []
+    first = SimpleNamespace(on_epoch_end=lambda event: calls.append("first"))
+    second = SimpleNamespace(on_epoch_end=lambda event: calls.append("second"), on_run_end=lambda event: None)
+    callbacks = Callbacks((first, second))
+    callbacks.on_step(STEP)
+    callbacks.on_epoch_end(EpochEvent(epoch=1, step=1, metrics={}))
+    assert calls == ["first", "second"]
+    assert callbacks
+    assert not Callbacks(())
+
+
+def test_an_exception_of_a_callback_is_not_touched() -> None:
+    def fail(event: object) -> None:
+        raise KeyError("mine")
+
+    callbacks = Callbacks([SimpleNamespace(on_step=fail)])
+    with pytest.raises(KeyError, match="mine") as caught:
+        callbacks.on_step(STEP)
+    assert caught.value.__cause__ is None
+
+
+class OnlyTypos:
+    """A callback object whose one method is misspelt."""
+
+    def on_epoch_ends(self, event: object) -> None:
+        raise AssertionError("never called")
+
+
+@pytest.mark.parametrize(
+    ("objects", "text"),
+    [
+        (
+            [OnlyTypos()],
+            r"callbacks\[0\], a OnlyTypos, .*on_checkpoint, on_run_end \(on_epoch_ends looks like on_epoch_end\)",
+        ),
+        ([Recorder(), object()], r"callbacks\[1\], a object, has none of the methods"),
+        ([SimpleNamespace(on_step=3)], r"callbacks\[0\], a SimpleNamespace, has none"),
+        (Recorder(), r"write callbacks=\[...\] around a single one"),
+        ("on_step", r"must be a list or tuple of objects, got 'on_step'"),
+        ([Recorder], r"callbacks\[0\] is the class Recorder; pass an object of it, such as Recorder\(\)"),
+    ],
+)
+def test_what_can_never_be_called_is_refused(objects: Any, text: str) -> None:
+    with pytest.raises(InvalidArgumentTypeError, match=text):
+        Callbacks(objects)
+
+
+def test_a_rate_of_zero_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="steps_per_s must be more than 0, got 0"):
+        Callbacks([], steps_per_s=0)
+
+
+# progress bars
+
+
+def screen(stream: io.StringIO) -> list[str]:
+    """What a terminal would show: each line as the last carriage return left it."""
+    lines = []
+    for line in stream.getvalue().split("\n"):
+        shown = ""
+        for part in line.split("\r"):
+            shown = part + shown[len(part) :]
+        lines.append(shown.rstrip())
+    return lines
+
+
+def test_pass_bar_shows_rate_loss_time_left_and_devices() -> None:
+    stream = io.StringIO()
+    use = DeviceUse(device="cuda:0", percent=83, memory_used_bytes=12 * GIB, memory_total_bytes=80 * GIB, power_w=240)
+    with PassBar("train epoch 2", total=40, file=stream) as bar:
+        bar.update(replace(STEP, samples_per_s=12345.6, loss=1.23456, devices=(use,)))
+        line = screen(stream)[0]
+    assert line.startswith("train epoch 2:  25%|")
+    assert "| 10/40 [00:" in line
+    assert line.endswith(", 12,346 samples/s, loss 1.235, cuda:0 83% 12.0/80.0 GiB 240 W]")
+    assert "<" in line  # time left
+
+
+def test_pass_bar_of_unknown_length_counts_and_learns_the_length() -> None:
+    stream = io.StringIO()
+    with PassBar("train epoch 1", file=stream) as bar:
+        bar.update(replace(STEP, batches=None, samples_per_s=3.14159))
+        assert screen(stream)[0].startswith("train epoch 1: 10 batches [00:")
+        assert screen(stream)[0].endswith("3.1 samples/s]")
+        bar.update(replace(STEP, batch=20))
+        assert screen(stream)[0].startswith("train epoch 1:  50%|")
+
+
+def test_pass_bar_follows_the_event_backwards_and_draws_an_unchanged_count() -> None:
+    stream = io.StringIO()
+    with PassBar("train", total=40, file=stream) as bar:
+        bar.update(replace(STEP, batch=30, loss=3.0))
+        bar.update(replace(STEP, batch=30, loss=2.0))
+        assert "30/40" in screen(stream)[0]
+        assert "loss 2]" in screen(stream)[0]
+        bar.update(replace(STEP, batch=5, loss=math.nan))
+        assert "5/40" in screen(stream)[0]
+        assert "loss nan]" in screen(stream)[0]
+
+
+def test_pass_bar_ends_its_line_when_the_pass_raises() -> None:
+    stream = io.StringIO()
+
+    def broken_pass() -> None:
+        with PassBar("train", total=40, file=stream) as bar:
+            bar.update(STEP)
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        broken_pass()
+    lines = screen(stream)
+    assert "10/40" in lines[0]
+    assert lines[1:] == [""]
+
+
+def test_lines_of_workers_do_not_tear_the_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    with PassBar("train", total=40) as bar:
+        bar.update(STEP)
+        bar.write("[rank 0] hello\n")
+        bar.write("[rank 1] no newline")
+        notice("kept whole", stream=bar)
+    out, err = capsys.readouterr()
+    assert out == "[rank 0] hello\n[rank 1] no newline\ntorchtrainer: kept whole\n"
+    before_hello = err.split("10/40", 1)[1].split("train:", 1)[0]
+    assert "\r" in before_hello  # the bar was wiped, and drawn again below
+    assert screen(io.StringIO(err))[0].startswith("train:  25%")
+
+
+def test_bars_start_no_thread() -> None:
+    before = set(threading.enumerate())
+    with PassBar("train", total=2, file=io.StringIO()), StartBar("starting", after_s=0, file=io.StringIO()) as start:
+        start.tick()
+        assert set(threading.enumerate()) == before
+
+
+def test_start_bar_shows_up_late_turns_and_goes_away() -> None:
+    clock, stream = Clock(), io.StringIO()
+    with StartBar("starting 2 workers", file=stream, clock=clock) as bar:
+        bar.tick()
+        clock.now += 1.99
+        bar.tick()
+        assert stream.getvalue() == ""
+        clock.now += 0.02
+        bar.tick()
+        assert screen(stream)[-1].startswith("| starting 2 workers [00:")
+        bar.tick("importing torch")
+        assert screen(stream)[-1].startswith("/ importing torch [00:")
+    assert screen(stream)[-1] == ""
+    bar.tick()
+    assert screen(stream)[-1] == ""
+
+
+def test_start_bar_stays_silent_when_bars_are_off() -> None:
+    clock, stream = Clock(), io.StringIO()
+    with StartBar("starting", enabled=False, file=stream, clock=clock) as bar:
+        clock.now += 60
+        bar.tick()
+    assert stream.getvalue() == ""
+
+
+def test_many_devices_are_summed_up() -> None:
+    gpus = [DeviceUse(device=f"cuda:{i}", percent=90.0 + i, memory_used_bytes=GIB, power_w=100) for i in range(8)]
+    assert summarize(tuple(gpus)) == "8 gpus 90-97% 8.0 GiB 800 W"
+    cpus = [DeviceUse(device="cpu", percent=95, memory_used_bytes=GIB) for _ in range(2)]
+    assert summarize(tuple(cpus)) == "cpu 190% 2.0 GiB"
+    assert summarize((DeviceUse(device="cpu", memory_used_bytes=GIB // 2),)) == "cpu 512 MiB"
+    assert summarize((DeviceUse(device="cuda:0"), DeviceUse(device="cuda:1"))) == "2 gpus"
+
+
+# history
+
+
+def test_history_is_a_list_that_becomes_a_data_frame() -> None:
+    pandas = pytest.importorskip("pandas")
+    history = History(EPOCHS)
+    frame = history.to_pandas()
+    assert isinstance(frame, pandas.DataFrame)
+    assert list(frame["epoch"]) == [1, 2, 3]
+    assert frame["val_accuracy"].tolist()[:2] == [0.5, 0.75]
+    assert history[0]["train_loss"] == 2.0
+
+
+def test_curves_leave_out_counts_and_what_is_not_a_number() -> None:
+    curves = {curve.label: curve for curve in curves_of([*EPOCHS, {"epoch": 4, "val_note": "text", "val_ok": True}])}
+    assert list(curves) == ["training loss", "validation accuracy"]
+    assert curves["training loss"].epochs == (1, 2, 3)
+    assert curves["validation accuracy"].values == (0.5, 0.75)
+    assert [curve.epochs for curve in curves_of([{"loss": 1.0}, {"loss": 2.0}])] == [(1, 2)]
+
+
+def test_plot_has_labels_title_legend_and_whole_epochs(tmp_path: Path) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    ax = History(EPOCHS).plot()
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    try:
+        left, right = figure.axes
+        assert (ax.get_xlabel(), left.get_ylabel(), right.get_ylabel()) == ("epoch", "loss", "accuracy")
+        assert ax.get_title() == "Training and validation"
+        legend = left.get_legend()
+        assert legend is not None
+        assert [text.get_text() for text in legend.get_texts()] == ["training loss", "validation accuracy"]
+        figure.savefig(tmp_path / "plot.png")
+        assert all(tick == int(tick) for tick in ax.get_xticks())
+        assert left.lines[0].get_color() != right.lines[0].get_color()
+    finally:
+        pyplot.close(figure)
+
+
+def test_plot_draws_on_given_axes_without_losses_and_without_epochs() -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure, (one, two) = pyplot.subplots(1, 2)
+    try:
+        assert History([{"epoch": 1, "val_accuracy": 0.5}]).plot(one) is one
+        assert one.get_ylabel() == "accuracy"
+        assert History().plot(two).get_title() == "No epochs yet"
+        assert len(figure.axes) == 2
+    finally:
+        pyplot.close(figure)
+
+
+@pytest.mark.parametrize(("module", "call"), [("pandas", "to_pandas"), ("matplotlib", "plot")])
+def test_a_missing_package_is_named(module: str, call: str) -> None:
+    script = f"""
+import sys
+sys.modules[{module!r}] = None  # what Python itself does for a package that must not be imported
+from torchtrainer.observe.history import History
+try:
+    History([{{"epoch": 1}}]).{call}()
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert f"History.{call}() needs {module}" in done.stdout
+    assert f"pip install {module}" in done.stdout
+
+
+def test_history_html_is_short_and_escaped() -> None:
+    html = History([{"epoch": n, "note": "<b>", "train_loss": 0.123456} for n in range(1, 101)])._repr_html_()
+    assert "<p>100 epochs</p>" in html
+    assert html.count("<tr>") == 1 + 21
+    assert "&lt;b&gt;" in html
+    assert "<b>" not in html
+    assert "<td>0.1235</td>" in html
+    assert History()._repr_html_() == "<p>0 epochs</p>"
+
+
+def test_history_file_keeps_results_private_and_in_order(tmp_path: Path) -> None:
+    file = HistoryFile(tmp_path / "history.jsonl", clock=lambda: 0.5)
+    use = DeviceUse(device="cpu", percent=99.5, memory_used_bytes=10)
+    file.append("train", epoch=1, step=10, metrics={"train_loss": 2.0}, devices=[use], phases={"forward": 0.25})
+    file.append("validate", epoch=1, step=10, metrics=[{"val_loss": 1.0}, {"val_loss": 2.0}])
+    assert os.stat(file.path).st_mode & 0o777 == 0o600
+    first, second = read_history(file.path)
+    assert first == {
+        "time": "1970-01-01T00:00:00.500+00:00",
+        "kind": "train",
+        "epoch": 1,
+        "step": 10,
+        "metrics": {"train_loss": 2.0},
+        "devices": [asdict(use)],
+        "phases": {"forward": 0.25},
+    }
+    assert (second["kind"], second["metrics"]) == ("validate", [{"val_loss": 1.0}, {"val_loss": 2.0}])
+
+
+def test_history_file_is_strict_json_and_gives_numbers_back(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    file = HistoryFile(tmp_path / "history.jsonl")
+    metrics = {
+        "nan": math.nan,
+        "up": math.inf,
+        "down": -math.inf,
+        "scalar": numpy.float32(0.5),
+        "vector": numpy.zeros(2),
+        3: (1, None, True, "ü\n"),
+    }
+    file.append("train", epoch=1, step=1, metrics=metrics)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    (line,) = file.path.read_bytes().splitlines()
+    assert json.loads(line, parse_constant=refuse)["metrics"]["nan"] == "NaN"
+    back = read_history(file.path)[0]["metrics"]
+    assert math.isnan(back["nan"])
+    assert (back["up"], back["down"], back["scalar"]) == (math.inf, -math.inf, 0.5)
+    assert back["vector"] == "array([0., 0.])"
+    assert back["3"] == [1, None, True, "ü\n"]
+
+
+def test_a_torn_last_line_is_left_out_and_then_removed(tmp_path: Path) -> None:
+    file = HistoryFile(tmp_path / "history.jsonl")
+    for epoch in (1, 2):
+        file.append("train", epoch=epoch, step=epoch, metrics={"train_loss": 1.0})
+    whole = file.path.read_bytes()
+    for cut in range(whole.index(b"\n") + 1, len(whole)):
+        file.path.write_bytes(whole[:cut])
+        assert [record["epoch"] for record in read_history(file.path)] == [1]
+    file.append("train", epoch=3, step=3, metrics={})
+    assert [record["epoch"] for record in read_history(file.path)] == [1, 3]
+    file.path.write_bytes(b'{"half')
+    assert read_history(file.path) == []
+    file.append("train", epoch=4, step=4, metrics={})
+    assert [record["epoch"] for record in read_history(file.path)] == [4]
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    path.write_bytes(b'{"epoch": 1}\nrubbish\n{"epoch": 2}\n')
+    with pytest.raises(RunDirectoryError, match=r"history\.jsonl, line 2, is not JSON .* b'rubbish'"):
+        read_history(path)
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    script = """
+import resource, sys, signal
+from pathlib import Path
+from torchtrainer.observe.history import HistoryFile, read_history
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+file = HistoryFile(sys.argv[1])
+file.append("train", epoch=1, step=1, metrics={})
+size = Path(sys.argv[1]).stat().st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, size + 10))
+try:
+    file.append("train", epoch=2, step=2, metrics={})
+except OSError as error:
+    print(type(error).__name__, Path(sys.argv[1]).stat().st_size == size, len(read_history(sys.argv[1])))
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "history.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["OSError", "True", "1"]
+
+
+# devices
+
+
+class FakeNvmlError(Exception):
+    """Stands for ``pynvml.NVMLError``."""
+
+
+@dataclass
+class FakeGpu:
+    """One GPU of the fake library."""
+
+    uuid: str
+    percent: int = 50
+    supports_power: bool = True
+
+
+class FakeNvml:
+    """The part of ``pynvml`` that is used, over GPUs that do not exist."""
+
+    NVMLError = FakeNvmlError
+
+    def __init__(self, *gpus: FakeGpu, mig: tuple[FakeGpu, ...] = (), driver: bool = True) -> None:
+        self.gpus, self.mig, self.driver = gpus, mig, driver
+        self.opened = 0
+
+    def nvmlInit(self) -> None:
+        if not self.driver:
+            raise FakeNvmlError("driver not loaded")
+        self.opened += 1
+
+    def nvmlShutdown(self) -> None:
+        self.opened -= 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.gpus)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeGpu:
+        return self.gpus[index]
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> FakeGpu:
+        for gpu in (*self.gpus, *self.mig):
+            if gpu.uuid == uuid:
+                return gpu
+        raise FakeNvmlError("not found")
+
+    def nvmlDeviceGetUUID(self, gpu: FakeGpu) -> str | bytes:
+        return gpu.uuid.encode() if gpu is self.gpus[0] else gpu.uuid
+
+    def nvmlDeviceGetUtilizationRates(self, gpu: FakeGpu) -> SimpleNamespace:
+        return SimpleNamespace(gpu=gpu.percent, memory=1)
+
+    def nvmlDeviceGetMemoryInfo(self, gpu: FakeGpu) -> SimpleNamespace:
+        return SimpleNamespace(used=2 * GIB, total=8 * GIB, free=6 * GIB)
+
+    def nvmlDeviceGetPowerUsage(self, gpu: FakeGpu) -> int:
+        if not gpu.supports_power:
+            raise FakeNvmlError("not supported")
+        return 123_400
+
+
+def four_gpus() -> FakeNvml:
+    return FakeNvml(
+        FakeGpu("GPU-aa00", percent=0),
+        FakeGpu("GPU-aa11", percent=10),
+        FakeGpu("GPU-bb22", percent=20),
+        FakeGpu("GPU-cc33", percent=30, supports_power=False),
+        mig=(FakeGpu("MIG-dd44", percent=40),),
+    )
+
+
+@pytest.mark.parametrize(
+    ("visible", "percents"),
+    [
+        (None, [0, 10, 20, 30]),
+        ("", []),
+        ("-1", []),
+        ("2", [20]),
+        ("3,0", [30, 0]),
+        (" 1 , 2 ", [10, 20]),
+        ("0,9,1", [0]),  # CUDA stops at the first wrong entry
+        ("1,1", []),  # and shows nothing when one is named twice
+        ("GPU-bb22,GPU-aa11", [20, 10]),
+        ("GPU-bb", [20]),
+        ("GPU-aa", []),  # not unique
+        ("MIG-dd44", [40]),
+        ("MIG-none", []),
+        ("NoDevFiles", []),
+    ],
+)
+def test_gpus_are_those_that_cuda_would_show(visible: str | None, percents: list[int]) -> None:
+    nvml = four_gpus()
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    with GpuMonitor(environ, nvml=nvml) as monitor:
+        uses = monitor.sample()
+        assert [use.percent for use in uses] == percents
+        assert [use.device for use in uses] == [f"cuda:{i}" for i in range(len(percents))]
+        assert monitor.count == len(percents)
+    assert gpu_count(environ, nvml=nvml) == len(percents)
+    assert nvml.opened == 0
+
+
+def test_gpu_use_has_units_and_gaps() -> None:
+    with GpuMonitor({"CUDA_VISIBLE_DEVICES": "2,3"}, nvml=four_gpus()) as monitor:
+        first, second = monitor.sample()
+    assert asdict(first) == {
+        "device": "cuda:0",
+        "percent": 20.0,
+        "memory_used_bytes": 2 * GIB,
+        "memory_total_bytes": 8 * GIB,
+        "power_w": 123.4,
+    }
+    assert second.power_w is None
+    assert str(second) == "cuda:1 30% 2.0/8.0 GiB"
+    assert DeviceUse(**json.loads(json.dumps(asdict(first)))) == first
+    monitor.close()
+    assert monitor.sample() == ()
+
+
+def test_without_a_driver_there_are_no_gpus() -> None:
+    nvml = FakeNvml(FakeGpu("GPU-aa00"), driver=False)
+    with GpuMonitor({}, nvml=nvml) as monitor:
+        assert monitor.sample() == ()
+    assert nvml.opened == 0
+    assert isinstance(gpu_count({}), int)  # the real library, with or without a driver
+
+
+def test_process_use_of_this_and_of_another_process() -> None:
+    own = read_process_use(os.getpid())
+    assert own is not None
+    assert own.rss_bytes is not None
+    assert own.rss_bytes > 2**20
+    assert own.cpu_s > 0
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with child:
+        seen = read_process_use(child.pid)
+        assert seen is not None or not Path("/proc").exists()
+        child.communicate(b"\n")
+    assert read_process_use(child.pid) is None
+
+
+def test_process_use_is_read_from_proc(tmp_path: Path) -> None:
+    (tmp_path / "7").mkdir()
+    tail = " ".join(["S", *map(str, range(4, 14)), "150", "50", *map(str, range(16, 53))])
+    (tmp_path / "7" / "stat").write_text(f"7 (a ) b) {tail}\n")
+    (tmp_path / "7" / "statm").write_text("100 20 3 4 5 6 7\n")
+    (tmp_path / "7" / "smaps_rollup").write_text("55-7f ---p [rollup]\nRss:  30 kB\nPss:  12 kB\nPss_Anon: 3 kB\n")
+    use = read_process_use(7, proc=tmp_path)
+    ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+    assert use == ProcessUse(pid=7, rss_bytes=20 * page, cpu_s=200 / ticks)
+    assert proportional_memory(7, proc=tmp_path) == 12 * 1024
+    assert read_process_use(8, proc=tmp_path) is None
+    assert proportional_memory(8, proc=tmp_path) is None
+
+
+def test_without_proc_only_the_own_process_is_seen(tmp_path: Path) -> None:
+    own = read_process_use(os.getpid(), proc=tmp_path / "none")
+    assert own is not None
+    assert own.cpu_s > 0
+    assert read_process_use(os.getppid(), proc=tmp_path / "none") is None
+
+
+def test_cpu_meter_needs_two_looks() -> None:
+    clock = Clock()
+    meter = CpuMeter(clock)
+    assert meter.percent(5.0) is None
+    clock.now += 2
+    assert meter.percent(8.0) == pytest.approx(150.0)
+    assert meter.percent(9.0) is None  # no time has passed
+    clock.now += 1
+    assert meter.percent(1.0) is None  # another process
+    clock.now += 1
+    assert meter.percent(1.5) == pytest.approx(50.0)
+    assert ProcessUse(pid=1, rss_bytes=GIB, cpu_s=1.5).on_cpu(50.0) == DeviceUse(
+        device="cpu", percent=50.0, memory_used_bytes=GIB
+    )
+
+
+# status and notices
+
+
+def test_status_reads_as_tables() -> None:
+    use = DeviceUse(device="cuda:0", percent=83, memory_used_bytes=12 * GIB, memory_total_bytes=80 * GIB, power_w=240)
+    status = Status(
+        processes=(
+            ProcessStatus(pid=4123, ranks=(0, 2), machine="host<1>", device="cuda:0", step=7, phase="forward", use=use),
+            ProcessStatus(pid=99, ranks=(1,), machine="host<1>", device="cpu", step=6, phase="data"),
+        ),
+        failures=(FailureRecord(time=0, rank=1, cause="killed by SIGKILL", steps_redone=1, seconds=0.345),),
+        step=6,
+        epoch=2,
+        run_dir="runs/train",
+    )
+    lines = repr(status).splitlines()
+    assert lines[0] == "step 6, epoch 2, run directory runs/train"
+    assert lines[1].split() == ["ranks", "pid", "machine", "device", "step", "phase", "use"]
+    assert lines[2] == "0, 2   4123  host<1>  cuda:0  7     forward  83% 12.0/80.0 GiB 240 W"
+    assert lines[3] == "1      99    host<1>  cpu     6     data"
+    assert lines[4] == "failures:"
+    assert lines[6].endswith("1     killed by SIGKILL  1             0.34") or lines[6].endswith("0.35")
+    html = status._repr_html_()
+    assert html.count("<table>") == 2
+    assert "host&lt;1&gt;" in html
+    assert "host<1>" not in html
+    assert json.loads(json.dumps(asdict(status)))["processes"][0]["use"]["power_w"] == 240
+
+
+def test_status_before_anything_happened() -> None:
+    status = Status(processes=(), failures=(), step=0, epoch=0, run_dir=None)
+    assert repr(status) == "step 0, epoch 0, no run directory\nno worker processes\nno failures"
+    assert status._repr_html_() == "<p>step 0, epoch 0, no run directory</p>"
+
+
+def test_notice_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    notice("4 ranks share\n  2 GPUs", stream=stream)
+    assert stream.getvalue() == "torchtrainer: 4 ranks share 2 GPUs\n"
+    notice("hello")
+    assert capsys.readouterr() == ("", "torchtrainer: hello\n")
+
+
+def test_nothing_here_imports_torch_or_drawing_packages() -> None:
+    script = """
+import sys
+from torchtrainer import resnet
+from torchtrainer.observe import devices, events, history, notices, plot, progress_bar, status, table
+heavy = {"torch", "torchvision", "tqdm", "matplotlib", "pandas", "numpy", "pynvml"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

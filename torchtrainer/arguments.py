@@ -1,0 +1,226 @@
+"""Checks the trainer's arguments and turns them into the values that the parts work with. No torch here."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torchtrainer.config import BATCH_SIZE, CheckpointConfig, FailureConfig, TrainSettings
+from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, NotAvailableError
+
+RETIRED = {
+    "num_replicas": "num_workers",
+    "batch_size": "config={BATCH_SIZE: ...}, the batch size of all ranks together",
+    "data_loader_args": "arguments of the DataLoader that data_creator makes",
+    "apex_args": "precision=",
+    "serialize_data_creation": "a file lock inside data_creator, if downloads must not happen side by side",
+    "dataset": "data_creator=",
+}
+"""Arguments of RaySGD that are gone, and what does their work."""
+
+NOT_YET = "is not in this version"
+
+
+def unknown_argument(name: str, known: Iterable[str]) -> InvalidArgumentTypeError:
+    """The error for an argument that does not exist: its replacement if it was retired, else names that look like it."""
+    if name in RETIRED:
+        return InvalidArgumentTypeError(f"{name} was retired: use {RETIRED[name]}")
+    near = difflib.get_close_matches(name, list(known), n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else f". Known are: {', '.join(sorted(known))}"
+    return InvalidArgumentTypeError(f"unknown argument {name!r}{hint}")
+
+
+def check_creators(creators: Mapping[str, Any], training_operator_cls: Any) -> None:
+    """Checks that there is enough to train with, and that what should be callable is.
+
+    Raises:
+        InvalidArgumentError: something is missing or not callable.
+        InvalidArgumentTypeError: ``training_operator_cls`` is not a class.
+    """
+    for name, value in creators.items():
+        if value is not None and not callable(value):
+            raise InvalidArgumentError(f"{name} must be a function, got {value!r} ({type(value).__name__})")
+    if training_operator_cls is not None and not isinstance(training_operator_cls, type):
+        raise InvalidArgumentTypeError(
+            f"training_operator_cls must be a TrainingOperator subclass, got {training_operator_cls!r}: pass the class, "
+            "not an object of it"
+        )
+    if training_operator_cls is not None and not hasattr(training_operator_cls, "register_data"):
+        raise InvalidArgumentTypeError(
+            f"training_operator_cls must be a TrainingOperator subclass, got {training_operator_cls.__name__}"
+        )
+    if training_operator_cls is None:
+        for name in ("model_creator", "data_creator", "optimizer_creator"):
+            if creators[name] is None:
+                raise InvalidArgumentError(
+                    f"{name} is missing: pass model_creator, data_creator and optimizer_creator, or a "
+                    "training_operator_cls whose setup registers everything"
+                )
+        if creators["loss_creator"] is None:
+            raise InvalidArgumentError(
+                "loss_creator is missing: pass a loss class such as torch.nn.CrossEntropyLoss, or a function of config; "
+                "only a training_operator_cls with its own train_batch can do without"
+            )
+
+
+def check_counts(num_workers: Any, min_workers: Any, config: Any) -> None:
+    """Checks the number of ranks, and that a global batch has a sample for each.
+
+    Raises:
+        InvalidArgumentError: not a number of ranks that can work.
+        InvalidArgumentTypeError: ``config`` is not a dict.
+    """
+    if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 1:
+        raise InvalidArgumentError(f"num_workers must be a whole number of at least 1, got {num_workers!r}")
+    if not isinstance(min_workers, int) or isinstance(min_workers, bool) or not 1 <= min_workers <= num_workers:
+        raise InvalidArgumentError(
+            f"min_workers must be a whole number from 1 to num_workers={num_workers}, got {min_workers!r}"
+        )
+    if min_workers != 1:
+        raise NotAvailableError(f"going on with fewer processes than ranks {NOT_YET}: leave min_workers at 1")
+    if not isinstance(config, dict):
+        raise InvalidArgumentTypeError(f"config must be a dict, got {config!r}")
+
+
+def check_batch_size(config: Mapping[str, Any], world_size: int) -> None:
+    """Checks that ``config[BATCH_SIZE]``, if it is there, can be split over the ranks.
+
+    Raises:
+        InvalidArgumentError: it cannot.
+    """
+    if BATCH_SIZE not in config:
+        return
+    size = config[BATCH_SIZE]
+    if not isinstance(size, int) or isinstance(size, bool) or size < world_size:
+        raise InvalidArgumentError(
+            "config[BATCH_SIZE] is the batch size over all ranks and must be a whole number of at least "
+            f"num_workers={world_size}, got {size!r}"
+        )
+
+
+def check_not_yet(
+    *, resume: Any, checkpoint: CheckpointConfig, failure: FailureConfig, engine: Any, world_size: int, use_local: bool
+) -> None:
+    """Refuses what the interface has but this version does not.
+
+    Raises:
+        NotAvailableError: says what is missing.
+        InvalidArgumentError: a value that means nothing.
+    """
+    if resume not in ("auto", True, False):
+        raise InvalidArgumentError(f'resume must be "auto", True or False, got {resume!r}')
+    if resume is True:
+        raise NotAvailableError(f"resuming a run {NOT_YET}, as it writes no checkpoints: leave resume out")
+    if checkpoint != CheckpointConfig():
+        raise NotAvailableError(f"automatic checkpointing {NOT_YET}: leave checkpoint out and call save(path) yourself")
+    if (failure.max_failures, failure.max_preemptions, failure.replace) != (3, None, True):
+        raise NotAvailableError(
+            f"recovery from failures {NOT_YET}: of FailureConfig only hang_timeout_s can be set; a lost worker ends the run"
+        )
+    if engine == "ray":
+        raise NotAvailableError(f'the Ray engine {NOT_YET}: use engine="local", or start the script with torchrun')
+    if use_local and world_size > 1:
+        raise NotAvailableError(
+            f"several ranks in one process {NOT_YET}: use_local=True works with num_workers=1, got {world_size}"
+        )
+
+
+def settings_from(
+    *,
+    precision: str,
+    use_fp16: Any,
+    scheduler_creator: Callable[..., Any] | None,
+    scheduler_step_freq: Any,
+    use_gpu: bool,
+    backend: Any,
+    **rest: Any,
+) -> TrainSettings:
+    """Makes the settings that every rank gets.
+
+    Args:
+        precision, use_fp16: number format; ``use_fp16=True`` is fp16 on GPUs and bf16 on CPUs.
+        scheduler_creator, scheduler_step_freq: a scheduler needs to know when to step.
+        use_gpu: already decided.
+        backend: ``auto``, ``nccl`` or ``gloo``.
+        rest: fields of `TrainSettings` that are taken as they are.
+
+    Raises:
+        InvalidArgumentError: a value that means nothing.
+        ImportError: apex was asked for and is not there.
+    """
+    if use_fp16 not in (True, False, "apex"):
+        raise InvalidArgumentError(f"use_fp16 must be a bool or 'apex', got {use_fp16!r}")
+    if use_fp16 == "apex":
+        raise ImportError('use_fp16="apex" needs NVIDIA apex, which torch has replaced: use precision="fp16" or "bf16"')
+    if use_fp16 and precision == "fp32":
+        precision = "fp16" if use_gpu else "bf16"
+    if scheduler_creator is not None and scheduler_step_freq is None:
+        raise InvalidArgumentError(
+            'scheduler_step_freq is required with a scheduler: pass "batch", "epoch" or "manual"'
+        )
+    if backend == "auto":
+        backend = "nccl" if use_gpu else "gloo"
+    if backend not in ("nccl", "gloo"):
+        raise InvalidArgumentError(f'backend must be "auto", "nccl" or "gloo", got {backend!r}')
+    if backend == "nccl" and not use_gpu:
+        raise InvalidArgumentError('backend="nccl" needs GPUs (use_gpu=True); on CPUs use "gloo" or "auto"')
+    return TrainSettings(
+        precision=precision,  # type: ignore[arg-type]  # checked by TrainSettings
+        use_fp16=bool(use_fp16),
+        scheduler_step_freq=scheduler_step_freq,
+        use_gpu=use_gpu,
+        backend=backend,
+        **rest,
+    )
+
+
+def decide_gpus(use_gpu: Any, world_size: int, found: int) -> tuple[int, ...]:
+    """Chooses a GPU per rank; empty: train on the CPU.
+
+    Args:
+        use_gpu: what the user wants: True, False or "auto".
+        world_size: ranks on this machine.
+        found: visible GPUs.
+
+    Raises:
+        InvalidArgumentError: GPUs were asked for and there are none.
+        NotAvailableError: there are fewer GPUs than ranks.
+    """
+    if use_gpu not in (True, False, "auto"):
+        raise InvalidArgumentError(f'use_gpu must be True, False or "auto", got {use_gpu!r}')
+    if not use_gpu or (use_gpu == "auto" and not found):
+        return ()
+    if not found:
+        raise InvalidArgumentError(
+            "use_gpu=True, but no GPU is visible to this process "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): install a driver or make one "
+            'visible, or pass use_gpu="auto" to train on the CPU where there is none'
+        )
+    if found < world_size:
+        raise NotAvailableError(
+            f"sharing GPUs between ranks {NOT_YET}: {found} GPUs are visible and num_workers={world_size}; pass "
+            f"num_workers={found}, or use_gpu=False"
+        )
+    return tuple(range(world_size))
+
+
+def decide_threads(num_cpus_per_worker: Any, world_size: int) -> int:
+    """Intra-op threads per process.
+
+    Args:
+        num_cpus_per_worker: a number, or "auto": the cores that this process may use, divided by the ranks.
+        world_size: ranks on this machine.
+
+    Raises:
+        InvalidArgumentError: neither.
+    """
+    if num_cpus_per_worker == "auto":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // world_size)
+    if not isinstance(num_cpus_per_worker, int) or isinstance(num_cpus_per_worker, bool) or num_cpus_per_worker < 1:
+        raise InvalidArgumentError(
+            f'num_cpus_per_worker must be "auto" or a whole number of at least 1, got {num_cpus_per_worker!r}'
+        )
+    return num_cpus_per_worker

@@ -1,0 +1,160 @@
+"""Option objects: frozen, keyword-only, and checked when they are made.
+
+Times are in seconds and on the monotonic clock. Everything that waits, and every size that limits something, is named here
+with its unit and default, and the errors it can cause print it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError
+
+BATCH_SIZE = "*batch_size"
+"""Key of ``config`` for a batch size over all ranks: each rank's creators see its own share under the same key."""
+
+NUM_SAMPLES = "num_samples"
+BATCH_COUNT = "batch_count"
+
+Precision = Literal["fp32", "bf16", "fp16"]
+SchedulerStepFreq = Literal["batch", "epoch", "manual"]
+PRECISIONS: tuple[str, ...] = ("fp32", "bf16", "fp16")
+SCHEDULER_STEP_FREQS: tuple[str, ...] = ("batch", "epoch", "manual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When a run saves its state by itself, where, and how many states it keeps.
+
+    Attributes:
+        every_steps: optimizer steps between two checkpoints; None: by time only.
+        every_seconds: seconds between two checkpoints; None: by steps only.
+        keep: how many verified checkpoints stay.
+        path: directory or fsspec URL; None: inside the run directory.
+        asynchronous: write in the background.
+    """
+
+    every_steps: int | None = None
+    every_seconds: float | None = 300.0
+    keep: int = 3
+    path: str | None = None
+    asynchronous: bool = True
+
+    def __post_init__(self) -> None:
+        if self.every_steps is not None and self.every_steps < 1:
+            raise InvalidArgumentError(f"CheckpointConfig.every_steps must be at least 1 step, got {self.every_steps}")
+        if self.every_seconds is not None and not self.every_seconds > 0:
+            raise InvalidArgumentError(
+                f"CheckpointConfig.every_seconds must be more than 0 seconds, got {self.every_seconds}"
+            )
+        if self.keep < 1:
+            raise InvalidArgumentError(f"CheckpointConfig.keep must be at least 1, got {self.keep}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailureConfig:
+    """What a run does about processes that die, hang or are taken away.
+
+    Attributes:
+        max_failures: failures in a row, without progress between them, after which the run stops.
+        max_preemptions: the same for preemptions; None: no limit.
+        replace: build a replacement for a process that was lost.
+        hang_timeout_s: seconds without progress after which a worker counts as hung; "auto": ``timeout_s``.
+    """
+
+    max_failures: int = 3
+    max_preemptions: int | None = None
+    replace: bool = True
+    hang_timeout_s: float | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.max_failures < 0:
+            raise InvalidArgumentError(f"FailureConfig.max_failures must be at least 0, got {self.max_failures}")
+        if self.max_preemptions is not None and self.max_preemptions < 0:
+            raise InvalidArgumentError(f"FailureConfig.max_preemptions must be at least 0, got {self.max_preemptions}")
+        if self.hang_timeout_s != "auto" and not (
+            isinstance(self.hang_timeout_s, int | float) and self.hang_timeout_s > 0
+        ):
+            raise InvalidArgumentError(
+                f'FailureConfig.hang_timeout_s must be "auto" or more than 0 seconds, got {self.hang_timeout_s!r}'
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeouts:
+    """Deadlines of the engine itself, in seconds. Users meet them in error messages, by these names.
+
+    Attributes:
+        engine_start_s: the host and the spawner exist and torch is imported.
+        worker_connect_s: a forked worker has said hello.
+        error_gather_s: after the first rank's exception, how long to wait for the same from the others.
+        interrupt_s: after Ctrl-C, how long to wait for the ranks to reach a step boundary before control returns.
+        hold_s: how long a worker holds at a step boundary for the decision where to stop.
+        shutdown_s: from asking the workers to end to killing those that did not.
+        cleanup_s: from the death of the driver to nothing left.
+        heartbeat_s: between two heartbeats of a worker.
+        progress_s: between two progress reports of rank 0 during a pass.
+        stack_dump_s: how long to wait for the stacks of a hung worker.
+    """
+
+    engine_start_s: float = 120.0
+    worker_connect_s: float = 60.0
+    error_gather_s: float = 0.5
+    interrupt_s: float = 1.0
+    hold_s: float = 60.0
+    shutdown_s: float = 5.0
+    cleanup_s: float = 2.0
+    heartbeat_s: float = 1.0
+    progress_s: float = 0.1
+    stack_dump_s: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How a rank trains: the part of the trainer's arguments that every rank gets, alike. Pickles without torch.
+
+    Attributes:
+        seed: everything random derives from it.
+        precision: number format of the forward pass.
+        use_fp16: what the user passed as ``use_fp16``, for operators that read it.
+        compile: False, True, or options of ``torch.compile``.
+        wrap_ddp: wrap models in ``DistributedDataParallel`` when there are several ranks.
+        ddp_args: arguments of ``DistributedDataParallel``.
+        add_dist_sampler: deal each loader out to the ranks; False: use loaders as they are.
+        scheduler_step_freq: when the built-in loop steps the schedulers.
+        use_tqdm: whether the driver shows a progress bar.
+        use_gpu: whether ranks train on GPUs.
+        backend: ``nccl`` or ``gloo``.
+        timeout_s: longest wait for any collective, in seconds.
+    """
+
+    seed: int = 0
+    precision: Precision = "fp32"
+    use_fp16: bool = False
+    compile: bool | dict[str, Any] = False
+    wrap_ddp: bool = True
+    ddp_args: dict[str, Any] = field(default_factory=dict)
+    add_dist_sampler: bool = True
+    scheduler_step_freq: SchedulerStepFreq | None = None
+    use_tqdm: bool = False
+    use_gpu: bool = False
+    backend: Literal["nccl", "gloo"] = "gloo"
+    timeout_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise InvalidArgumentError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+        if self.scheduler_step_freq is not None and self.scheduler_step_freq not in SCHEDULER_STEP_FREQS:
+            raise InvalidArgumentError(
+                f"scheduler_step_freq must be one of {', '.join(SCHEDULER_STEP_FREQS)} or None; "
+                f"got {self.scheduler_step_freq!r}"
+            )
+        if not self.timeout_s > 0:
+            raise InvalidArgumentError(f"timeout_s must be more than 0 seconds, got {self.timeout_s!r}")
+        if not isinstance(self.ddp_args, dict):
+            raise InvalidArgumentError(f"ddp_args needs to be a dict object, got {type(self.ddp_args).__name__}")
+        if not isinstance(self.compile, bool | dict):
+            raise InvalidArgumentTypeError(
+                f"compile must be True, False or a dict of torch.compile options, got {self.compile!r}"
+            )

@@ -1,0 +1,350 @@
+"""The messages that driver, host and workers exchange.
+
+A message is a frozen dataclass. On the wire it is one JSON frame, ``{"message": class name, fields...}``, and at most one binary
+frame, the field ``blob``. What a blob holds is said at each message; the receiver decides whether to open it. Nothing here
+unpickles anything.
+
+    driver --> host --> worker        Call, PrepareStop, StopAt, EndWorker
+    driver --> host                   StartGroup, KillGroup, SignalWorkers, DumpStacks, Quit
+    worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Beat
+    host   --> driver                 EngineReady, EngineFailed, WorkerStarted, WorkerExited, GroupGone, Output, Stacks
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+M = TypeVar("M", bound="Message")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """Base of all messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForWorker(Message):
+    """A message that the host hands on to workers.
+
+    Attributes:
+        group: worker group.
+        rank: addressee; None: every rank.
+    """
+
+    group: str
+    rank: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromWorker(Message):
+    """A message that the host hands on to the driver.
+
+    Attributes:
+        group: worker group.
+        rank: sender.
+    """
+
+    group: str
+    rank: int
+
+
+# driver to worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call(ForWorker):
+    """Run one method of the rank's runtime. ``blob``: cloudpickled keyword arguments."""
+
+    call: int
+    method: str
+    blob: bytes = b""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareStop(ForWorker):
+    """At your next step boundary in this call, say where you are and hold."""
+
+    call: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopAt(ForWorker):
+    """End the pass of this call at this boundary (batches completed in the call)."""
+
+    call: int
+    boundary: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndWorker(ForWorker):
+    """No more calls will come: clean up and exit."""
+
+
+# driver to host
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartGroup(Message):
+    """Start one worker process per rank. ``blob``: the cloudpickled `BuildSpec`.
+
+    Attributes:
+        group: name of the new group.
+        world_size: ranks, one process each.
+        log_dir: directory for ``rank_<r>/stdout.log`` and the like.
+        environ: the complete environment of each worker, before what is set per rank.
+        cwd: working directory of the workers.
+        sys_path: ``sys.path`` of the workers.
+        threads: intra-op threads per process.
+        backend: ``gloo`` or ``nccl``.
+        timeout_s: longest wait for any collective.
+        gpus: GPU index per rank, empty without GPUs.
+        heartbeat_s: seconds between two heartbeats.
+        progress_s: seconds between two progress reports of rank 0 during a call.
+    """
+
+    group: str
+    world_size: int
+    log_dir: str
+    environ: dict[str, str]
+    cwd: str
+    sys_path: list[str]
+    threads: int
+    backend: str
+    timeout_s: float
+    gpus: list[int] = field(default_factory=list)
+    heartbeat_s: float = 1.0
+    progress_s: float = 0.1
+    hold_s: float = 60.0
+    blob: bytes = b""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KillGroup(Message):
+    """End every process of a group now, with everything that these processes started."""
+
+    group: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalWorkers(Message):
+    """Send a signal to the worker processes of a group (not to their children)."""
+
+    group: str
+    signum: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpStacks(Message):
+    """Have every worker of a group write the Python stacks of its threads; each comes back as `Stacks`."""
+
+    group: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quit(Message):
+    """End every group, and the host."""
+
+
+# worker to host and driver
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello(FromWorker):
+    """First message of a worker process."""
+
+    pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerReady(FromWorker):
+    """The rank is built and waits for calls.
+
+    Attributes:
+        device: name of its device.
+        facts: what it built: counts of models, optimizers, loaders.
+        modules: modules it imported beyond the preloaded ones.
+    """
+
+    device: str
+    facts: dict[str, Any]
+    modules: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply(FromWorker):
+    """A call has returned.
+
+    Attributes:
+        call: number of the call.
+        form: how ``blob`` is written: ``json``, ``pass`` (JSON of metrics and their weights), ``state`` (by ``torch.save``) or
+            ``pickle`` (a value that the user's call returns as an object).
+        stopped: the pass was ended at a boundary by `StopAt`.
+        step, epoch: progress after the call.
+    """
+
+    call: int
+    form: str
+    stopped: bool = False
+    step: int = 0
+    epoch: int = 0
+    blob: bytes = b""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure(FromWorker):
+    """User code, or ours, raised in a worker. ``blob``: the cloudpickled exception, opened on the user's side only.
+
+    Attributes:
+        call: number of the call; 0 while the rank was being built.
+        kind: ``error`` or ``exit`` (``SystemExit``).
+        type_name, text: of the exception.
+        traceback: formatted.
+        phase, step: where the rank was.
+        exit_code: for ``exit``.
+    """
+
+    call: int
+    kind: str
+    type_name: str
+    text: str
+    traceback: str
+    phase: str
+    step: int
+    exit_code: int | None = None
+    blob: bytes = b""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boundary(FromWorker):
+    """Answer to `PrepareStop`: this rank holds after so many batches of the call."""
+
+    call: int
+    boundary: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat(FromWorker):
+    """Heartbeat and progress of one rank.
+
+    Attributes:
+        phase, phase_age_s: what the training thread does, and for how long.
+        epoch, step, batch, batches, samples, loss: see `torchtrainer.train.progress.Progress`.
+        rss_bytes: resident memory.
+        cpu_s: processor seconds used so far.
+    """
+
+    call: int
+    phase: str
+    phase_age_s: float
+    epoch: int
+    step: int
+    batch: int
+    batches: int | None
+    samples: int
+    loss: float | None
+    rss_bytes: int
+    cpu_s: float
+
+
+# host to driver
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineReady(Message):
+    """The spawner has imported torch and can fork."""
+
+    host_pid: int
+    spawner_pid: int
+    import_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFailed(Message):
+    """The spawner could not get ready, or was lost."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerStarted(FromWorker):
+    """The process of a rank exists."""
+
+    pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerExited(FromWorker):
+    """The process of a rank is gone.
+
+    Attributes:
+        exit_code: status; ``-n``: killed by signal ``n``.
+        max_rss_bytes: peak resident memory.
+        stderr_tail: last lines that it wrote to stderr.
+    """
+
+    pid: int
+    exit_code: int
+    max_rss_bytes: int = 0
+    stderr_tail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupGone(Message):
+    """No process of the group is left."""
+
+    group: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output(FromWorker):
+    """Whole lines that a rank wrote to stdout or stderr."""
+
+    stream: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stacks(FromWorker):
+    """Python stacks of all threads of a rank."""
+
+    text: str
+
+
+def _all_subclasses(cls: type[Message]) -> list[type[Message]]:
+    found: list[type[Message]] = []
+    for sub in cls.__subclasses__():
+        found += [sub, *_all_subclasses(sub)]
+    return found
+
+
+_KINDS: dict[str, type[Message]] = {cls.__name__: cls for cls in _all_subclasses(Message)}
+
+
+def encode(message: Message) -> list[bytes]:
+    """Writes a message as frames."""
+    header: dict[str, Any] = {"message": type(message).__name__}
+    frames: list[bytes] = []
+    for item in fields(message):
+        value = getattr(message, item.name)
+        if item.name == "blob":
+            frames.append(value)
+        else:
+            header[item.name] = value
+    return [json.dumps(header).encode(), *frames]
+
+
+def decode(frames: list[bytes]) -> Message:
+    """Reads a message from its frames.
+
+    Raises:
+        ValueError: the frames are not one of our messages.
+    """
+    header = json.loads(frames[0])
+    cls = _KINDS.get(header.pop("message", None))
+    if cls is None:
+        raise ValueError(f"unknown message {frames[0][:80]!r}")
+    if len(frames) > 1:
+        header["blob"] = frames[1]
+    return cls(**header)

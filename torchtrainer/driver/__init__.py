@@ -1,0 +1,1 @@
+"""Decides what the workers do, from the user's process. Never imports torch."""

@@ -1,0 +1,522 @@
+"""The driver's decisions about one worker group: ``handle(machine, event, now) -> (machine, actions)``.
+
+Pure: no clock, socket, process or log. The controller feeds it what workers and host say and what the user wants, and
+performs the actions. Every message kind that can arrive has a method here named after it.
+
+    Starting ──all ready──> Idle <──────settled────── Calling
+        │                    │ └────call requested───────^ │
+        └───────failed───────┴──────────> Killing <────────┘
+                             │               │
+                             └──> Ending ────┴──> Closed
+
+A failed group is taken down before its error is reported, so that whoever sees the error finds nothing left running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torchtrainer.config import Timeouts
+from torchtrainer.control.messages import (
+    Beat,
+    Boundary,
+    Call,
+    DumpStacks,
+    EndWorker,
+    EngineFailed,
+    Failure,
+    GroupGone,
+    KillGroup,
+    Message,
+    PrepareStop,
+    Reply,
+    SignalWorkers,
+    Stacks,
+    StopAt,
+    WorkerExited,
+    WorkerReady,
+    WorkerStarted,
+)
+from torchtrainer.driver.causes import Cause, EngineLost, StartTimedOut, UserCodeFailed, WorkerDied, WorkerHung
+from torchtrainer.driver.policies import STEPPING_METHODS, RankView, Stop, after_failure, find_hung, root_cause
+
+TO_THE_END = 1 << 62
+"""A boundary that no pass reaches: go on to the end, since another rank has already got there."""
+
+# Events that are not messages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tick:
+    """Time has passed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallRequested:
+    """The user calls a method on every rank."""
+
+    method: str
+    blob: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopRequested:
+    """The user wants the running call to end early; ``signum`` interrupts calls that have no step boundary."""
+
+    signum: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndRequested:
+    """The user wants no more of the group; ``force``: do not wait for the workers to clean up."""
+
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostLost:
+    """The host process is gone, and with it every process of the group."""
+
+    text: str
+
+
+Event = Message | Tick | CallRequested | StopRequested | EndRequested | HostLost
+
+# Actions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Send:
+    """Send a message to the host."""
+
+    message: Message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Returned:
+    """The running call, or the start (call 0), is done: replies by rank."""
+
+    call: int
+    replies: tuple[Reply, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raised:
+    """The running call, or the start, failed. ``usable``: the group still takes calls."""
+
+    cause: Cause
+    usable: bool
+
+
+Action = Send | Returned | Raised
+
+# States
+
+
+@dataclass(frozen=True, kw_only=True)
+class Starting:
+    """Processes come to be and build their ranks."""
+
+    since: float
+    ready: frozenset[int] = frozenset()
+    failures: tuple[Failure, ...] = ()
+    deaths: tuple[WorkerDied, ...] = ()
+    settle_at: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idle:
+    """Every rank waits for a call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calling:
+    """Ranks run a call. ``boundaries``: where ranks hold since a stop was asked for; None: it was not."""
+
+    method: str
+    replies: tuple[Reply, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    deaths: tuple[WorkerDied, ...] = ()
+    settle_at: float | None = None
+    boundaries: dict[int, int] | None = None
+    decided: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosing:
+    """A rank hangs; its stacks were asked for before it is killed."""
+
+    cause: WorkerHung
+    until: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """Ranks clean up and leave."""
+
+    until: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Killing:
+    """Every process of the group is being killed. ``cause``: None if the user wanted it."""
+
+    cause: Cause | None
+    until: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closed:
+    """Nothing is left of the group."""
+
+    cause: Cause | None = None
+
+
+State = Starting | Idle | Calling | Diagnosing | Ending | Killing | Closed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """All that the driver knows of a group.
+
+    Attributes:
+        group: its name.
+        world_size: ranks.
+        timeouts: deadlines of the engine.
+        hang_timeout_s: longest time without progress while building or stepping.
+        call: number of the latest call; 0 is the start.
+        facts: what rank 0 built.
+    """
+
+    group: str
+    world_size: int
+    timeouts: Timeouts
+    hang_timeout_s: float
+    state: State
+    views: tuple[RankView, ...]
+    call: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def start(
+        cls, *, group: str, world_size: int, timeouts: Timeouts, hang_timeout_s: float, now: float
+    ) -> Machine:
+        """A group that was just asked for."""
+        views = tuple(RankView(rank=r, phase_since=now, heard_at=now) for r in range(world_size))
+        return cls(
+            group=group,
+            world_size=world_size,
+            timeouts=timeouts,
+            hang_timeout_s=hang_timeout_s,
+            state=Starting(since=now),
+            views=views,
+        )
+
+    def see(self, rank: int, **changes: Any) -> Machine:
+        """The machine with something new about a rank."""
+        views = tuple(replace(v, **changes) if v.rank == rank else v for v in self.views)
+        return replace(self, views=views)
+
+    def to(self, state: State) -> Machine:
+        """The machine in another state."""
+        return replace(self, state=state)
+
+
+Result = tuple[Machine, tuple[Action, ...]]
+
+
+def handle(machine: Machine, event: Event, now: float) -> Result:
+    """Takes one event.
+
+    Args:
+        machine: everything known so far.
+        event: what happened.
+        now: monotonic seconds.
+    """
+    on_event: Callable[[Machine, Any, float], Result] | None = _ON.get(type(event))
+    if on_event is None or isinstance(machine.state, Closed):
+        return machine, ()
+    return on_event(machine, event, now)
+
+
+# What workers and host say
+
+
+def on_worker_started(machine: Machine, event: WorkerStarted, now: float) -> Result:
+    """Sent when the process of a rank exists."""
+    return machine.see(event.rank, pid=event.pid, heard_at=now, phase_since=now), ()
+
+
+def on_beat(machine: Machine, event: Beat, now: float) -> Result:
+    """Sent every so often by every rank at work; one that was sent before the running call says nothing about it."""
+    if event.call != machine.call:
+        return machine.see(event.rank, heard_at=now, spoke=True), ()
+    return (
+        machine.see(
+            event.rank,
+            phase=event.phase,
+            phase_since=now - event.phase_age_s,
+            heard_at=now,
+            spoke=True,
+            step=event.step,
+            epoch=event.epoch,
+            batch=event.batch,
+            rss_bytes=event.rss_bytes,
+            cpu_s=event.cpu_s,
+        ),
+        (),
+    )
+
+
+def on_worker_ready(machine: Machine, event: WorkerReady, now: float) -> Result:
+    """Sent when a rank is built."""
+    state = machine.state
+    if not isinstance(state, Starting):
+        return machine, ()
+    machine = machine.see(event.rank, device=event.device, busy=False, phase="idle", heard_at=now)
+    if event.rank == 0:
+        machine = replace(machine, facts=event.facts)
+    ready = state.ready | {event.rank}
+    if len(ready) < machine.world_size:
+        return machine.to(replace(state, ready=ready)), ()
+    return machine.to(Idle()), (Returned(call=0, replies=()),)
+
+
+def on_reply(machine: Machine, event: Reply, now: float) -> Result:
+    """Sent when a call has returned on a rank."""
+    state = machine.state
+    if not isinstance(state, Calling) or event.call != machine.call:
+        return machine, ()
+    machine = machine.see(event.rank, busy=False, phase="idle", step=event.step, epoch=event.epoch, heard_at=now)
+    state = replace(state, replies=(*state.replies, event))
+    return _settle_or_wait(machine, state, now)
+
+
+def on_failure(machine: Machine, event: Failure, now: float) -> Result:
+    """Sent when user code raised on a rank. The others get a moment to say the same."""
+    state = machine.state
+    if not isinstance(state, Starting | Calling) or event.call != machine.call:
+        return machine, ()
+    machine = machine.see(event.rank, busy=False)
+    state = replace(state, failures=(*state.failures, event), settle_at=_settle_at(machine, state, now))
+    return _settle_or_wait(machine, state, now)
+
+
+def on_worker_exited(machine: Machine, event: WorkerExited, now: float) -> Result:
+    """Sent when the process of a rank is gone, asked for or not."""
+    state = machine.state
+    view = machine.views[event.rank]
+    death = WorkerDied(
+        rank=event.rank,
+        pid=event.pid,
+        exit_code=event.exit_code,
+        phase=view.phase,
+        step=view.step,
+        stderr_tail=event.stderr_tail,
+        max_rss_bytes=event.max_rss_bytes,
+    )
+    machine = machine.see(event.rank, phase="gone", busy=False)
+    if isinstance(state, Starting | Calling):
+        state = replace(state, deaths=(*state.deaths, death), settle_at=_settle_at(machine, state, now))
+        return _settle_or_wait(machine, state, now)
+    if isinstance(state, Idle | Diagnosing):
+        return _kill(machine, death, now)
+    return machine, ()
+
+
+def on_boundary(machine: Machine, event: Boundary, now: float) -> Result:
+    """Sent when a rank holds at a step boundary because a stop was asked for."""
+    state = machine.state
+    if not isinstance(state, Calling) or event.call != machine.call or state.boundaries is None:
+        return machine, ()
+    return _decide_stop(machine, replace(state, boundaries={**state.boundaries, event.rank: event.boundary}))
+
+
+def on_stacks(machine: Machine, event: Stacks, now: float) -> Result:
+    """Sent with the Python stacks of a rank, after they were asked for."""
+    state = machine.state
+    if not isinstance(state, Diagnosing) or event.rank != state.cause.rank:
+        return machine, ()
+    return _kill(machine, replace(state.cause, stacks=event.text), now)
+
+
+def on_group_gone(machine: Machine, event: GroupGone, now: float) -> Result:
+    """Sent when no process of the group is left."""
+    state = machine.state
+    if isinstance(state, Killing):
+        return _close(machine, state.cause)
+    if isinstance(state, Starting | Calling) and (state.deaths or state.failures):
+        return _close(machine, root_cause(state.failures, state.deaths))
+    return machine.to(Closed()), ()
+
+
+def on_engine_failed(machine: Machine, event: EngineFailed, now: float) -> Result:
+    """Sent when workers can no longer be started, or the spawner and with it all workers are gone."""
+    if isinstance(machine.state, Killing | Ending):
+        return _close(machine, machine.state.cause if isinstance(machine.state, Killing) else None)
+    return _close(machine, EngineLost(text=event.text))
+
+
+def on_host_lost(machine: Machine, event: HostLost, now: float) -> Result:
+    """Sent by the connection when the host process is gone."""
+    cause = machine.state.cause if isinstance(machine.state, Killing) else EngineLost(text=event.text)
+    return _close(machine, cause)
+
+
+# What the user wants, and time
+
+
+def on_call_requested(machine: Machine, event: CallRequested, now: float) -> Result:
+    """Sent when the user calls something and the group is idle."""
+    assert isinstance(machine.state, Idle), machine.state
+    number = machine.call + 1
+    views = tuple(replace(v, busy=True, phase=event.method, phase_since=now, heard_at=now) for v in machine.views)
+    machine = replace(machine, call=number, views=views, state=Calling(method=event.method))
+    call = Call(group=machine.group, call=number, method=event.method, blob=event.blob)
+    return machine, (Send(message=call),)
+
+
+def on_stop_requested(machine: Machine, event: StopRequested, now: float) -> Result:
+    """Sent when the user interrupts a call."""
+    state = machine.state
+    if not isinstance(state, Calling) or state.boundaries is not None:
+        return machine, ()
+    if state.method not in STEPPING_METHODS:
+        return machine, (Send(message=SignalWorkers(group=machine.group, signum=event.signum)),)
+    prepare = PrepareStop(group=machine.group, call=machine.call)
+    return machine.to(replace(state, boundaries={})), (Send(message=prepare),)
+
+
+def on_end_requested(machine: Machine, event: EndRequested, now: float) -> Result:
+    """Sent when the user is done with the group."""
+    if isinstance(machine.state, Ending | Killing):
+        return machine, ()
+    if event.force or not isinstance(machine.state, Idle):
+        return _kill(machine, None, now)
+    ending = Ending(until=now + machine.timeouts.shutdown_s)
+    return machine.to(ending), (Send(message=EndWorker(group=machine.group)),)
+
+
+def on_tick(machine: Machine, event: Tick, now: float) -> Result:
+    """Sent at least a few times a second while the user waits."""
+    state = machine.state
+    if isinstance(state, Starting | Calling):
+        if state.settle_at is not None:
+            return _settle(machine, state, now) if now >= state.settle_at else (machine, ())
+        if isinstance(state, Starting):
+            late = _late_start(machine, state, now)
+            if late is not None:
+                return _kill(machine, late, now)
+        return _check_progress(machine, state, now)
+    if isinstance(state, Diagnosing) and now >= state.until:
+        return _kill(machine, state.cause, now)
+    if isinstance(state, Ending) and now >= state.until:
+        return _kill(machine, None, now)
+    if isinstance(state, Killing) and now >= state.until:
+        return _close(machine, state.cause)
+    return machine, ()
+
+
+_ON: dict[type, Callable[[Machine, Any, float], Result]] = {
+    WorkerStarted: on_worker_started,
+    Beat: on_beat,
+    WorkerReady: on_worker_ready,
+    Reply: on_reply,
+    Failure: on_failure,
+    WorkerExited: on_worker_exited,
+    Boundary: on_boundary,
+    Stacks: on_stacks,
+    GroupGone: on_group_gone,
+    EngineFailed: on_engine_failed,
+    HostLost: on_host_lost,
+    CallRequested: on_call_requested,
+    StopRequested: on_stop_requested,
+    EndRequested: on_end_requested,
+    Tick: on_tick,
+}
+
+# Steps of the decisions above
+
+
+def _settle_at(machine: Machine, state: Starting | Calling, now: float) -> float:
+    return state.settle_at if state.settle_at is not None else now + machine.timeouts.error_gather_s
+
+
+def _reported(machine: Machine, state: Starting | Calling) -> frozenset[int]:
+    done = state.ready if isinstance(state, Starting) else frozenset(r.rank for r in state.replies)
+    return done | {f.rank for f in state.failures} | {d.rank for d in state.deaths}
+
+
+def _settle_or_wait(machine: Machine, state: Starting | Calling, now: float) -> Result:
+    if len(_reported(machine, state)) == machine.world_size:
+        return _settle(machine, state, now)
+    if isinstance(state, Calling) and state.boundaries is not None:
+        return _decide_stop(machine, state)
+    return machine.to(state), ()
+
+
+def _settle(machine: Machine, state: Starting | Calling, now: float) -> Result:
+    """Every rank has reported, or those that failed waited long enough for the others."""
+    if not state.failures and not state.deaths:
+        assert isinstance(state, Calling)
+        replies = tuple(sorted(state.replies, key=lambda r: r.rank))
+        return machine.to(Idle()), (Returned(call=machine.call, replies=replies),)
+    cause = root_cause(state.failures, state.deaths)
+    all_reported = len(_reported(machine, state)) == machine.world_size
+    method = state.method if isinstance(state, Calling) else "train"
+    decision = after_failure(method, all_reported)
+    if isinstance(decision, Stop) or not isinstance(cause, UserCodeFailed) or isinstance(state, Starting):
+        return _kill(machine.to(state), cause, now)
+    return machine.to(Idle()), (Raised(cause=cause, usable=True),)
+
+
+def _decide_stop(machine: Machine, state: Calling) -> Result:
+    """Says where to stop once every rank holds or has come to the end."""
+    assert state.boundaries is not None
+    answered = set(state.boundaries) | {r.rank for r in state.replies}
+    if state.decided or len(answered) < machine.world_size or not state.boundaries:
+        return machine.to(state), ()
+    boundary = TO_THE_END if state.replies else max(state.boundaries.values())
+    stop = StopAt(group=machine.group, call=machine.call, boundary=boundary)
+    return machine.to(replace(state, decided=True)), (Send(message=stop),)
+
+
+def _late_start(machine: Machine, state: Starting, now: float) -> StartTimedOut | None:
+    unborn = tuple(v.rank for v in machine.views if not v.pid)
+    limits = machine.timeouts
+    if unborn and now - state.since > limits.engine_start_s:
+        return StartTimedOut(ranks=unborn, setting="engine_start_s", limit_s=limits.engine_start_s)
+    mute = tuple(v.rank for v in machine.views if v.pid and not v.spoke and v.busy)
+    if mute and max(now - machine.views[r].heard_at for r in mute) > limits.worker_connect_s:
+        return StartTimedOut(ranks=mute, setting="worker_connect_s", limit_s=limits.worker_connect_s)
+    return None
+
+
+def _check_progress(machine: Machine, state: Starting | Calling, now: float) -> Result:
+    if isinstance(state, Calling) and state.method not in STEPPING_METHODS:
+        return machine, ()  # a user's function may take as long as it likes
+    hung = find_hung(machine.views, machine.hang_timeout_s, now)
+    if hung is None:
+        return machine, ()
+    cause = WorkerHung(
+        rank=hung.rank,
+        pid=hung.pid,
+        phase=hung.phase,
+        step=hung.step,
+        silent_s=now - min(hung.phase_since, hung.heard_at),
+        limit_s=machine.hang_timeout_s,
+    )
+    diagnosing = Diagnosing(cause=cause, until=now + machine.timeouts.stack_dump_s)
+    return machine.to(diagnosing), (Send(message=DumpStacks(group=machine.group)),)
+
+
+def _kill(machine: Machine, cause: Cause | None, now: float) -> Result:
+    killing = Killing(cause=cause, until=now + machine.timeouts.cleanup_s)
+    return machine.to(killing), (Send(message=KillGroup(group=machine.group)),)
+
+
+def _close(machine: Machine, cause: Cause | None) -> Result:
+    actions: tuple[Action, ...] = () if cause is None else (Raised(cause=cause, usable=False),)
+    return machine.to(Closed(cause=cause)), actions

@@ -1,0 +1,110 @@
+"""The directory of a run: found or made, locked against a second live run, and the owner of its file names."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from datetime import datetime
+from pathlib import Path
+
+from torchtrainer.errors import RunDirectoryError
+from torchtrainer.process.paths import private_directory
+
+RUNS = "runs"
+
+
+class RunDirectory:
+    """Files of one run.
+
+    root/
+      lock            held while the run lives; holds the pid of its driver
+      history.jsonl   one line per train() or validate()
+      logs/rank_<r>/  stdout.log, stderr.log, error.json, stacks.txt
+
+    Args:
+        root: the directory; None: a temporary one that goes with the run.
+
+    Raises:
+        RunDirectoryError: it is not writable, not ours, or in use.
+    """
+
+    def __init__(self, root: Path | None) -> None:
+        self.durable = root is not None
+        self._lock_fd: int | None = None
+        try:
+            self.root = Path(tempfile.mkdtemp(prefix="torchtrainer-run-")) if root is None else private_directory(root)
+            private_directory(self.logs)
+            self._lock()
+        except RunDirectoryError:
+            raise
+        except OSError as error:
+            raise RunDirectoryError(
+                f"run_dir {root} cannot be used: {error}. Pass run_dir=<a directory you can write to>, or run_dir=None "
+                "to keep nothing."
+            ) from error
+
+    @property
+    def logs(self) -> Path:
+        """Where the ranks' output goes."""
+        return self.root / "logs"
+
+    @property
+    def history(self) -> Path:
+        """One line per result."""
+        return self.root / "history.jsonl"
+
+    @property
+    def shown(self) -> str | None:
+        """The directory as users see it; None if nothing is kept."""
+        return str(self.root) if self.durable else None
+
+    def close(self) -> None:
+        """Lets go of the directory. Idempotent."""
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+        if not self.durable:
+            shutil.rmtree(self.root, ignore_errors=True)
+
+    def _lock(self) -> None:
+        if sys.platform == "win32":  # no advisory locks there
+            return
+        import fcntl
+
+        fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
+            os.close(fd)
+            raise RunDirectoryError(
+                f"run_dir {self.root} is in use by a live run (pid {pid}). Stop that run (kill {pid}), or pass another "
+                "run_dir."
+            ) from None
+        os.ftruncate(fd, 0)
+        os.write(fd, f"{os.getpid()}\n".encode())
+        self._lock_fd = fd
+
+
+def automatic_root(now: datetime) -> Path:
+    """Where ``run_dir="auto"`` points: ``./runs/<script or notebook>/<time>``, a fresh directory for each run."""
+    base = Path(RUNS) / program_name()
+    stamp = now.strftime("%Y-%m-%d_%H-%M-%S")
+    candidate, number = base / stamp, 1
+    while candidate.exists():
+        number += 1
+        candidate = base / f"{stamp}_{number}"
+    return candidate
+
+
+def program_name() -> str:
+    """Name of the script or notebook that runs, without its ending."""
+    notebook = os.environ.get("JPY_SESSION_NAME")
+    if notebook:
+        return Path(notebook).stem
+    if "ipykernel" in sys.modules:
+        return "notebook"
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    return Path(script).stem if script else "interactive"

@@ -1,0 +1,76 @@
+"""What the trainer asks of an engine: a group of ranks that answers calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torchtrainer.config import Timeouts, TrainSettings
+from torchtrainer.driver.controller import Listener
+from torchtrainer.driver.policies import RankView
+from torchtrainer.spec import BuildSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupPlan:
+    """What a group is started from.
+
+    Attributes:
+        spec: creators and settings, what every rank is built from.
+        world_size: ranks.
+        threads: intra-op threads per process.
+        gpus: GPU index per rank, empty without GPUs.
+        log_dir: where the ranks' output goes.
+        logs_stay: whether that directory outlives the run.
+        timeouts: deadlines of the engine.
+        hang_timeout_s: longest time without progress.
+    """
+
+    spec: BuildSpec
+    world_size: int
+    threads: int
+    gpus: tuple[int, ...] = ()
+    log_dir: str
+    logs_stay: bool
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    hang_timeout_s: float = 1800.0
+
+    @property
+    def settings(self) -> TrainSettings:
+        """How each rank trains."""
+        return self.spec.settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallResult:
+    """Results of a call, one per rank in rank order; ``stopped``: the pass was ended early."""
+
+    values: list[Any]
+    stopped: bool = False
+
+
+class Group(Protocol):
+    """Ranks that exist and take calls. Used from the user's thread."""
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are."""
+
+    @property
+    def views(self) -> tuple[RankView, ...]:
+        """What is known of each rank."""
+
+    def call(self, method: str, **keywords: Any) -> CallResult:
+        """Runs a method of `torchtrainer.worker.runtime.RankRuntime` on every rank."""
+
+    def end(self, force: bool = False) -> None:
+        """Ends the ranks. Idempotent."""
+
+
+class Engine(Protocol):
+    """Makes groups."""
+
+    name: str
+
+    def start_group(self, plan: GroupPlan, listener: Listener) -> Group:
+        """Starts ranks and waits until they are built."""

@@ -1,0 +1,381 @@
+"""The host process: supervises all worker processes of one driver on one machine. No torch, one thread.
+
+    driver ──ipc──> host ──socket──> spawner ──fork──> worker 0..P-1
+                     ^                                    │
+                     └────────────────ipc─────────────────┘
+
+It starts workers, carries messages, follows logs, notices deaths as events, and ends everything when the driver ends, in
+whatever way that happens. It decides nothing about training.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torchtrainer.control.channel import Router
+from torchtrainer.control.messages import (
+    Beat,
+    Call,
+    DumpStacks,
+    EngineFailed,
+    EngineReady,
+    Failure,
+    ForWorker,
+    FromWorker,
+    GroupGone,
+    Hello,
+    KillGroup,
+    Message,
+    Output,
+    Quit,
+    Reply,
+    SignalWorkers,
+    Stacks,
+    StartGroup,
+    WorkerExited,
+    WorkerReady,
+    WorkerStarted,
+)
+from torchtrainer.process.child import ChildSpec
+from torchtrainer.process.guard import kill_process_group, kill_session, open_pidfd, signal_process
+from torchtrainer.process.logs import LogTail, last_text
+from torchtrainer.process.paths import EnginePaths, RankPaths
+from torchtrainer.process.signals import STACK_DUMP_SIGNAL
+from torchtrainer.process.starters import (
+    ChildExited,
+    ChildStarted,
+    ExecStarter,
+    ForkStarter,
+    Starter,
+    StarterEvent,
+    StarterFailed,
+    StarterReady,
+)
+
+DRIVER = b"driver"
+TICK_S = 0.05
+"""How often logs are looked at, and exec'd workers for exits, while a group works."""
+IDLE_TICK_S = 1.0
+"""The same while nothing goes on."""
+STACK_DUMP_WAIT_S = 0.3
+"""How long a worker gets to write its stacks before they are read."""
+WORKER_ENTRY = "torchtrainer.worker.main:main"
+PRELOAD = (
+    "torch",
+    "torch.distributed",
+    "torch.distributed.algorithms",
+    "torch.nn.parallel",
+    "torch.optim",
+    "torch.utils.data",
+    "torch._dynamo",
+    "torchtrainer.worker.main",
+)
+"""What every worker would import otherwise, lazily included: the first optimizer and DDP import ``torch._dynamo``."""
+PRELOADABLE = ("torch", "torchvision", "numpy", "PIL")
+"""Packages whose modules a spawner may import after seeing a worker do so: known to start no thread when imported."""
+
+
+def worker_name(group: str, rank: int) -> str:
+    """Name of a worker on the control channel and towards the starter."""
+    return f"{group}/{rank}"
+
+
+@dataclass
+class Group:
+    """Processes of one worker group."""
+
+    spec: StartGroup
+    pids: dict[int, int] = field(default_factory=dict)
+    unborn: set[int] = field(default_factory=set)
+    tails: dict[str, LogTail] = field(default_factory=dict)
+    awaited: set[int] = field(default_factory=set)
+    killed: bool = False
+    stacks_due: float | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether any rank is being built or runs a call; otherwise nobody listens to progress."""
+        return bool(self.awaited)
+
+    def rank_of(self, pid: int) -> int | None:
+        """Rank carried by a process, None if it is not of this group."""
+        return next((rank for rank, known in self.pids.items() if known == pid), None)
+
+
+class Host:
+    """Everything the host process knows and does. ``run`` returns when the driver is gone or says `Quit`."""
+
+    def __init__(self, paths: EnginePaths, driver_pid: int, driver_pipe: int, start_method: str) -> None:
+        environ = dict(os.environ)
+        self._paths = paths
+        self._starter: Starter = ForkStarter(PRELOAD, environ) if start_method == "fork" else ExecStarter(environ)
+        self._exec_starter: ExecStarter | None = None
+        self._router = Router(paths.socket)
+        self._driver_pid = driver_pid
+        self._driver_watch = [fd for fd in (open_pidfd(driver_pid), driver_pipe) if fd is not None]
+        self._groups: dict[str, Group] = {}
+        self._preloaded: set[str] = set()
+        self._quit = False
+
+    # The loop
+
+    def run(self) -> None:
+        """Serves until the driver is gone or wants no more, then ends every process and removes every file."""
+        try:
+            while not self._quit and os.getppid() == self._driver_pid:
+                self._turn()
+        finally:
+            self._end_everything()
+
+    def _turn(self) -> None:
+        busy = any(group.active or group.killed for group in self._groups.values())
+        starters = [s for s in (self._starter, self._exec_starter) if s is not None]
+        fds = [*self._driver_watch, *(fd for s in starters for fd in s.fds())]
+        ready = self._router.wait(fds, TICK_S if busy else IDLE_TICK_S)
+        if ready.intersection(self._driver_watch):
+            self._quit = True
+            return
+        while (received := self._router.receive()) is not None:
+            self._on_message(*received)
+        for starter in starters:
+            for event in starter.events():
+                self._on_starter_event(event)
+        for group in self._groups.values():
+            if group.active:
+                self._forward_output(group)
+            if group.stacks_due is not None and time.monotonic() >= group.stacks_due:
+                self._send_stacks(group)
+
+    def _to_driver(self, message: Message) -> None:
+        self._router.send(DRIVER, message)
+
+    # Messages
+
+    def _on_message(self, sender: bytes, message: Message) -> None:
+        if isinstance(message, ForWorker):
+            self._pass_to_workers(message)
+        elif isinstance(message, FromWorker):
+            self._pass_to_driver(message)
+        elif isinstance(message, StartGroup):
+            self._start_group(message)
+        elif isinstance(message, KillGroup):
+            self._kill_group(message.group)
+        elif isinstance(message, SignalWorkers):
+            for pid in self._living(message.group):
+                signal_process(pid, message.signum)
+        elif isinstance(message, DumpStacks):
+            self._ask_for_stacks(message.group)
+        elif isinstance(message, Quit):
+            self._quit = True
+        else:
+            raise ValueError(f"{sender!r} sent {type(message).__name__}, which the host does not take")
+
+    def _pass_to_workers(self, message: ForWorker) -> None:
+        group = self._groups.get(message.group)
+        if group is None:
+            return
+        ranks = list(group.pids) if message.rank is None else [message.rank]
+        if isinstance(message, Call):
+            group.awaited.update(ranks)
+        for rank in ranks:
+            self._router.send(worker_name(message.group, rank).encode(), message)
+
+    def _pass_to_driver(self, message: FromWorker) -> None:
+        group = self._groups.get(message.group)
+        if group is None or isinstance(message, Hello):
+            return
+        if isinstance(message, Beat) and not group.active:
+            return
+        if isinstance(message, WorkerReady):
+            self._learn_modules(message.modules)
+        if isinstance(message, WorkerReady | Reply | Failure):
+            group.awaited.discard(message.rank)
+            self._forward_output(group, flush=True)  # what was printed before comes before
+        self._to_driver(message)
+
+    def _learn_modules(self, modules: list[str]) -> None:
+        new = [m for m in modules if m.split(".")[0] in PRELOADABLE and m not in self._preloaded]
+        if new:
+            self._preloaded.update(new)
+            self._starter.preload(new)
+
+    # Groups
+
+    def _start_group(self, message: StartGroup) -> None:
+        ranks = range(message.world_size)
+        group = Group(spec=message, unborn=set(ranks), awaited=set(ranks))
+        self._groups[message.group] = group
+        spec_path = self._paths.spec(message.group)
+        with open(os.open(spec_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(message.blob)
+        for stream in ("stdout", "stderr"):
+            group.tails[stream] = LogTail(RankPaths.of(message.log_dir, 0).stream(stream))
+        for rank in ranks:
+            (self._exec_starter or self._starter).start(self._child_spec(message, rank))
+
+    def _child_spec(self, message: StartGroup, rank: int) -> ChildSpec:
+        loopback = "lo0" if sys.platform == "darwin" else "lo"
+        environ = {
+            "GLOO_SOCKET_IFNAME": loopback,  # Gloo's own sockets then listen on loopback only
+            "OMP_NUM_THREADS": str(message.threads),
+            **message.environ,
+            "RANK": str(rank),
+            "WORLD_SIZE": str(message.world_size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(message.world_size),
+        }
+        arguments = {
+            "group": message.group,
+            "name": worker_name(message.group, rank),
+            "rank": rank,
+            "world_size": message.world_size,
+            "socket": self._paths.socket,
+            "spec_path": str(self._paths.spec(message.group)),
+            "store_path": str(self._paths.store(message.group)),
+            "log_dir": message.log_dir,
+            "threads": message.threads,
+            "backend": message.backend,
+            "timeout_s": message.timeout_s,
+            "gpu": message.gpus[rank] if message.gpus else None,
+            "heartbeat_s": message.heartbeat_s,
+            "progress_s": message.progress_s,
+            "hold_s": message.hold_s,
+        }
+        return ChildSpec(
+            key=worker_name(message.group, rank),
+            entry=WORKER_ENTRY,
+            arguments=arguments,
+            environ=environ,
+            cwd=message.cwd,
+            sys_path=message.sys_path,
+            log_dir=message.log_dir,
+            rank=rank,
+        )
+
+    def _living(self, name: str) -> list[int]:
+        group = self._groups.get(name)
+        return list(group.pids.values()) if group is not None else []
+
+    def _kill_group(self, name: str) -> None:
+        group = self._groups.get(name)
+        if group is None:
+            self._to_driver(GroupGone(group=name))
+            return
+        group.killed = True
+        for pid in group.pids.values():
+            kill_session(pid)
+        self._forget_if_gone(name, group)
+
+    def _forget_if_gone(self, name: str, group: Group) -> None:
+        if group.pids or group.unborn:
+            return
+        self._forward_output(group, flush=True)
+        for tail in group.tails.values():
+            tail.close()
+        del self._groups[name]
+        self._paths.forget(name)
+        self._to_driver(GroupGone(group=name))
+
+    # Starter events
+
+    def _on_starter_event(self, event: StarterEvent) -> None:
+        if isinstance(event, StarterReady):
+            self._on_starter_ready(event)
+        elif isinstance(event, StarterFailed):
+            self._to_driver(EngineFailed(text=event.text))
+        elif isinstance(event, ChildStarted):
+            self._on_child_started(event)
+        else:
+            self._on_child_exited(event)
+
+    def _on_starter_ready(self, event: StarterReady) -> None:
+        if event.threads > 1 and self._exec_starter is None:
+            self._exec_starter = ExecStarter(dict(os.environ))  # a fork would copy one thread and the others' locks
+        self._to_driver(EngineReady(host_pid=os.getpid(), spawner_pid=event.pid, import_s=event.import_s))
+
+    def _on_child_started(self, event: ChildStarted) -> None:
+        name, rank_text = event.key.rsplit("/", 1)
+        group, rank = self._groups[name], int(rank_text)
+        group.unborn.discard(rank)
+        group.pids[rank] = event.pid
+        if group.killed:
+            kill_session(event.pid)
+        self._to_driver(WorkerStarted(group=name, rank=rank, pid=event.pid))
+
+    def _on_child_exited(self, event: ChildExited) -> None:
+        for name, group in list(self._groups.items()):
+            rank = group.rank_of(event.pid)
+            if rank is None:
+                continue
+            kill_process_group(event.pid)  # what the worker had started goes with it
+            del group.pids[rank]
+            group.awaited.discard(rank)
+            self._forward_output(group, flush=True)
+            tail = last_text(RankPaths.of(group.spec.log_dir, rank).stream("stderr"))
+            self._to_driver(
+                WorkerExited(
+                    group=name,
+                    rank=rank,
+                    pid=event.pid,
+                    exit_code=event.exit_code,
+                    max_rss_bytes=event.max_rss_bytes,
+                    stderr_tail=tail,
+                )
+            )
+            self._forget_if_gone(name, group)
+
+    # Output and stacks
+
+    def _forward_output(self, group: Group, flush: bool = False) -> None:
+        for stream, tail in group.tails.items():
+            text = tail.new_text(flush)
+            if text:
+                self._to_driver(Output(group=group.spec.group, rank=0, stream=stream, text=text))
+
+    def _ask_for_stacks(self, name: str) -> None:
+        group = self._groups.get(name)
+        if group is None or STACK_DUMP_SIGNAL is None:
+            return
+        for pid in group.pids.values():
+            signal_process(pid, STACK_DUMP_SIGNAL)
+        group.stacks_due = time.monotonic() + STACK_DUMP_WAIT_S
+
+    def _send_stacks(self, group: Group) -> None:
+        group.stacks_due = None
+        for rank in group.pids:
+            text = last_text(RankPaths.of(group.spec.log_dir, rank).stacks)
+            self._to_driver(Stacks(group=group.spec.group, rank=rank, text=text))
+
+    # The end
+
+    def _end_everything(self) -> None:
+        for group in self._groups.values():
+            for pid in group.pids.values():
+                kill_session(pid)
+        for starter in (self._starter, self._exec_starter):
+            if starter is not None:
+                starter.close()
+        self._router.close()
+        self._paths.remove()
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the host.
+
+    Args:
+        arguments: private directory, pid of the driver, start method. Standard input is a pipe that the driver holds open.
+    """
+    root, driver_pid, start_method = arguments
+    paths = EnginePaths(Path(root))
+    try:
+        Host(paths, int(driver_pid), sys.stdin.fileno(), start_method).run()
+    finally:
+        paths.remove()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

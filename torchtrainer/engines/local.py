@@ -1,0 +1,152 @@
+"""The local engine: worker processes on this machine, started by a host process of the driver's own."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import secrets
+import sys
+from typing import Any, Literal
+
+from torchtrainer.config import Timeouts
+from torchtrainer.control.messages import StartGroup
+from torchtrainer.driver.connection import HostConnection
+from torchtrainer.driver.controller import Controller, Listener
+from torchtrainer.driver.decoding import decode_reply
+from torchtrainer.driver.pickling import dumps
+from torchtrainer.driver.policies import RankView
+from torchtrainer.engines.base import CallResult, GroupPlan
+from torchtrainer.errors import InvalidArgumentError
+
+StartMethod = Literal["auto", "fork", "exec"]
+
+
+class LocalEngine:
+    """Starts groups of worker processes on this machine, and keeps what makes the next start fast.
+
+    Args:
+        start_method: ``fork``: workers are forked from a process that has imported torch; ``exec``: each is a new
+            interpreter; ``auto``: fork where that is safe (Linux).
+        timeouts: deadlines.
+    """
+
+    name = "local"
+
+    def __init__(self, start_method: StartMethod = "auto", timeouts: Timeouts | None = None) -> None:
+        if start_method not in ("auto", "fork", "exec"):
+            raise InvalidArgumentError(f'start_method must be "auto", "fork" or "exec", got {start_method!r}')
+        if start_method == "auto":
+            start_method = "fork" if sys.platform == "linux" else "exec"
+        self.start_method = start_method
+        self.timeouts = timeouts or Timeouts()
+        self._connection: HostConnection | None = None
+
+    def connect(self) -> HostConnection:
+        """Starts the host process unless it lives; returns at once, while torch is imported elsewhere."""
+        if self._connection is None or not self._connection.alive:
+            if self._connection is not None:
+                self._connection.close()
+            self._connection = HostConnection(self.start_method, self.timeouts)
+        return self._connection
+
+    def start_group(self, plan: GroupPlan, listener: Listener) -> LocalGroup:
+        """Starts one process per rank and waits until every rank is built.
+
+        Raises:
+            BaseException: what user code raised while building; `EngineError` and its kind if processes were lost.
+        """
+        connection = self.connect()
+        settings = plan.settings
+        start = StartGroup(
+            group=f"group-{secrets.token_hex(4)}",
+            world_size=plan.world_size,
+            log_dir=os.path.abspath(plan.log_dir),
+            environ=dict(os.environ),
+            cwd=os.getcwd(),
+            sys_path=[os.path.abspath(entry) for entry in sys.path],
+            threads=plan.threads,
+            backend=settings.backend,
+            timeout_s=settings.timeout_s,
+            gpus=list(plan.gpus),
+            heartbeat_s=plan.timeouts.heartbeat_s,
+            progress_s=plan.timeouts.progress_s,
+            hold_s=plan.timeouts.hold_s,
+            blob=_pickled_spec(plan),
+        )
+        controller = Controller(
+            connection,
+            start,
+            logs_stay=plan.logs_stay,
+            timeouts=plan.timeouts,
+            hang_timeout_s=plan.hang_timeout_s,
+            listener=listener,
+        )
+        try:
+            controller.wait_until_ready()
+        except BaseException:
+            controller.end(force=True)
+            raise
+        return LocalGroup(controller, plan.world_size)
+
+    def close(self) -> None:
+        """Ends all groups and the host. Idempotent."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+
+class LocalGroup:
+    """Ranks in processes of this machine."""
+
+    def __init__(self, controller: Controller, world_size: int) -> None:
+        self._controller = controller
+        self.world_size = world_size
+
+    @property
+    def views(self) -> tuple[RankView, ...]:
+        """What the heartbeats told of each rank."""
+        if not self._controller.closed:
+            self._controller.look()
+        return self._controller.views
+
+    def call(self, method: str, **keywords: Any) -> CallResult:
+        """Runs a method on every rank; see `Controller.call`."""
+        outcome = self._controller.call(method, dumps(keywords, f"an argument of {method}()"))
+        return CallResult(values=[decode_reply(reply) for reply in outcome.replies], stopped=outcome.stopped)
+
+    def end(self, force: bool = False) -> None:
+        """Ends the workers and waits until they are gone. Idempotent."""
+        self._controller.end(force)
+
+
+def _pickled_spec(plan: GroupPlan) -> bytes:
+    """The creators and options as workers get them; each part is tried by itself if the whole does not pickle."""
+    parts = {name: value for name, value in vars(plan.spec).items() if value is not None and name != "settings"}
+    try:
+        return dumps(plan.spec, "the trainer's arguments")
+    except TypeError:
+        for name, value in parts.items():
+            dumps(value, name)
+        raise
+
+
+_shared: list[LocalEngine] = []
+"""The engine of this process, made when first needed: its host process is one per driver, as the start of a second trainer
+is fast only if the first one's spawner still lives."""
+
+
+def shared_engine() -> LocalEngine:
+    """The local engine that all trainers of this process use; ended when the interpreter exits."""
+    if not _shared:
+        _shared.append(LocalEngine())
+        atexit.register(_shared[0].close)
+    return _shared[0]
+
+
+def prestart() -> None:
+    """Starts importing torch for the workers now, in the background, while this process does other things.
+
+    Optional. Call it at the top of a script, before its own heavy imports: both then go on side by side. Calling it again
+    does nothing.
+    """
+    shared_engine().connect()

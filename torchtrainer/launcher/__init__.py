@@ -1,0 +1,1 @@
+"""The command line: ``torchtrainer`` and its subcommands. Nothing here imports torch."""

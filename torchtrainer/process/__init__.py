@@ -1,0 +1,1 @@
+"""The operating system: processes, logs, error files, signals. Standard library only."""

@@ -1,0 +1,94 @@
+"""What a new worker process does first, whether it was forked or exec'd, before any user code runs."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+from torchtrainer.process.guard import die_with_parent
+from torchtrainer.process.paths import RankPaths, private_directory
+from torchtrainer.process.signals import STACK_DUMP_SIGNAL
+
+_INHERITED_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGCHLD", "SIGUSR1", "SIGUSR2", "SIGPIPE")
+
+
+class ChildSpec(TypedDict):
+    """What a worker process is started with; JSON.
+
+    Attributes:
+        key: name by which the starter reports the process.
+        entry: ``module:function``, called with ``arguments``; returns the exit code.
+        arguments: for the entry.
+        environ: complete environment.
+        cwd: working directory.
+        sys_path: module search path.
+        log_dir, rank: where stdout, stderr and stacks go.
+    """
+
+    key: str
+    entry: str
+    arguments: dict[str, Any]
+    environ: dict[str, str]
+    cwd: str
+    sys_path: list[str]
+    log_dir: str
+    rank: int
+
+
+def run_child(spec: ChildSpec, parent: int) -> int:
+    """Turns this process into a worker and runs its entry.
+
+    Runs in the only thread of the new process. Returns the exit code; never raises for what the entry does.
+
+    Args:
+        spec: what to become.
+        parent: pid of the process that started this one.
+    """
+    if os.getpid() != os.getsid(0):
+        os.setsid()  # keeps the terminal's Ctrl-C away, and makes one process group of the worker and its children
+    die_with_parent(parent)
+    _reset_signals()
+    os.environ.clear()
+    os.environ.update(spec["environ"])
+    sys.path[:] = spec["sys_path"]
+    os.chdir(spec["cwd"])
+    _redirect_output(RankPaths.of(spec["log_dir"], spec["rank"]))
+    gc.enable()
+    module, function = spec["entry"].split(":")
+    entry: Callable[[dict[str, Any]], int] = getattr(importlib.import_module(module), function)
+    return entry(spec["arguments"])
+
+
+def _reset_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    for name in _INHERITED_SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python does at start: a broken pipe is an exception
+
+
+def _redirect_output(paths: RankPaths) -> None:
+    private_directory(paths.root)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        log = os.open(paths.stream(name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(log, fd)
+        os.close(log)
+    for stream, fd in (("stdout", 1), ("stderr", 2)):
+        # Fresh objects: the inherited ones may hold text of the parent, or be something that the parent put there.
+        setattr(sys, stream, open(fd, "w", buffering=1, closefd=False, errors="backslashreplace"))  # noqa: SIM115
+    faulthandler.enable(file=sys.stderr)
+    if STACK_DUMP_SIGNAL is not None and hasattr(faulthandler, "register"):
+        # The file stays open for the life of the process: faulthandler writes to its descriptor from a signal handler.
+        stacks = os.open(paths.stacks, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        faulthandler.register(STACK_DUMP_SIGNAL, file=stacks, all_threads=True)

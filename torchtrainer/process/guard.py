@@ -1,0 +1,65 @@
+"""How a process learns that another one is gone, and how it takes its own children with it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int) -> None:
+    """Has the kernel kill this process when its parent ends (Linux; elsewhere pipes and polling do).
+
+    Call it from the main thread of a process whose parent forked it from a thread that lives as long as the parent: the
+    signal is tied to that thread.
+
+    Args:
+        parent: pid that the parent had when this process was asked for; if it is gone already, so is this process.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def open_pidfd(pid: int) -> int | None:
+    """Opens a descriptor that becomes readable when the process ends; None where the system has no such thing."""
+    if not hasattr(os, "pidfd_open"):
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None
+
+
+def kill_process_group(leader: int) -> None:
+    """Kills what is left of the process group of a process that has ended."""
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # nobody left
+        return
+
+
+def kill_session(pid: int) -> None:
+    """Kills a process that leads a session, and everything in its process group."""
+    kill_process_group(pid)
+    signal_process(pid, signal.SIGKILL)  # it may not lead a group yet
+
+
+def signal_process(pid: int, signum: int) -> None:
+    """Sends a signal to one process; one that is gone needs none."""
+    try:
+        os.kill(pid, signum)
+    except ProcessLookupError:
+        return
+
+
+def thread_count() -> int:
+    """Threads of this process, native ones included; 1 where the system does not say."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        return 1

@@ -1,0 +1,59 @@
+"""Reading the logs that workers write: what is new since the last look, and the last lines."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+STDERR_TAIL_BYTES = 4000
+_READ_BYTES = 1 << 16
+
+
+class LogTail:
+    """Follows one log file and hands out whole lines. Used by one thread.
+
+    A carriage return ends a line too, so that a progress bar inside a worker shows while it moves.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd: int | None = None
+        self._partial = b""
+
+    def new_text(self, flush: bool = False) -> str:
+        """Returns what was written since the last call, up to the last complete line.
+
+        Args:
+            flush: return an incomplete last line too.
+        """
+        if self._fd is None:
+            try:
+                self._fd = os.open(self._path, os.O_RDONLY)
+            except FileNotFoundError:
+                return ""
+        data = self._partial
+        while chunk := os.read(self._fd, _READ_BYTES):
+            data += chunk
+        cut = len(data) if flush else max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+        self._partial = data[cut:]
+        return data[:cut].decode(errors="replace")
+
+    def close(self) -> None:
+        """Closes the file. Idempotent."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def last_text(path: Path, limit_bytes: int = STDERR_TAIL_BYTES) -> str:
+    """Returns the end of a log file, beginning with a whole line; empty if there is no file."""
+    try:
+        with path.open("rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(0, size - limit_bytes))
+            data = log.read()
+    except FileNotFoundError:
+        return ""
+    if size > limit_bytes:
+        data = data[data.find(b"\n") + 1 :]
+    return data.decode(errors="replace").strip()

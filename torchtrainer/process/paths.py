@@ -1,0 +1,112 @@
+"""Where files are: the only module that joins names of the engine's private directory and of a run's log directory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+PRIVATE_DIR_PREFIX = "torchtrainer-"
+
+
+@dataclass(frozen=True)
+class EnginePaths:
+    """Private files of one engine: socket, rendezvous stores and what is handed to workers. Mode 0700, gone at the end.
+
+    root/
+      control.ipc        socket of the control plane
+      <group>.spec       pickled creators of a group, removed when the group is built or gone
+      <group>.store      rendezvous file of a group's process group
+    """
+
+    root: Path
+
+    @classmethod
+    def create(cls, path_limit: int) -> EnginePaths:
+        """Makes a fresh directory, in the user's runtime directory if there is one.
+
+        Args:
+            path_limit: longest path in bytes that a socket may have.
+        """
+        candidates = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
+        for base in candidates:
+            if not base or not os.access(base, os.W_OK | os.X_OK):
+                continue
+            root = Path(tempfile.mkdtemp(prefix=PRIVATE_DIR_PREFIX, dir=base))
+            paths = cls(root)
+            if len(os.fsencode(paths.socket)) <= path_limit:
+                return paths
+            root.rmdir()
+        raise OSError(
+            f"no writable directory with a short enough path for a socket ({path_limit} bytes) among "
+            f"{[c for c in candidates if c]}: set TMPDIR to one"
+        )
+
+    @property
+    def socket(self) -> str:
+        """Socket of the control plane."""
+        return str(self.root / "control.ipc")
+
+    def spec(self, group: str) -> Path:
+        """What a group's workers are built from."""
+        return self.root / f"{group}.spec"
+
+    def store(self, group: str) -> Path:
+        """Rendezvous file of a group."""
+        return self.root / f"{group}.store"
+
+    def forget(self, group: str) -> None:
+        """Removes the files of a group."""
+        self.spec(group).unlink(missing_ok=True)
+        self.store(group).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Removes the directory with all that is in it."""
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class RankPaths:
+    """Files that one rank writes, under the log directory of its run."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, log_dir: str | Path, rank: int) -> RankPaths:
+        """The files of a rank."""
+        return cls(Path(log_dir) / f"rank_{rank}")
+
+    def stream(self, name: str) -> Path:
+        """Log of ``stdout`` or ``stderr``."""
+        return self.root / f"{name}.log"
+
+    @property
+    def error(self) -> Path:
+        """The error file, in the form that torch's launchers read."""
+        return self.root / "error.json"
+
+    @property
+    def stacks(self) -> Path:
+        """Where a stack dump goes."""
+        return self.root / "stacks.txt"
+
+
+def private_directory(path: Path) -> Path:
+    """Makes a directory for the user's eyes only; parents are made with the usual mode.
+
+    Raises:
+        OSError: it cannot be made, is a link, or belongs to somebody else.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            raise OSError(f"{path} is not a directory") from None
+        if hasattr(os, "getuid") and found.st_uid != os.getuid():
+            raise OSError(f"{path} belongs to user id {found.st_uid}, not to you") from None
+    return path

@@ -1,0 +1,185 @@
+"""Two ways to start worker processes, alike from outside: forked from a preloaded spawner, or exec'd one by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torchtrainer.process.child import ChildSpec
+from torchtrainer.process.frames import FrameSocket
+
+PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class StarterReady:
+    """Workers can be started from now on; with how many threads the spawner has."""
+
+    pid: int
+    import_s: float
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StarterFailed:
+    """No worker can be started any more."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChildStarted:
+    """A process exists."""
+
+    key: str
+    pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChildExited:
+    """A process is gone."""
+
+    pid: int
+    exit_code: int
+    max_rss_bytes: int
+
+
+StarterEvent = StarterReady | StarterFailed | ChildStarted | ChildExited
+
+
+class Starter(Protocol):
+    """Starts worker processes and tells when they exist and when they are gone. Used by the host's only thread."""
+
+    def fds(self) -> list[int]:
+        """Descriptors that become readable when there are events."""
+
+    def start(self, spec: ChildSpec) -> None:
+        """Asks for a process."""
+
+    def preload(self, modules: Sequence[str]) -> None:
+        """Has later processes find these modules imported, where that is possible."""
+
+    def events(self) -> list[StarterEvent]:
+        """What happened since the last call."""
+
+    def close(self) -> None:
+        """Ends the starter itself, not the processes it started."""
+
+
+def child_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """Environment for one of our own interpreters: it must find this package wherever the user's process found it."""
+    path = environ.get("PYTHONPATH")
+    return {**environ, "PYTHONPATH": PACKAGE_PARENT + (os.pathsep + path if path else "")}
+
+
+class ForkStarter:
+    """Forks workers from a spawner process."""
+
+    def __init__(self, modules: Sequence[str], environ: Mapping[str, str]) -> None:
+        ours, theirs = socket.socketpair()
+        quiet = {
+            # numpy's OpenBLAS starts threads when imported, unless told not to; a process that forks must have one.
+            "OPENBLAS_NUM_THREADS": "1",
+            # Sets of strings then have one order in all runs, as far as the user did not ask for something else.
+            "PYTHONHASHSEED": environ.get("PYTHONHASHSEED", "0"),
+        }
+        command = [sys.executable, "-m", "torchtrainer.process.spawner"]
+        with theirs:
+            self._process = subprocess.Popen(
+                [*command, str(theirs.fileno()), str(os.getpid()), ",".join(modules)],
+                env={**child_environ(environ), **quiet},
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+        self._link = FrameSocket(ours)
+        self._lost = False
+
+    def fds(self) -> list[int]:
+        """The spawner's socket."""
+        return [] if self._lost else [self._link.fileno()]
+
+    def start(self, spec: ChildSpec) -> None:
+        """Asks the spawner for a fork; it waits there until the imports are done."""
+        self._link.send({"fork": spec})
+
+    def preload(self, modules: Sequence[str]) -> None:
+        """Asks the spawner to import more modules."""
+        self._link.send({"preload": list(modules)})
+
+    def events(self) -> list[StarterEvent]:
+        """What the spawner said since the last call."""
+        events: list[StarterEvent] = []
+        for value in self._link.receive_available():
+            ((kind, body),) = value.items()
+            if kind == "ready":
+                events.append(StarterReady(**body))
+            elif kind == "started":
+                events.append(ChildStarted(**body))
+            elif kind == "exited":
+                events.append(ChildExited(**body))
+            else:
+                events.append(StarterFailed(text=body))
+        if self._link.closed_by_peer and not self._lost:
+            self._lost = True
+            code = self._process.wait()
+            events.append(StarterFailed(text=f"the spawner process (pid {self._process.pid}) exited with code {code}"))
+        return events
+
+    def close(self) -> None:
+        """Ends the spawner; the kernel ends its children with it. Idempotent."""
+        self._link.close()
+        self._process.kill()
+        self._process.wait()
+
+
+class ExecStarter:
+    """Starts each worker as a new interpreter: slower, for systems and programs where a fork is not safe."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = child_environ(environ)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._events: list[StarterEvent] = [StarterReady(pid=os.getpid(), import_s=0.0, threads=1)]
+
+    def fds(self) -> list[int]:
+        """None: exits are found by asking, at the host's tick."""
+        return []
+
+    def start(self, spec: ChildSpec) -> None:
+        """Starts an interpreter."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "torchtrainer.process.exec_child", str(os.getpid())],
+            env={**self._environ, **spec["environ"], "PYTHONPATH": self._environ["PYTHONPATH"]},
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        with process.stdin as pipe:
+            pipe.write(json.dumps(spec).encode())
+        self._processes.append(process)
+        self._events.append(ChildStarted(key=spec["key"], pid=process.pid))
+
+    def preload(self, modules: Sequence[str]) -> None:
+        """Nothing: a new interpreter imports for itself."""
+
+    def events(self) -> list[StarterEvent]:
+        """What happened since the last call."""
+        events, self._events = self._events, []
+        for process in list(self._processes):
+            code = process.poll()
+            if code is not None:
+                self._processes.remove(process)
+                events.append(ChildExited(pid=process.pid, exit_code=code, max_rss_bytes=0))
+        return events
+
+    def close(self) -> None:
+        """Kills what it started."""
+        for process in self._processes:
+            process.kill()
+            process.wait()

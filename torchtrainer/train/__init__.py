@@ -1,0 +1,1 @@
+"""From ``data_creator`` to ``optimizer.step()``: everything that one rank does."""

@@ -1,0 +1,189 @@
+"""Models, optimizers, criterion and schedulers of an operator: checked, moved to the device, compiled and wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from torchtrainer.comm.group import unwrap, wrap
+from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError
+
+if TYPE_CHECKING:
+    from torchtrainer.operator import OperatorContext, TrainingOperator
+    from torchtrainer.train.data import RankLoader
+    from torchtrainer.train.loop import StepIterator
+    from torchtrainer.train.metrics import AverageMeterCollection
+    from torchtrainer.train.precision import Amp
+    from torchtrainer.train.step import GradientClock
+
+_RETIRED = {
+    "model": "use models=",
+    "optimizer": "use optimizers=",
+    "scheduler": "use schedulers=",
+    "loss": "use criterion=",
+    "apex_args": 'apex is not used; remove it and pass precision="fp16" or "bf16" to TorchTrainer',
+    "train_loader": "use self.register_data(train_loader=...)",
+    "validation_loader": "use self.register_data(validation_loader=...)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """What an operator registered.
+
+    Attributes:
+        raw_models: the user's modules: state is taken from and loaded into these.
+        models: the same, wrapped for the exchange of gradients where that is needed; hooks call these.
+        optimizers: in the order given.
+        criterion: the loss, or None.
+        schedulers: in the order given.
+    """
+
+    raw_models: list[nn.Module]
+    models: list[nn.Module]
+    optimizers: list[Any]
+    criterion: Any
+    schedulers: list[Any]
+
+    def trainable(self) -> Iterator[nn.Parameter]:
+        """Every parameter that gets a gradient, once."""
+        seen: set[int] = set()
+        for model in self.raw_models:
+            for parameter in model.parameters():
+                if parameter.requires_grad and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter
+
+
+@dataclass(kw_only=True)
+class Internals:
+    """What an operator keeps for the loops and the rank that runs it, apart from the attributes that users see and set.
+
+    Attributes:
+        context: where the operator lives.
+        amp: its mixed precision.
+        components: what it registered.
+        loaders: its loaders by name, ``train`` and ``validation``.
+        steps: the iterator of the call that is running.
+        meters: those of the built-in loop in this call, once it ran.
+        gradient_clock: in a call that is profiled.
+    """
+
+    context: OperatorContext
+    amp: Amp
+    components: Components | None = None
+    loaders: dict[str, RankLoader] = field(default_factory=dict)
+    steps: StepIterator | None = None
+    meters: AverageMeterCollection | None = None
+    gradient_clock: GradientClock | None = None
+
+
+def internals(operator: TrainingOperator) -> Internals:
+    """What the operator keeps for us."""
+    return operator._internals  # the one place: users see none of it among their own attributes
+
+
+def as_list(value: Any) -> list[Any]:
+    """The members of a tuple or list; anything else, an ``nn.Sequential`` for instance, is one component."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def in_shape_of(given: Any, members: list[Any]) -> Any:
+    """Members in the container that was given: list, tuple, or the single object."""
+    if isinstance(given, list):
+        return list(members)
+    return tuple(members) if isinstance(given, tuple) else members[0]
+
+
+def check_models(value: Any, who: str) -> list[nn.Module]:
+    """The modules in ``value``, or a TypeError that shows what is not a module."""
+    return _check(value, who, "an nn.Module, or several in a tuple or list", lambda one: isinstance(one, nn.Module))
+
+
+def check_optimizers(value: Any, who: str) -> list[Any]:
+    """The optimizers in ``value``; anything that steps and has a state counts as one."""
+    return _check(value, who, "a torch optimizer, or several in a tuple or list", _steps)
+
+
+def check_schedulers(value: Any, who: str) -> list[Any]:
+    """The learning rate schedulers in ``value``."""
+    return _check(value, who, "a learning rate scheduler, or several in a tuple or list", _steps, empty=True)
+
+
+def _check(value: Any, who: str, expected: str, fits: Callable[[Any], bool], *, empty: bool = False) -> list[Any]:
+    members = as_list(value)
+    if not members and not empty:
+        raise InvalidArgumentTypeError(f"{who} must be {expected}; got an empty {type(value).__name__}")
+    for index, member in enumerate(members):
+        if isinstance(member, type) or not fits(member):
+            where = f" at place {index}" if isinstance(value, list | tuple) else ""
+            raise InvalidArgumentTypeError(
+                f"{who} must be {expected}; got {member!r} of type {type(member).__name__}{where}"
+            )
+    return members
+
+
+def _steps(value: Any) -> bool:
+    return all(callable(getattr(value, name, None)) for name in ("step", "state_dict", "load_state_dict"))
+
+
+def refuse_retired(arguments: dict[str, Any]) -> None:
+    """A TypeError for arguments that ``register`` does not take, with what to use instead."""
+    for name in arguments:
+        advice = _RETIRED.get(name, "it takes models, optimizers, criterion, schedulers and ddp_args")
+        raise InvalidArgumentTypeError(f"register() does not take {name!r}: {advice}")
+
+
+def place(
+    *, models: Any, optimizers: Any, criterion: Any, schedulers: Any, ddp_args: Any, context: OperatorContext
+) -> Components:
+    """Checks everything, then puts it on the device, compiles and wraps it. Every rank calls this alike.
+
+    Optimizers keep working: moving a module keeps its parameters the same objects.
+    """
+    settings = context.settings
+    raw = [unwrap(model) for model in check_models(models, "register(models=...)")]
+    given = as_list(models)
+    stepping = check_optimizers(optimizers, "register(optimizers=...)")
+    scheduling = [] if schedulers is None else check_schedulers(schedulers, "register(schedulers=...)")
+    if ddp_args is not None and not isinstance(ddp_args, dict):
+        raise InvalidArgumentError(f"ddp_args needs to be a dict object. Got {ddp_args!r}")
+    if scheduling and settings.scheduler_step_freq is None:
+        raise InvalidArgumentError(
+            "a scheduler was registered, but scheduler_step_freq of TorchTrainer is None; set it to 'batch', 'epoch' or "
+            "'manual' (stepped by update_scheduler or by your own code)"
+        )
+    for model in raw:
+        model.to(context.device)
+        if settings.compile:
+            model.compile(**(settings.compile if isinstance(settings.compile, dict) else {}))
+    if isinstance(criterion, nn.Module):
+        criterion = criterion.to(context.device)
+    for optimizer in stepping:
+        _move_state(optimizer, context.device)
+    wanted = context.collective.world_size > 1 and settings.wrap_ddp
+    arguments = {**settings.ddp_args, **(ddp_args or {})}
+    return Components(
+        raw_models=raw,
+        models=[
+            wrap(own, device=context.device, ddp_args=arguments) if wanted and own is model else model
+            for own, model in zip(raw, given, strict=True)
+        ],
+        optimizers=stepping,
+        criterion=criterion,
+        schedulers=scheduling,
+    )
+
+
+def _move_state(optimizer: Any, device: torch.device) -> None:
+    """Moves an optimizer's state to the device; its step counters (0-d) stay where torch keeps them."""
+    if device.type == "cpu":
+        return
+    for state in getattr(optimizer, "state", {}).values():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dim() > 0:
+                state[key] = value.to(device)

@@ -1,0 +1,184 @@
+"""One pass over a loader, on one rank: dealt by a plan, or taken from a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torchtrainer.errors import UnshardableLoaderError
+from torchtrainer.train.data_facts import Agreement
+from torchtrainer.train.data_order import size_of
+from torchtrainer.train.data_readers import Reader, Requests
+
+_END: Any = object()
+
+
+@dataclass(frozen=True, slots=True)
+class RankBatch:
+    """What a rank gets in one step.
+
+    Attributes:
+        data: the batch, as the loader's ``collate_fn`` made it.
+        size: samples that count for this rank; 0: the data is borrowed, and the gradient has to weigh nothing.
+        global_size: samples of the step over all ranks. ``size * world_size`` where nobody needs to know better: in a
+            pass of a stream over validation data, and for loaders used as they are with equal lengths.
+    """
+
+    data: Any
+    size: int
+    global_size: int
+
+
+class Pass(Protocol):
+    """One pass: batches, and where it stands.
+
+    Attributes:
+        ended: the last batch was given out.
+        samples: global position: samples that were given out, over all ranks.
+        batches: batches of this pass that were given out to this rank, those of an earlier process included.
+        count: batches of the whole pass for this rank, if known.
+        total: samples of the whole pass over all ranks, if known.
+    """
+
+    ended: bool
+    samples: int
+    batches: int
+    count: int | None
+    total: int | None
+
+    def next(self) -> RankBatch | None: ...
+
+
+class DealtPass:
+    """A pass whose steps are known beforehand.
+
+    Args:
+        requests: what to read.
+        reader: reads it.
+    """
+
+    def __init__(self, requests: Requests, reader: Reader) -> None:
+        plan = requests.plan
+        self._plan = plan
+        self._reader = reader
+        self._taken = 0
+        self._left = requests.count
+        self.samples = plan.start
+        self.batches = plan.done
+        self.count: int | None = plan.done + requests.count
+        self.total: int | None = plan.samples
+        self.ended = self._left == 0
+        reader.start(requests)
+
+    def next(self) -> RankBatch | None:
+        """The next batch; None after the last one. After an error the same batch comes again."""
+        if self.ended:
+            return None
+        share = self._plan.share(self._taken)
+        data = self._reader.take(self._taken, share)
+        self._taken += 1
+        self.batches += 1
+        self.samples = share.position + share.global_size
+        if self._taken == self._left:
+            self.ended = True
+        return RankBatch(data, share.size, share.global_size)
+
+
+class StreamPass:
+    """A pass whose end shows only when it is reached.
+
+    One batch is read ahead, so that the last one is known as such. Where the ranks train in step, they sum up at each
+    step how many samples they have and who has more; a rank that ran out repeats its last batch with size 0.
+
+    Args:
+        batches: this rank's.
+        world_size: how many ranks there are.
+        agreement: the ranks that train in step; None: nobody waits for anybody.
+        count: batches of the pass, if known.
+        exact: ``count`` is binding: all ranks take so many steps, without asking each other.
+        skip: batches to leave out, which an earlier process had.
+        samples: samples in them, over all ranks.
+        name: what the loader is for.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        *,
+        world_size: int,
+        agreement: Agreement | None,
+        count: int | None,
+        exact: bool,
+        skip: int,
+        samples: int,
+        name: str,
+    ) -> None:
+        self._iterator = batches
+        self._world_size = world_size
+        self._agreement = agreement
+        self._exact = exact
+        self._name = name
+        self._last = _END
+        for _ in range(skip):
+            self._last = next(self._iterator, self._last)
+        self._upcoming = _END
+        self._started = False
+        self.samples = samples
+        self.batches = skip
+        self.count = count
+        self.total: int | None = None
+        self.ended = False
+
+    def next(self) -> RankBatch | None:
+        """The next batch; None after the last one, and at once if there is none at all."""
+        if self.ended:
+            return None
+        batch = self._next_exact() if self._exact else self._next_seen()
+        if batch is None:
+            self.ended = True
+            return None
+        self._last = batch.data
+        self.batches += 1
+        self.samples += batch.global_size
+        return batch
+
+    def _next_exact(self) -> RankBatch | None:
+        if self.batches == self.count:
+            return None
+        data = next(self._iterator, _END)
+        if data is _END:
+            raise UnshardableLoaderError(
+                f"the {self._name} loader ended after {self.batches} batches, but its len() promised {self.count}, on "
+                f"which all ranks rely; let len() tell the truth, or leave __len__ out"
+            )
+        self.ended = self.batches + 1 == self.count
+        return self._weighed(data)
+
+    def _next_seen(self) -> RankBatch | None:
+        if not self._started:
+            self._upcoming = next(self._iterator, _END)
+            self._started = True
+        data = self._upcoming
+        self._upcoming = _END if data is _END else next(self._iterator, _END)
+        if self._agreement is not None:
+            return self._agree(self._agreement, data)
+        self.ended = self._upcoming is _END
+        return None if data is _END else self._weighed(data)
+
+    def _agree(self, agreement: Agreement, data: Any) -> RankBatch | None:
+        size = 0 if data is _END else size_of(data)
+        total, having, more = agreement.sum([size, data is not _END, self._upcoming is not _END])
+        self.ended = more == 0
+        if having == 0:
+            return None
+        if self.batches == 0 and having < self._world_size:
+            raise UnshardableLoaderError(
+                f"the {self._name} loader gave no batch at all to {self._world_size - int(having)} of "
+                f"{self._world_size} ranks, so they have nothing to take a step with; use at most as many ranks as the stream has batches"
+            )
+        return RankBatch(self._last if data is _END else data, size, int(total))
+
+    def _weighed(self, data: Any) -> RankBatch:
+        size = size_of(data)
+        return RankBatch(data, size, size * self._world_size)

@@ -1,0 +1,337 @@
+"""The iterator that every loop draws its batches from, and the built-in loops.
+
+Each ``next()`` of a `StepIterator` means: the step before is complete. There the position is counted, and there a request
+to stop is honoured, for the built-in loops and for a user's own alike.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES
+from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, OperatorUseError
+from torchtrainer.train.components import internals
+from torchtrainer.train.data import RankBatch, RankLoader
+from torchtrainer.train.metrics import AverageMeterCollection, plain
+from torchtrainer.train.progress import Progress, StepGate
+from torchtrainer.train.step import GradientShare
+from torchtrainer.train.timers import TimerCollection
+
+if TYPE_CHECKING:
+    from torchtrainer.operator import TrainingOperator
+
+
+class StepIterator:
+    """The batches of one ``train`` or ``validate`` call on one rank.
+
+    Without ``num_steps`` it finishes the pass that is running, or runs one whole pass; with it, it goes on where the last
+    call stopped and wraps into new passes. A pass that ended exactly is over: the next call starts a new one.
+
+    Args:
+        loader: the rank's loader; None: the operator registered none, an error once a batch is asked for.
+        missing: what to say then.
+        num_steps: batches to deal, or None.
+        progress: where the position is shown.
+        gate: asked at every step boundary whether to go on.
+        timers: measures the wait for data.
+        share: weighs the gradients of steps with unequal shares; None: a validation, in which no steps are counted.
+        on_step: called when a training step is complete.
+
+    Attributes:
+        batches: batches that were completed in this call.
+        samples: samples of this rank in them; a borrowed batch has none.
+        passes_completed: passes that ended in this call.
+        current: the batch being worked on.
+    """
+
+    def __init__(
+        self,
+        loader: RankLoader | None,
+        *,
+        missing: str,
+        num_steps: int | None,
+        progress: Progress,
+        gate: StepGate,
+        timers: TimerCollection,
+        share: GradientShare | None,
+        on_step: Callable[[], None],
+    ) -> None:
+        self.batches = 0
+        self.samples = 0
+        self.passes_completed = 0
+        self.current: RankBatch | None = None
+        self._loader = loader
+        self._missing = missing
+        self._num_steps = check_num_steps(num_steps)
+        self._phase = "train" if share is not None else "validate"
+        self._progress = progress
+        self._gate = gate
+        self._timers = timers
+        self._share = share
+        self._on_step = on_step
+        self._over = False
+        self._length = _length(loader, num_steps)
+        progress.batch, progress.batches, progress.samples = 0, self._length, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        """Batches of the whole call, where that is known."""
+        if self._length is None:
+            raise TypeError("the number of batches is not known: the loader has no length; pass num_steps to have one")
+        return self._length
+
+    def __next__(self) -> Any:
+        self._complete()
+        if self._finished() or self._gate.stop_requested(self.batches):
+            self._over = True
+            raise StopIteration
+        self._progress.enter("data")
+        with self._timers.record("data"):
+            batch = self._deal()
+        if batch is None:
+            self._over = True
+            raise StopIteration
+        self.current = batch
+        if self._share is not None:
+            self._share.apply(batch.size, batch.global_size)
+        self._progress.enter(self._phase)
+        return batch.data
+
+    def close(self, *, completed: bool) -> None:
+        """Ends the call: the last batch counts if the hook came through, and gradients are left alone again."""
+        self._over = True
+        if completed:
+            self._complete()
+        elif self._share is not None:
+            self._share.remove()
+        self.current = None
+
+    def _finished(self) -> bool:
+        if self._over:
+            return True
+        return self._num_steps is not None and self.batches >= self._num_steps
+
+    def _complete(self) -> None:
+        """The step of the current batch is complete: every loop gets here through its next ``next()``."""
+        batch, self.current = self.current, None
+        if batch is None or self._loader is None:
+            return
+        if self._share is not None:
+            self._share.remove()
+            self._on_step()
+        self.batches += 1
+        self.samples += batch.size
+        self._progress.batch = self.batches
+        self._progress.samples += batch.global_size
+        if not self._loader.in_pass:
+            self._end_pass()
+
+    def _end_pass(self) -> None:
+        self.passes_completed += 1
+        if self._num_steps is None:
+            self._over = True
+
+    def _deal(self) -> RankBatch | None:
+        """The next batch; None if the pass turned out to be over, or a new one is empty."""
+        loader = self._loader
+        if loader is None:
+            raise OperatorUseError(self._missing)
+        while True:
+            continued = loader.in_pass
+            batch = loader.next_batch()
+            if self._share is not None:
+                self._progress.epoch = loader.passes_started
+            if batch is not None or not continued:
+                return batch
+            # The end of a loader without length is noticed only here. A call that has dealt nothing of it starts anew.
+            self.passes_completed += 1
+            if self._num_steps is None and self.batches > 0:
+                return None
+
+
+class LoaderView:
+    """A registered loader as one rank sees it: ``len()`` and iteration are of the rank's batches, the rest is the loader's.
+
+    Iterating it takes the batches that the hooks' iterator would get next, up to the end of the pass.
+    """
+
+    def __init__(self, loader: Any, rank_loader: RankLoader) -> None:
+        self._loader = loader
+        self._rank_loader = rank_loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__.get("_loader"), name)
+
+    def __len__(self) -> int:
+        batches = self._rank_loader.batches_per_pass
+        if batches is None:
+            raise TypeError(f"the number of batches of {type(self._loader).__name__} is not known")
+        return batches
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[Any]:
+        while (batch := self._rank_loader.next_batch()) is not None:
+            yield batch.data
+            if not self._rank_loader.in_pass:
+                return
+
+
+def check_num_steps(num_steps: Any) -> int | None:
+    """``num_steps`` as it is, or an InvalidArgumentError."""
+    if num_steps is None:
+        return None
+    if isinstance(num_steps, int) and not isinstance(num_steps, bool) and num_steps >= 0:
+        return num_steps
+    raise InvalidArgumentError(
+        f"num_steps must be None or a whole number of at least 0 batches per rank, got {num_steps!r}"
+    )
+
+
+def _length(loader: RankLoader | None, num_steps: int | None) -> int | None:
+    if num_steps is not None:
+        return num_steps
+    if loader is None or loader.batches_per_pass is None:
+        return None
+    return loader.batches_per_pass - (loader.batch_in_pass if loader.in_pass else 0)
+
+
+def bind_hook(hook: Callable[..., Any], offered: tuple[str, ...]) -> Callable[..., Any]:
+    """Makes a hook callable as ``bound(first, {name: value})``, whatever of ``offered`` its signature takes.
+
+    The first argument goes by position. The names in ``offered`` go by keyword where the hook has them; the first of them
+    goes by position to a second required parameter with a name of its own.
+    """
+    try:
+        parameters = list(inspect.signature(hook).parameters.values())
+    except (TypeError, ValueError):  # a callable written in C
+        return lambda first, values: hook(first, **values)
+    open_ended = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    named = {one.name for one in parameters[1:] if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+    own_name = None
+    if offered[0] not in named and len(parameters) > 1:
+        second = parameters[1]
+        positional = second.kind in (second.POSITIONAL_ONLY, second.POSITIONAL_OR_KEYWORD)
+        if positional and second.default is second.empty and second.name not in offered:
+            own_name = offered[0]
+    keywords = [name for name in offered if name != own_name and (open_ended or name in named)]
+
+    def bound(first: Any, values: Mapping[str, Any]) -> Any:
+        positional = (first,) if own_name is None else (first, values[own_name])
+        return hook(*positional, **{name: values[name] for name in keywords})
+
+    return bound
+
+
+def train_epoch(operator: TrainingOperator, iterator: Iterable[Any], info: Mapping[str, Any]) -> dict[str, Any]:
+    """The built-in training loop; see `TrainingOperator.train_epoch`.
+
+    Args:
+        operator: the operator.
+        iterator: a `StepIterator`, or the user's own around it.
+        info: the call's info with ``epoch_idx``.
+    """
+    for module in modules_of(operator):
+        module.train()
+    meters = internals(operator).meters = AverageMeterCollection()
+    hook = bind_hook(operator.train_batch, ("batch_info",))
+    steps, frequency = internals(operator).steps, operator.scheduler_step_freq
+    seen = steps.passes_completed if steps is not None else 0
+    for batch_idx, batch in enumerate(iterator):
+        if steps is not None and frequency == "epoch":
+            seen = _step_for_passes(operator, steps, seen)
+        stats = hook(batch, {"batch_info": batch_info(info, batch_idx, operator.global_step)})
+        _measure(operator, meters, stats, "train_batch")
+        if frequency == "batch":
+            step_schedulers(operator)
+    if steps is not None and frequency == "epoch":
+        _step_for_passes(operator, steps, seen)
+    return meters.summary()
+
+
+def validate(operator: TrainingOperator, iterator: Iterable[Any], info: Mapping[str, Any]) -> dict[str, Any]:
+    """The built-in validation loop; see `TrainingOperator.validate`. Arguments as for `train_epoch`."""
+    for module in modules_of(operator):
+        module.eval()
+    meters = internals(operator).meters = AverageMeterCollection()
+    hook = bind_hook(operator.validate_batch, ("batch_info",))
+    with torch.no_grad():
+        for batch_idx, batch in enumerate(iterator):
+            stats = hook(batch, {"batch_info": batch_info(info, batch_idx, operator.global_step)})
+            _measure(operator, meters, stats, "validate_batch")
+    return meters.summary()
+
+
+def batch_info(info: Mapping[str, Any], batch_idx: int, global_step: int) -> dict[str, Any]:
+    """What a batch hook gets: the user's own keys; the names of the position are always ours."""
+    return {**info, "batch_idx": batch_idx, "global_step": global_step}
+
+
+def modules_of(operator: TrainingOperator) -> list[nn.Module]:
+    """The modules that hooks call: the registered ones, wrapped, and a wrapper of the user's own in ``self.model(s)``."""
+    components = internals(operator).components
+    found: list[nn.Module] = list(components.models) if components is not None else []
+    for name in ("model", "models"):
+        value = getattr(operator, name, None)
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(one, nn.Module) and not any(one is known for known in found):
+                found.append(one)
+    return found
+
+
+def step_schedulers(operator: TrainingOperator) -> None:
+    """Steps every scheduler: the registered ones, and one that the user only put in ``self.scheduler``."""
+    for scheduler in schedulers_of(operator):
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise InvalidArgumentTypeError(
+                f"ReduceLROnPlateau steps by a metric, which scheduler_step_freq={operator.scheduler_step_freq!r} does not "
+                f'have; use scheduler_step_freq="manual" and call update_scheduler(metric) on the trainer'
+            )
+        scheduler.step()
+
+
+def schedulers_of(operator: TrainingOperator) -> list[Any]:
+    """Every scheduler of an operator."""
+    components = internals(operator).components
+    found = list(components.schedulers) if components is not None else []
+    own = getattr(operator, "scheduler", None)
+    if own is not None and not isinstance(own, list | tuple) and not any(own is known for known in found):
+        found.append(own)
+    return found
+
+
+def _step_for_passes(operator: TrainingOperator, steps: StepIterator, seen: int) -> int:
+    """Steps the schedulers once for every pass that was completed since ``seen``; returns the new count."""
+    for _ in range(steps.passes_completed - seen):
+        step_schedulers(operator)
+    return steps.passes_completed
+
+
+def _measure(operator: TrainingOperator, meters: AverageMeterCollection, stats: Any, hook: str) -> None:
+    """Adds what a batch hook returned, weighted by its ``num_samples``, else by the samples of this rank in the batch."""
+    if not isinstance(stats, Mapping):
+        raise InvalidArgumentTypeError(
+            f"{type(operator).__name__}.{hook} must return a dict of metrics, got {type(stats).__name__}: {stats!r}"
+        )
+    steps = internals(operator).steps
+    batch = steps.current if steps is not None else None
+    if batch is not None and batch.size == 0:
+        meters.skip()
+        return
+    metrics = {name: value for name, value in stats.items() if name not in (NUM_SAMPLES, BATCH_COUNT)}
+    meters.update(metrics, plain(stats.get(NUM_SAMPLES, batch.size if batch is not None else 1)))
+    loss = next((stats[name] for name in ("train_loss", "val_loss", "loss") if name in stats), None)
+    if loss is not None:
+        internals(operator).context.progress.loss = loss

@@ -1,0 +1,118 @@
+"""The state of an operator as plain containers of CPU tensors that share no memory with the training, and back."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchtrainer.errors import InvalidArgumentError, OperatorUseError
+from torchtrainer.train.components import Components, internals
+
+if TYPE_CHECKING:
+    from torchtrainer.operator import TrainingOperator
+
+
+def detached(value: Any) -> Any:
+    """A copy that shares nothing with ``value``: tensors on the CPU, containers rebuilt, other objects deep-copied."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if type(value) is dict:
+        return {key: detached(one) for key, one in value.items()}
+    if isinstance(value, OrderedDict):
+        ordered = OrderedDict((key, detached(one)) for key, one in value.items())
+        if hasattr(value, "_metadata"):  # versions of the modules, which load_state_dict reads
+            ordered._metadata = copy.deepcopy(value._metadata)  # type: ignore[attr-defined]  # torch puts it there
+        return ordered
+    if type(value) in (list, tuple):
+        return type(value)(detached(one) for one in value)
+    return copy.deepcopy(value)
+
+
+def capture(operator: TrainingOperator, passes_started: int) -> dict[str, Any]:
+    """The state dict of a trainer; keys as RaySGD's, and ``global_step``.
+
+    Args:
+        operator: the operator of any rank: all have the same state.
+        passes_started: passes over the training data that were started.
+    """
+    components = internals(operator).components
+    state: dict[str, Any] = {
+        "epoch": passes_started,
+        "global_step": operator.global_step,
+        "operator": operator.state_dict(),
+        "models": [model.state_dict() for model in components.raw_models] if components else [],
+        "optimizers": [optimizer.state_dict() for optimizer in components.optimizers] if components else [],
+    }
+    if components and components.schedulers:
+        state["schedulers"] = [scheduler.state_dict() for scheduler in components.schedulers]
+    if internals(operator).amp.scaler.is_enabled():
+        state["amp_native"] = internals(operator).amp.scaler.state_dict()
+    copied: dict[str, Any] = detached(state)
+    return copied
+
+
+def restore(operator: TrainingOperator, state: Mapping[str, Any]) -> None:
+    """Loads a state dict into an operator's models, optimizers, schedulers, loss scaler and own extras.
+
+    Raises:
+        InvalidArgumentError: it is not a state dict, or has another number of models, optimizers or schedulers.
+        RuntimeError: a model does not fit; torch's message, with the first difference in front.
+    """
+    _check_fit(operator, state)
+    components = internals(operator).components or Components(
+        raw_models=[], models=[], optimizers=[], criterion=None, schedulers=[]
+    )
+    for index, (model, values) in enumerate(zip(components.raw_models, state["models"], strict=True)):
+        try:
+            model.load_state_dict(values)
+        except RuntimeError as error:
+            difference = first_difference(model.state_dict(), values)
+            raise OperatorUseError(
+                f"the state does not fit model {index} of {len(components.raw_models)}, {type(model).__name__}: "
+                f"{difference}. Build the model that the state was saved from. torch says: {error}"
+            ) from error
+    for optimizer, values in zip(components.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(detached(values))  # torch keeps the tensors it is given
+    for scheduler, values in zip(components.schedulers, state.get("schedulers", ()), strict=False):
+        scheduler.load_state_dict(detached(values))
+    if internals(operator).amp.scaler.is_enabled() and state.get("amp_native"):
+        internals(operator).amp.scaler.load_state_dict(state["amp_native"])
+    operator.global_step = int(state.get("global_step", 0))
+    operator.load_state_dict(detached(state.get("operator")))
+
+
+def first_difference(here: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """The first key in which two model states differ, by name or shape."""
+    for key, value in here.items():
+        if key not in given:
+            return f"{key} is missing in the state"
+        shapes = tuple(getattr(value, "shape", ())), tuple(getattr(given[key], "shape", ()))
+        if shapes[0] != shapes[1]:
+            return f"{key} has shape {shapes[1]} in the state and {shapes[0]} here"
+    extra = next((key for key in given if key not in here), None)
+    return f"{extra} is in the state but not in the model" if extra is not None else "keys and shapes are the same"
+
+
+def _check_fit(operator: TrainingOperator, state: Any) -> None:
+    if not isinstance(state, Mapping) or "models" not in state or "optimizers" not in state:
+        found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise InvalidArgumentError(
+            f"load_state_dict takes what state_dict returned, a dict with models and optimizers; got {found}"
+        )
+    components = internals(operator).components
+    for name, saved in (("models", state["models"]), ("optimizers", state["optimizers"])):
+        here = len(components.raw_models if name == "models" else components.optimizers) if components else 0
+        _check_count(name, here, len(saved))
+    if "schedulers" in state or (components and components.schedulers):
+        _check_count("schedulers", len(components.schedulers) if components else 0, len(state.get("schedulers", ())))
+
+
+def _check_count(name: str, here: int, saved: int) -> None:
+    if here != saved:
+        raise InvalidArgumentError(
+            f"the state has {saved} {name}, this trainer has {here}; build the same {name} as when the state was saved"
+        )

@@ -1,0 +1,209 @@
+"""One step: a batch to the device, forward, loss, backward, update; and the share of a rank's gradient in an uneven step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from torchtrainer.errors import InvalidArgumentTypeError, OperatorUseError
+from torchtrainer.train.components import internals
+
+if TYPE_CHECKING:
+    from torchtrainer.operator import TrainingOperator
+
+TARGET_KEYS = ("target", "targets", "label", "labels", "y")
+"""Where the built-in step looks for the target in a batch that is a dict, in this order."""
+
+
+def train_batch(operator: TrainingOperator, batch: Any) -> dict[str, Any]:
+    """The built-in training step; see `TrainingOperator.train_batch`."""
+    model, optimizer = required(operator, "model", "train_batch"), required(operator, "optimizer", "train_batch")
+    criterion = required(operator, "criterion", "train_batch")
+    inside, timers = internals(operator), operator.timers
+    progress, scaler = inside.context.progress, inside.amp.scaler
+    positional, named, target = split_batch(to_device(batch, operator.device))
+    progress.enter("forward")
+    with timers.record("fwd"), inside.amp.autocast():
+        loss = criterion(model(*positional, **named), target)
+    progress.enter("backward")
+    with timers.record("grad"):
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        if inside.gradient_clock is not None:
+            timers.push("sync", inside.gradient_clock.since_last())
+    progress.enter("step")
+    with timers.record("apply"):
+        scaler.unscale_(optimizer)
+        operator.clip_gradients()
+        scaler.step(optimizer)
+        scaler.update()
+    return {"train_loss": reading(loss), "num_samples": samples_in(target)}
+
+
+def validate_batch(operator: TrainingOperator, batch: Any) -> dict[str, Any]:
+    """The built-in validation step; see `TrainingOperator.validate_batch`."""
+    model, criterion = required(operator, "model", "validate_batch"), required(operator, "criterion", "validate_batch")
+    positional, named, target = split_batch(to_device(batch, operator.device))
+    internals(operator).context.progress.enter("forward")
+    with operator.timers.record("eval_fwd"), internals(operator).amp.autocast():
+        output = model(*positional, **named)
+        loss = criterion(output, target)
+    stats = {"val_loss": reading(loss), "num_samples": samples_in(target)}
+    if _classes(output, target):
+        correct = output.argmax(dim=1) == target
+        stats["val_accuracy"] = reading(correct.sum()) / max(correct.numel(), 1)
+    return stats
+
+
+def required(operator: TrainingOperator, name: str, hook: str) -> Any:
+    """An attribute of the operator that a built-in hook needs, or a RuntimeError that says what to set."""
+    value = getattr(operator, name, None)
+    if value is None:
+        kind = "validation" if hook.startswith("validate") else "training"
+        raise OperatorUseError(
+            f"Either set self.{name} in setup function or override this method to implement a custom {kind} loop: "
+            f"the built-in {hook} of {type(operator).__name__} needs self.{name}, which is not set"
+        )
+    return value
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor on the device; tuples, lists and dicts keep their shape, other things stay as they are.
+
+    Copies to a GPU are queued behind the work there; from pinned memory they do not make the host wait.
+    """
+    if device.type == "cpu":
+        return batch
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=device.type == "cuda")
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Positional inputs, named inputs and target of a batch.
+
+    ``(*features, target)`` gives positional inputs. A dict gives its target by one of `TARGET_KEYS`; the one other entry
+    is the input, and several other entries are named inputs.
+
+    Raises:
+        InvalidArgumentTypeError: the batch has another form.
+    """
+    if isinstance(batch, Mapping):
+        key = next((name for name in TARGET_KEYS if name in batch), None)
+        features = {name: value for name, value in batch.items() if name != key}
+        if key is not None and features:
+            if len(features) == 1:
+                return tuple(features.values()), {}, batch[key]
+            return (), features, batch[key]
+        found = f"a dict with the keys {list(batch)}"
+    elif isinstance(batch, list | tuple) and len(batch) >= 2:
+        return tuple(batch[:-1]), {}, batch[-1]
+    else:
+        found = (
+            f"{type(batch).__name__} of length {len(batch)}"
+            if isinstance(batch, list | tuple)
+            else type(batch).__name__
+        )
+    raise InvalidArgumentTypeError(
+        f"the built-in step takes batches (*features, target), or dicts with the target under one of "
+        f"{', '.join(TARGET_KEYS)}; the loader gave {found}. Override train_batch and validate_batch for other batches"
+    )
+
+
+def samples_in(target: Any) -> int:
+    """Number of samples of a batch: the first dimension of the first tensor in its target."""
+    while isinstance(target, Mapping | list | tuple) and target:
+        target = next(iter(target.values())) if isinstance(target, Mapping) else target[0]
+    shape: tuple[int, ...] = tuple(getattr(target, "shape", ()))
+    return shape[0] if shape else 1
+
+
+def reading(value: torch.Tensor) -> Any:
+    """A 0-d tensor as a number on the CPU; on other devices detached, so that nobody waits for the device now."""
+    return value.item() if value.device.type == "cpu" else value.detach()
+
+
+def _classes(output: Any, target: Any) -> bool:
+    """Whether outputs are scores (N, C, ...) of the classes in the target (N, ...)."""
+    if not isinstance(output, torch.Tensor) or not isinstance(target, torch.Tensor):
+        return False
+    whole = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    return whole and output.dim() >= 2 and output.shape[:1] + output.shape[2:] == target.shape
+
+
+class GradientShare:
+    """Makes the exchange's mean over the ranks a mean over the samples, in steps in which the ranks have unequal shares.
+
+    The gradient of a rank with n of B samples is multiplied by n * W / B before it is averaged over the W ranks; by zeros
+    for a rank that lent itself a batch. Steps with equal shares are left alone and cost nothing. This is right for every
+    loss that is a mean over the batch, and for every exchange that averages: DDP, or the user's own.
+
+    Args:
+        parameters: gives the trainable parameters, when they are needed.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, parameters: Callable[[], Iterable[nn.Parameter]], world_size: int) -> None:
+        self._parameters = parameters
+        self._world_size = world_size
+        self._hooks: list[Any] = []
+
+    def apply(self, size: int, global_size: int) -> None:
+        """Weighs the gradients of the coming step.
+
+        Args:
+            size: samples of this rank in the step.
+            global_size: samples of all ranks in the step.
+        """
+        if self._world_size == 1 or global_size <= 0 or size * self._world_size == global_size:
+            return
+        scale = size * self._world_size / global_size
+        # not g * 0: an infinite gradient of a lent batch would become NaN
+        weigh = (lambda gradient: gradient * scale) if size else torch.zeros_like
+        self._hooks = [
+            parameter.register_hook(weigh)  # type: ignore[no-untyped-call]  # torch has no types here
+            for parameter in self._parameters()
+        ]
+
+    def remove(self) -> None:
+        """Leaves the gradients alone again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+class GradientClock:
+    """Knows when the last gradient of a backward pass was there; what follows is waiting for the exchange.
+
+    Only while a call is profiled. On GPUs the times are those at which the work was queued.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._last: float | None = None
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]  # nor here
+            for parameter in parameters
+        ]
+
+    def since_last(self) -> float:
+        """Seconds since the last gradient; 0.0 if there was none since it was last asked."""
+        last, self._last = self._last, None
+        return 0.0 if last is None else time.perf_counter() - last
+
+    def remove(self) -> None:
+        """Stops watching."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note(self, parameter: torch.Tensor) -> None:
+        self._last = time.perf_counter()

@@ -1,0 +1,561 @@
+"""`TorchTrainer`: checks arguments, starts an engine's group, forwards calls and returns results. It trains nothing itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from torchtrainer.arguments import (
+    NOT_YET,
+    check_batch_size,
+    check_counts,
+    check_creators,
+    check_not_yet,
+    decide_gpus,
+    decide_threads,
+    settings_from,
+    unknown_argument,
+)
+from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES, CheckpointConfig, FailureConfig, Timeouts
+from torchtrainer.driver.run_dir import RunDirectory, automatic_root
+from torchtrainer.engines.base import Engine, Group, GroupPlan
+from torchtrainer.engines.inline import InlineGroup, LocalModeEngine, SpmdEngine
+from torchtrainer.engines.local import shared_engine
+from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, NotAvailableError, TrainerClosedError
+from torchtrainer.observe.devices import GpuMonitor, gpu_count
+from torchtrainer.observe.events import Callbacks, EpochEvent, RunEndEvent, ValidateEvent
+from torchtrainer.observe.history import History, HistoryFile
+from torchtrainer.observe.notices import notice
+from torchtrainer.observe.status import ProcessStatus, Status
+from torchtrainer.observe.watch import Watch
+from torchtrainer.spec import BuildSpec
+from torchtrainer.topology import Topology
+from torchtrainer.topology import current as current_topology
+from torchtrainer.train.metrics import PassResult, reduce_results
+
+if TYPE_CHECKING:
+    from torchtrainer.operator import TrainingOperator
+
+
+class TorchTrainer:
+    """Trains a model data-parallel on ``num_workers`` ranks, driven from here.
+
+    Creators (or an operator class) say what to train; they run in every worker process, not here. The trainer starts the
+    workers when it is made and ends them with ``shutdown``, as a context manager, or with this process, however that ends.
+    Under torchrun, srun or mpirun the same script attaches to the processes that are there.
+
+    All arguments are keyword-only.
+
+    Args:
+        model_creator: ``(config)`` -> an ``nn.Module``, or several.
+        data_creator: ``(config)`` -> a loader, or ``(train, validation)``.
+        optimizer_creator: ``(model, config)`` -> an optimizer, or several; gets what ``model_creator`` returned.
+        loss_creator: a loss class, or a function of ``config``.
+        scheduler_creator: ``(optimizer, config)`` -> a scheduler, or several.
+        training_operator_cls: a `TrainingOperator` subclass, alone or with creators.
+        initialization_hook: run without arguments in every worker process before anything else.
+        config: handed to every creator; ``config[BATCH_SIZE]`` is a batch size over all ranks.
+        num_workers: ranks.
+        min_workers: processes below which a run waits for capacity; not in this version.
+        num_cpus_per_worker: intra-op threads per process; "auto": cores / ``num_workers``.
+        use_gpu: one GPU per rank; "auto": if there are any.
+        backend: ``nccl``, ``gloo`` or "auto".
+        wrap_ddp: wrap models in ``DistributedDataParallel``; ``ddp_args``: its arguments.
+        timeout_s: longest wait for any collective, in seconds.
+        precision: ``fp32``, ``bf16`` or ``fp16``; ``use_fp16=True`` is fp16 on GPUs and bf16 on CPUs.
+        compile: True, or options of ``torch.compile``.
+        use_tqdm: progress bar.
+        add_dist_sampler: deal loaders out to the ranks; False: they are used as they are.
+        scheduler_step_freq: ``batch``, ``epoch`` or ``manual``; required with a scheduler.
+        use_local: the one rank is this process, for debuggers.
+        seed: everything random derives from it.
+        run_dir: directory of the run; "auto": ``./runs/<script>/<time>``; None: nothing is kept.
+        resume, checkpoint: automatic resume and checkpoints; not in this version.
+        failure: ``FailureConfig(hang_timeout_s=...)``; recovery is not in this version.
+        engine: ``local``, ``spmd``, "auto", or an engine object.
+        callbacks: objects with any of ``on_step``, ``on_epoch_end``, ``on_validate_end``, ``on_failure``,
+            ``on_checkpoint``, ``on_run_end``; called here.
+
+    Raises:
+        InvalidArgumentError, InvalidArgumentTypeError: an argument that cannot work (a ``ValueError``, a ``TypeError``).
+        NotSerializableError: something does not pickle; names the attribute.
+        NotAvailableError: something that this version does not have.
+        BaseException: what a creator raised, with the remote traceback as its cause.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_creator: Callable[..., Any] | None = None,
+        data_creator: Callable[..., Any] | None = None,
+        optimizer_creator: Callable[..., Any] | None = None,
+        loss_creator: Callable[..., Any] | None = None,
+        scheduler_creator: Callable[..., Any] | None = None,
+        training_operator_cls: type[TrainingOperator] | None = None,
+        initialization_hook: Callable[[], Any] | None = None,
+        config: dict[str, Any] | None = None,
+        num_workers: int = 1,
+        min_workers: int = 1,
+        num_cpus_per_worker: int | Literal["auto"] = "auto",
+        use_gpu: bool | Literal["auto"] = "auto",
+        backend: str = "auto",
+        wrap_ddp: bool = True,
+        ddp_args: dict[str, Any] | None = None,
+        timeout_s: float = 1800.0,
+        precision: str = "fp32",
+        use_fp16: bool | str = False,
+        compile: bool | dict[str, Any] = False,
+        use_tqdm: bool = False,
+        add_dist_sampler: bool = True,
+        scheduler_step_freq: str | None = None,
+        use_local: bool = False,
+        seed: int = 0,
+        run_dir: str | os.PathLike[str] | None = "auto",
+        resume: bool | str = "auto",
+        checkpoint: CheckpointConfig | None = None,
+        failure: FailureConfig | None = None,
+        engine: str | Engine = "auto",
+        callbacks: Iterable[object] = (),
+        **unknown: Any,
+    ) -> None:
+        self._started_at = time.monotonic()
+        self._group: Group | None = None
+        for name in unknown:
+            raise unknown_argument(name, self.__init__.__kwdefaults__)  # type: ignore[misc]
+        config = {} if config is None else config
+        failure = FailureConfig() if failure is None else failure
+        creators = {
+            "model_creator": model_creator,
+            "data_creator": data_creator,
+            "optimizer_creator": optimizer_creator,
+            "loss_creator": loss_creator,
+            "scheduler_creator": scheduler_creator,
+            "initialization_hook": initialization_hook,
+        }
+        check_creators(creators, training_operator_cls)
+        check_counts(num_workers, min_workers, config)
+        self._callbacks = Callbacks(callbacks)
+        topology = None if use_local else _topology_for(engine)
+        world_size = topology.world_size if topology else num_workers
+        check_not_yet(
+            resume=resume,
+            checkpoint=checkpoint or CheckpointConfig(),
+            failure=failure,
+            engine=engine,
+            world_size=world_size,
+            use_local=use_local,
+        )
+        check_batch_size(config, world_size)
+        local_ranks = topology.local_world_size if topology else world_size
+        gpus = decide_gpus(use_gpu, local_ranks, gpu_count(os.environ) if use_gpu else 0)
+        settings = settings_from(
+            precision=precision,
+            use_fp16=use_fp16,
+            scheduler_creator=scheduler_creator,
+            scheduler_step_freq=scheduler_step_freq,
+            use_gpu=bool(gpus),
+            backend=backend,
+            seed=seed,
+            compile=compile,
+            wrap_ddp=wrap_ddp,
+            ddp_args=ddp_args or {},
+            add_dist_sampler=add_dist_sampler,
+            use_tqdm=use_tqdm,
+            timeout_s=timeout_s,
+        )
+        threads = decide_threads(num_cpus_per_worker, local_ranks)
+        chosen = _engine_for(engine, topology, use_local)
+        self._is_main = topology is None or topology.rank == 0
+        self._topology = topology
+        if topology is not None and self._is_main and num_workers not in (1, world_size):
+            notice(f"num_workers={num_workers} gives way to the {world_size} processes that {topology.launcher} started")
+        self.config = config
+        self._epoch = 0
+        self._step = 0
+        self._run_dir = _open_run_dir(run_dir, self._is_main)
+        self._history = HistoryFile(self._run_dir.history)
+        self._gpu_monitor = GpuMonitor(os.environ) if gpus else None
+        self._watch = Watch(
+            callbacks=self._callbacks,
+            use_tqdm=use_tqdm and self._is_main,
+            world_size=world_size,
+            gpus=self._gpu_monitor,
+        )
+        plan = GroupPlan(
+            spec=BuildSpec(settings=settings, config=config, training_operator_cls=training_operator_cls, **creators),
+            world_size=world_size,
+            threads=threads,
+            gpus=gpus,
+            log_dir=str(self._run_dir.logs),
+            logs_stay=self._run_dir.durable,
+            timeouts=Timeouts(),
+            hang_timeout_s=timeout_s if failure.hang_timeout_s == "auto" else failure.hang_timeout_s,
+        )
+        self._start(chosen, plan)
+
+    def _start(self, engine: Engine, plan: GroupPlan) -> None:
+        self._watch.begin_start(f"starting {plan.world_size} worker{'s' if plan.world_size > 1 else ''}")
+        try:
+            self._group = engine.start_group(plan, self._watch)
+        except BaseException:
+            self._run_dir.close()
+            raise
+        finally:
+            self._watch.end_start()
+        # Also when nobody calls shutdown: with the trainer, or at the latest with this process.
+        self._finalizer = weakref.finalize(self, _end, self._group, self._run_dir, self._gpu_monitor)
+
+    # Training
+
+    def train(
+        self,
+        num_steps: int | None = None,
+        profile: bool = False,
+        reduce_results: bool = True,
+        max_retries: int | None = None,
+        info: dict[str, Any] | None = None,
+        **unknown: Any,
+    ) -> Any:
+        """Trains for one pass over the data, or for ``num_steps`` batches per rank.
+
+        ``num_steps`` goes on where the last call stopped and wraps into the next pass; a call without it finishes the pass
+        in progress.
+
+        Args:
+            num_steps: batches per rank.
+            profile: add mean seconds per phase under ``profile``.
+            reduce_results: one dict for all ranks; False: a list with one dict per rank.
+            max_retries: accepted as in RaySGD; this version does not retry, and a lost worker raises.
+            info: handed to ``train_epoch`` and ``train_batch``.
+
+        Returns:
+            ``num_samples`` (all ranks), ``epoch`` (passes started), ``batch_count``, ``train_loss``, ``last_train_loss``, or
+            what the operator's hooks return; means are weighted by samples over all ranks.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; the pass ends at a step boundary, and the next call goes on from there.
+            BaseException: what user code raised.
+        """
+        for name in unknown:
+            raise unknown_argument(name, ("num_steps", "profile", "reduce_results", "max_retries", "info"))
+        if max_retries is not None and (not isinstance(max_retries, int) or max_retries < 0):
+            raise InvalidArgumentError(f"max_retries must be a whole number of at least 0, got {max_retries!r}")
+        results = self._pass("train", num_steps, profile, info)
+        self._epoch = max((r.metrics["epoch"] for r in results), default=self._epoch)
+        metrics = reduce_results_or_list(results, reduce_results)
+        self._record("train", metrics)
+        self._callbacks.on_epoch_end(EpochEvent(epoch=self._epoch, step=self._step, metrics=metrics))
+        return metrics
+
+    def validate(
+        self,
+        num_steps: int | None = None,
+        profile: bool = False,
+        reduce_results: bool = True,
+        info: dict[str, Any] | None = None,
+        **unknown: Any,
+    ) -> Any:
+        """Evaluates on the validation data: each sample once, whatever the number of ranks.
+
+        Args:
+            num_steps, profile, reduce_results, info: as in `train`.
+
+        Returns:
+            ``num_samples``, ``batch_count``, ``val_loss``, ``val_accuracy`` and their ``last_`` values, or what the operator's
+            hooks return. With ``reduce_results=False`` and ``profile=False`` the hook may return any object.
+
+        Raises:
+            RuntimeError: there is no validation loader.
+            BaseException: what user code raised.
+        """
+        for name in unknown:
+            raise unknown_argument(name, ("num_steps", "profile", "reduce_results", "info"))
+        results = self._pass("validate", num_steps, profile, info)
+        metrics = reduce_results_or_list(results, reduce_results)
+        self._record("validate", metrics)
+        self._callbacks.on_validate_end(ValidateEvent(epoch=self._epoch, step=self._step, metrics=metrics))
+        return metrics
+
+    def fit(self, epochs: int, validate_every: int = 1) -> History:
+        """Trains for a number of passes, with a validation after every few of them.
+
+        Args:
+            epochs: passes over the training data.
+            validate_every: passes between two validations; 0: none. Without validation data there is none either.
+
+        Returns:
+            One dict per pass: what ``train()`` returned, and what ``validate()`` did less its counts.
+        """
+        if not isinstance(epochs, int) or epochs < 0:
+            raise InvalidArgumentError(f"epochs must be a whole number of at least 0, got {epochs!r}")
+        if not isinstance(validate_every, int) or validate_every < 0:
+            raise InvalidArgumentError(f"validate_every must be a whole number of at least 0, got {validate_every!r}")
+        history = History()
+        validating = validate_every > 0 and self._call("facts")[0]["has_validation_loader"]
+        for number in range(1, epochs + 1):
+            entry = dict(self.train())
+            if validating and (number % validate_every == 0 or number == epochs):
+                found = self.validate()
+                entry.update({name: v for name, v in found.items() if name not in (NUM_SAMPLES, BATCH_COUNT)})
+            history.append(entry)
+        return history
+
+    # Reaching into the ranks
+
+    def apply_all_workers(self, fn: Callable[[], Any]) -> list[Any]:
+        """Runs a function without arguments in every worker process; returns the results in rank order."""
+        _check_function("apply_all_workers", fn)
+        return self._call("apply_worker", fn=fn)
+
+    def apply_all_operators(self, fn: Callable[[TrainingOperator], Any]) -> list[Any]:
+        """Runs a function of the operator on every rank; returns the results in rank order."""
+        _check_function("apply_all_operators", fn)
+        return self._call("apply_operator", fn=fn)
+
+    def update_scheduler(self, metric: Any) -> None:
+        """Calls ``scheduler.step(metric)`` for every registered scheduler on every rank.
+
+        Raises:
+            RuntimeError: no scheduler is registered.
+        """
+        self._call("update_scheduler", metric=metric)
+
+    def get_model(self, to_cpu: bool = True) -> Any:
+        """Returns a copy of the trained model, without DDP around it; a list if there are several.
+
+        Args:
+            to_cpu: on the CPU, whatever it was trained on.
+        """
+        return self._call("get_model", to_cpu=to_cpu)[0]
+
+    def get_local_operator(self) -> TrainingOperator:
+        """Returns the operator of the rank that is this process.
+
+        Raises:
+            NotAvailableError: the ranks are other processes (everywhere but with ``use_local=True`` or under a launcher).
+        """
+        group = self._living_group()
+        if isinstance(group, InlineGroup):
+            operator: TrainingOperator = group.operator
+            return operator
+        raise NotAvailableError(
+            "the operators live in the worker processes: use apply_all_operators(fn), or use_local=True to debug one here"
+        )
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state of models, optimizers, schedulers, scaler and operator: copies, on the CPU.
+
+        States of any number of ranks interchange: models are without DDP, so without a ``module.`` prefix.
+        """
+        state: dict[str, Any] = self._call("state_dict")[0]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads a state on every rank, and waits until that is done.
+
+        Raises:
+            ValueError: the state belongs to other models, optimizers or schedulers; the first difference is named.
+        """
+        self._call("load_state_dict", state=state)
+        self._epoch = int(state.get("epoch", 0))
+
+    def save(self, path: str | os.PathLike[str]) -> str:
+        """Saves `state_dict` by ``torch.save``; returns the path. Under a launcher rank 0 writes."""
+        import torch
+
+        state = self.state_dict()
+        if self._is_main:
+            torch.save(state, path)
+            _warn_about_extras(path)
+        return os.fspath(path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Loads what `save` wrote. Nothing in the file is run: it is read with ``weights_only=True``.
+
+        Raises:
+            pickle.UnpicklingError: it holds objects other than tensors and plain containers (from ``operator.state_dict()``);
+                for a file that you trust: ``trainer.load_state_dict(torch.load(path, weights_only=False))``.
+        """
+        import torch
+
+        self._living_group()
+        self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    # Seeing and ending
+
+    def status(self) -> Status:
+        """Says who carries the ranks, what they do, and what went wrong so far."""
+        views = self._group.views if self._group is not None else ()
+        processes = tuple(
+            ProcessStatus(
+                pid=view.pid,
+                ranks=(view.rank,),
+                machine=socket.gethostname(),
+                device=view.device,
+                step=view.step,
+                phase=view.phase,
+                use=self._watch.use_of(view.rank, view.device),
+            )
+            for view in views
+        )
+        return Status(
+            processes=processes,
+            failures=tuple(self._watch.failures),
+            step=self._step,
+            epoch=self._epoch,
+            run_dir=self._run_dir.shown,
+        )
+
+    def resize(self, processes: int) -> None:
+        """Changes how many processes carry the ranks; in this version each rank has its own.
+
+        Raises:
+            NotAvailableError: another number of processes than there are ranks.
+        """
+        ranks = self._living_group().world_size
+        if processes != ranks:
+            raise NotAvailableError(
+                f"carrying {ranks} ranks by {processes} processes {NOT_YET}: every rank has a process of its own"
+            )
+
+    def shutdown(self, force: bool = False) -> None:
+        """Ends the workers and returns when they are gone.
+
+        Args:
+            force: do not wait for them to clean up.
+
+        Raises:
+            TrainerClosedError: the trainer was shut down before.
+        """
+        self._living_group()
+        self._close("finished", force)
+
+    def _close(self, reason: str, force: bool) -> None:
+        group, self._group = self._group, None
+        if group is None:
+            return
+        self._finalizer.detach()
+        _end(group, self._run_dir, self._gpu_monitor, force=force)
+        seconds = time.monotonic() - self._started_at
+        self._callbacks.on_run_end(RunEndEvent(reason=reason, step=self._step, epoch=self._epoch, seconds=seconds))
+
+    def __enter__(self) -> TorchTrainer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close("finished" if kind is None else "failed", force=kind is not None)
+
+    # Parts
+
+    def _living_group(self) -> Group:
+        if self._group is None:
+            raise TrainerClosedError(
+                "Trainer is not active any more, as it was shut down: create a new TorchTrainer to go on"
+            )
+        return self._group
+
+    def _call(self, method: str, **keywords: Any) -> list[Any]:
+        return self._living_group().call(method, **keywords).values
+
+    def _pass(
+        self, method: str, num_steps: int | None, profile: bool, info: dict[str, Any] | None
+    ) -> list[PassResult]:
+        group = self._living_group()
+        if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 0):
+            raise InvalidArgumentError(f"num_steps must be a whole number of at least 0 or None, got {num_steps!r}")
+        if info is not None and not isinstance(info, dict):
+            raise InvalidArgumentTypeError(f"info must be a dict, got {info!r}")
+        self._watch.begin_pass(f"{method} epoch {self._epoch + (method == 'train')}")
+        try:
+            result = group.call(method, num_steps=num_steps, profile=profile, info=info)
+        finally:
+            self._watch.end_pass()
+        self._step = max((view.step for view in group.views), default=self._step)
+        return result.values
+
+    def _record(self, kind: str, metrics: Any) -> None:
+        if not self._is_main or not self._run_dir.durable:
+            return
+        profile = metrics.get("profile") if isinstance(metrics, dict) else None
+        self._history.append(
+            kind,
+            epoch=self._epoch,
+            step=self._step,
+            metrics=metrics,
+            devices=self._watch.device_use(),
+            phases=profile,
+        )
+
+
+def reduce_results_or_list(results: list[PassResult], reduce: bool) -> Any:
+    """What a call returns: one dict for all ranks, or what each rank returned."""
+    return reduce_results(results) if reduce else [result.metrics for result in results]
+
+
+def _check_function(method: str, fn: Any) -> None:
+    if not callable(fn):
+        raise InvalidArgumentTypeError(f"{method} takes a function, got {fn!r}")
+
+
+def _topology_for(engine: str | Engine) -> Topology | None:
+    """The launch that this process is part of, if the trainer is to attach to it."""
+    if not isinstance(engine, str):
+        return None
+    if engine not in ("auto", "local", "spmd", "ray"):
+        raise InvalidArgumentError(f'engine must be "auto", "local", "spmd", "ray" or an engine object, got {engine!r}')
+    if engine in ("local", "ray"):
+        return None
+    topology = current_topology()
+    if topology is None and engine == "spmd":
+        raise InvalidArgumentError(
+            'engine="spmd" needs a launcher, but RANK and WORLD_SIZE (or those of srun or mpirun) are not set: start the '
+            'script with torchrun, or use engine="local"'
+        )
+    return topology
+
+
+def _engine_for(engine: str | Engine, topology: Topology | None, use_local: bool) -> Engine:
+    if use_local:
+        return LocalModeEngine()
+    if topology is not None:
+        return SpmdEngine(topology)
+    return shared_engine() if isinstance(engine, str) else engine
+
+
+def _open_run_dir(run_dir: str | os.PathLike[str] | None, is_main: bool) -> RunDirectory:
+    if run_dir is None or not is_main:
+        return RunDirectory(None)
+    return RunDirectory(automatic_root(datetime.now()) if run_dir == "auto" else Path(run_dir))
+
+
+def _end(group: Group, run_dir: RunDirectory, gpus: GpuMonitor | None, force: bool = True) -> None:
+    group.end(force)
+    run_dir.close()
+    if gpus is not None:
+        gpus.close()
+
+
+def _warn_about_extras(path: str | os.PathLike[str]) -> None:
+    """Says at once if a saved file will not load, instead of when it is needed."""
+    import pickle
+
+    import torch
+
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        notice(
+            f"{os.fspath(path)} holds objects from operator.state_dict() that load() refuses ({str(error).splitlines()[0]}): "
+            "let state_dict() return tensors, numbers, text and containers of them"
+        )

@@ -1,0 +1,176 @@
+"""A worker's side of the control channel: one thread that receives orders and sends what the training thread has to say.
+
+The training thread never touches the socket. It takes calls from a queue, hands over messages through another, and pays one
+attribute check per step for the possibility of being stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections import deque
+from typing import Any
+
+from torchtrainer.control.channel import Dealer
+from torchtrainer.control.messages import (
+    Beat,
+    Boundary,
+    Call,
+    EndWorker,
+    Hello,
+    Message,
+    PrepareStop,
+    StopAt,
+)
+from torchtrainer.observe.devices import read_process_use
+from torchtrainer.train.progress import Progress
+
+FLUSH_S = 5.0
+"""How long a worker's last messages get to leave before it ends."""
+
+
+class StopGate:
+    """Ends a pass at the boundary on which the ranks agree; asked by the training thread, told by the link's thread.
+
+    The agreement (no collective, nothing to pay while idle): every rank that is told to prepare says where it is at its next
+    boundary and holds there; the driver answers with the highest, which every rank can reach, since ranks in lock-step are at
+    most one apart.
+    """
+
+    def __init__(self, hold_s: float) -> None:
+        self._hold_s = hold_s
+        self._preparing = False
+        self._stop_at: int | None = None
+        self._call = 0
+        self._decided = threading.Event()
+        self.stopped = False
+        self.announce: Any = None  # set by the link: called with (call, boundary)
+
+    def begin(self, call: int) -> None:
+        """Forgets earlier agreements. Called by the training thread before each call."""
+        self._preparing = False
+        self._stop_at = None
+        self._decided.clear()
+        self.stopped = False
+        self._call = call
+
+    def prepare(self, call: int) -> None:
+        """From the link's thread: a stop is wanted in this call."""
+        if call == self._call:
+            self._preparing = True
+
+    def stop_at(self, call: int, boundary: int) -> None:
+        """From the link's thread: the boundary on which the ranks agreed."""
+        if call == self._call:
+            self._stop_at = boundary
+            self._decided.set()
+
+    def stop_requested(self, boundary: int) -> bool:
+        """See `StepGate`.
+
+        Raises:
+            TimeoutError: the driver did not answer.
+        """
+        if not self._preparing:
+            return False
+        if self._stop_at is None:
+            self.announce(self._call, boundary)
+            if not self._decided.wait(self._hold_s):
+                raise TimeoutError(f"held at a step boundary for {self._hold_s} s (hold_s) and nobody said where to stop")
+        assert self._stop_at is not None
+        self.stopped = boundary >= self._stop_at
+        return self.stopped
+
+
+class Link:
+    """Connection of a worker to the host, with its thread."""
+
+    def __init__(self, *, socket: str, group: str, name: str, rank: int, progress: Progress, gate: StopGate) -> None:
+        self._group = group
+        self._rank = rank
+        self._progress = progress
+        self._gate = gate
+        self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self._outbox: deque[Message] = deque()
+        self._wake_read, self._wake_write = os.pipe()
+        self._closing = False
+        self.call = 0
+        self.beat_every_s = 1.0
+        gate.announce = lambda call, boundary: self.send(
+            Boundary(group=group, rank=rank, call=call, boundary=boundary)
+        )
+        self._thread = threading.Thread(target=self._run, args=(socket, name), name="torchtrainer-link", daemon=True)
+        self.send(Hello(group=group, rank=rank, pid=os.getpid()))
+        self._thread.start()
+
+    # Training thread
+
+    def next_call(self) -> Call | None:
+        """Waits for the next call; None: there will be none. Waits for as long as the user's process thinks."""
+        return self._calls.get()
+
+    def send(self, message: Message) -> None:
+        """Hands a message over to the link's thread."""
+        self._outbox.append(message)
+        os.write(self._wake_write, b"\0")
+
+    def close(self) -> None:
+        """Sends what is left and ends the thread."""
+        self._closing = True
+        os.write(self._wake_write, b"\0")
+        self._thread.join(FLUSH_S)
+
+    # Link's thread
+
+    def _run(self, socket: str, name: str) -> None:
+        dealer = Dealer(socket, name)
+        next_beat = 0.0
+        while not self._closing:
+            now = time.monotonic()
+            if now >= next_beat:
+                dealer.send(self._beat(now))
+                next_beat = now + self.beat_every_s
+            if dealer.wait([self._wake_read], max(0.0, next_beat - now)):
+                os.read(self._wake_read, 4096)
+            while (message := dealer.receive()) is not None:
+                self._on_message(message)
+            self._flush(dealer)
+        self._flush(dealer)
+        dealer.close(FLUSH_S)
+
+    def _flush(self, dealer: Dealer) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                dealer.send(self._outbox.popleft())
+
+    def _on_message(self, message: Message) -> None:
+        if isinstance(message, Call):
+            self._calls.put(message)
+        elif isinstance(message, PrepareStop):
+            self._gate.prepare(message.call)
+        elif isinstance(message, StopAt):
+            self._gate.stop_at(message.call, message.boundary)
+        elif isinstance(message, EndWorker):
+            self._calls.put(None)
+
+    def _beat(self, now: float) -> Beat:
+        at = self._progress
+        use = read_process_use(os.getpid())
+        return Beat(
+            group=self._group,
+            rank=self._rank,
+            call=self.call,
+            phase=at.phase,
+            phase_age_s=now - at.phase_since,
+            epoch=at.epoch,
+            step=at.step,
+            batch=at.batch,
+            batches=at.batches,
+            samples=at.samples,
+            loss=None if at.loss is None else float(at.loss),
+            rss_bytes=(use and use.rss_bytes) or 0,
+            cpu_s=use.cpu_s if use else 0.0,
+        )

@@ -1,0 +1,205 @@
+"""A worker process from its first line of torch to its last: join the group, build the rank, serve calls.
+
+This module is imported by the spawner before it forks, so that workers find it, and all it imports, ready.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import torch
+
+from torchtrainer.comm.group import close_group, open_group
+from torchtrainer.control.messages import Call, Failure, Reply, WorkerReady
+from torchtrainer.process.error_file import write_error_file
+from torchtrainer.process.paths import RankPaths
+from torchtrainer.spec import BuildSpec
+from torchtrainer.train.progress import Progress
+from torchtrainer.worker.encoding import encode_result
+from torchtrainer.worker.link import Link, StopGate
+from torchtrainer.worker.runtime import RankRuntime, run_initialization_hook
+
+EXIT_FAILED = 1
+FIRST_RANK_METHODS = frozenset({"get_model", "state_dict", "facts"})
+"""Calls whose result is alike on all ranks: it is taken from rank 0, the others only take part."""
+
+
+@dataclass(frozen=True)
+class WorkerArguments:
+    """What the host tells a worker; see `torchtrainer.control.messages.StartGroup` for units."""
+
+    group: str
+    name: str
+    rank: int
+    world_size: int
+    socket: str
+    spec_path: str
+    store_path: str
+    log_dir: str
+    threads: int
+    backend: str
+    timeout_s: float
+    gpu: int | None
+    heartbeat_s: float
+    progress_s: float
+    hold_s: float
+
+
+def main(arguments: dict[str, Any]) -> int:
+    """Lives the life of a worker; returns its exit code."""
+    worker = Worker(WorkerArguments(**arguments))
+    try:
+        return worker.run()
+    finally:
+        worker.link.close()
+
+
+class Worker:
+    """One rank in one process. Everything here runs in the main thread."""
+
+    def __init__(self, arguments: WorkerArguments) -> None:
+        self.arguments = arguments
+        self.progress = Progress()
+        self.gate = StopGate(arguments.hold_s)
+        self.link = Link(
+            socket=arguments.socket,
+            group=arguments.group,
+            name=arguments.name,
+            rank=arguments.rank,
+            progress=self.progress,
+            gate=self.gate,
+        )
+        self.link.beat_every_s = arguments.heartbeat_s
+
+    def run(self) -> int:
+        """Builds the rank and serves calls until there are no more."""
+        before = set(sys.modules)
+        try:
+            runtime = self._build()
+        except BaseException as error:
+            return self._report(error, call=0)
+        self.progress.enter("idle")
+        self.link.send(
+            WorkerReady(
+                group=self.arguments.group,
+                rank=self.arguments.rank,
+                device=str(runtime.operator.device),
+                facts=runtime.facts(),
+                modules=sorted(set(sys.modules) - before),
+            )
+        )
+        while (call := self.link.next_call()) is not None:
+            try:
+                self._serve(runtime, call)
+            except SystemExit as error:
+                return self._report(error, call.call)
+            except BaseException as error:
+                self._report(error, call.call)
+            self.link.call = 0
+            self.link.beat_every_s = self.arguments.heartbeat_s
+            self.progress.enter("idle")
+        runtime.close()
+        close_group()
+        return 0
+
+    def _build(self) -> RankRuntime:
+        arguments = self.arguments
+        torch.set_num_threads(arguments.threads)
+        device = torch.device("cpu") if arguments.gpu is None else torch.device("cuda", arguments.gpu)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        spec: BuildSpec = cloudpickle.loads(Path(arguments.spec_path).read_bytes())
+        self.progress.enter("initialization_hook")
+        run_initialization_hook(spec)
+        self.progress.enter("join process group")
+        collective = open_group(
+            backend=arguments.backend,
+            rank=arguments.rank,
+            world_size=arguments.world_size,
+            timeout_s=arguments.timeout_s,
+            store_path=arguments.store_path,
+            device=device,
+        )
+        self.progress.enter("setup")
+        return RankRuntime(
+            spec,
+            collective=collective,
+            device=device,
+            local_rank=arguments.rank,
+            progress=self.progress,
+            gate=self.gate,
+        )
+
+    def _serve(self, runtime: RankRuntime, call: Call) -> None:
+        self.gate.begin(call.call)
+        self.link.call = call.call
+        self.progress.enter(call.method)
+        if self.arguments.rank == 0:
+            self.link.beat_every_s = self.arguments.progress_s
+        keywords: dict[str, Any] = cloudpickle.loads(call.blob) if call.blob else {}
+        value = getattr(runtime, call.method)(**keywords)
+        if self.arguments.rank and call.method in FIRST_RANK_METHODS:
+            value = None
+        form, blob = encode_result(call.method, value)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        self.link.send(
+            Reply(
+                group=self.arguments.group,
+                rank=self.arguments.rank,
+                call=call.call,
+                form=form,
+                stopped=self.gate.stopped,
+                step=self.progress.step,
+                epoch=self.progress.epoch,
+                blob=blob,
+            )
+        )
+
+    def _report(self, error: BaseException, call: int) -> int:
+        """Tells the driver why this rank failed, and leaves an error file; returns the exit code to end with."""
+        text = "".join(traceback.format_exception(error))
+        leaving = isinstance(error, SystemExit)
+        exit_code = _exit_code(error.code) if isinstance(error, SystemExit) else None
+        paths = RankPaths.of(self.arguments.log_dir, self.arguments.rank)
+        write_error_file(paths.error, type_name=type(error).__name__, text=str(error), traceback=text)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        self.link.send(
+            Failure(
+                group=self.arguments.group,
+                rank=self.arguments.rank,
+                call=call,
+                kind="exit" if leaving else "error",
+                type_name=type(error).__name__,
+                text=str(error),
+                traceback=text,
+                phase=self.progress.phase,
+                step=self.progress.step,
+                exit_code=exit_code,
+                blob=_pickled_exception(error),
+            )
+        )
+        return EXIT_FAILED if exit_code is None else exit_code
+
+
+def _exit_code(code: object) -> int:
+    """Exit code of a `SystemExit`, as the interpreter would choose it."""
+    if code is None:
+        return 0
+    return code if isinstance(code, int) else 1
+
+
+def _pickled_exception(error: BaseException) -> bytes:
+    """The exception for the user's process, without frames; empty if it does not pickle (its text goes anyway)."""
+    try:
+        data = cloudpickle.dumps(error.with_traceback(None))
+        cloudpickle.loads(data)  # an exception whose constructor wants other arguments fails here, not at the user
+    except Exception:
+        return b""
+    return bytes(data)

@@ -1,0 +1,301 @@
+"""What a rank does, call by call, whoever carries it: a worker process, the driver itself, or a launcher's process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchtrainer.comm.group import Collective
+from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES
+from torchtrainer.errors import InvalidArgumentTypeError, OperatorUseError
+from torchtrainer.operator import OperatorContext, TrainingOperator
+from torchtrainer.spec import BuildSpec, rank_config
+from torchtrainer.train.build import build_operator
+from torchtrainer.train.components import internals
+from torchtrainer.train.data import RankLoader
+from torchtrainer.train.loop import StepIterator, bind_hook, schedulers_of
+from torchtrainer.train.metrics import PassResult, plain
+from torchtrainer.train.progress import Progress, StepGate
+from torchtrainer.train.state import capture, restore
+from torchtrainer.train.step import GradientClock, GradientShare
+
+_NO_LOADER = (
+    "Training Operator does not have any registered {name} loader. Please register one with "
+    "`self.register_data({name}_loader=...)` in the setup function, or return one from data_creator."
+)
+
+
+def run_initialization_hook(spec: BuildSpec) -> None:
+    """Runs the user's ``initialization_hook``, if there is one; before anything else of the run, for any number of ranks."""
+    if spec.initialization_hook is not None:
+        spec.initialization_hook()
+
+
+class RankRuntime:
+    """One rank: builds the operator, then serves the trainer's calls. Everything runs in the thread that trains.
+
+    Args:
+        spec: the user's code and options.
+        collective: the ranks of the run.
+        device: where this rank trains.
+        local_rank: place of the rank on its machine.
+        progress: where the rank shows what it is doing.
+        gate: asked at every step boundary whether to go on.
+
+    Attributes:
+        operator: the user's operator.
+    """
+
+    def __init__(
+        self,
+        spec: BuildSpec,
+        *,
+        collective: Collective,
+        device: torch.device,
+        local_rank: int,
+        progress: Progress,
+        gate: StepGate,
+    ) -> None:
+        self._collective = collective
+        self._progress = progress
+        self._gate = gate
+        progress.enter("setup")
+        context = OperatorContext(
+            config=rank_config(spec.config, rank=collective.rank, world_size=collective.world_size),
+            settings=spec.settings,
+            device=device,
+            collective=collective,
+            local_rank=local_rank,
+            progress=progress,
+        )
+        self.operator: TrainingOperator = build_operator(spec, context)
+        progress.enter("idle")
+
+    def facts(self) -> dict[str, Any]:
+        """What the driver wants to know about the operator, as JSON data."""
+        components = internals(self.operator).components
+        train = self._loader("train")
+        return {
+            "operator": type(self.operator).__name__,
+            "models": len(components.raw_models) if components else 0,
+            "optimizers": len(components.optimizers) if components else 0,
+            "schedulers": len(components.schedulers) if components else 0,
+            "parameters": sum(one.numel() for model in components.raw_models for one in model.parameters())
+            if components
+            else 0,
+            "has_train_loader": train is not None,
+            "has_validation_loader": self._loader("validation") is not None,
+            "batches_per_pass": train.batches_per_pass if train else None,
+            "samples_per_pass": train.samples_per_pass if train else None,
+        }
+
+    def train(
+        self, *, num_steps: int | None = None, profile: bool = False, info: dict[str, Any] | None = None
+    ) -> PassResult:
+        """Runs the operator's ``train_epoch`` once.
+
+        Args:
+            num_steps: batches per rank; None: to the end of the pass.
+            profile: measure the parts of a step.
+            info: the user's own values for the hooks.
+
+        Raises:
+            InvalidArgumentTypeError: ``train_epoch`` did not return a dict, or one with the key ``epoch``.
+        """
+        loader = self._loader("train")
+        epoch_idx = loader.passes_started - loader.in_pass if loader is not None else 0
+        with self._pass(loader, "train", num_steps, profile) as steps:
+            with self.operator.timers.record("train_epoch"):
+                returned = self._call("train_epoch", steps, info, num_steps, epoch_idx)
+            if not isinstance(returned, Mapping):
+                raise InvalidArgumentTypeError(
+                    f"{type(self.operator).__name__}.train_epoch must return a dict of metrics, got "
+                    f"{type(returned).__name__}: {returned!r}"
+                )
+            if "epoch" in returned:
+                raise InvalidArgumentTypeError(
+                    f"the metrics of {type(self.operator).__name__}.train_epoch may not have the key 'epoch', under which "
+                    f"the number of passes is returned; use another name for {returned['epoch']!r}"
+                )
+        epoch = {"epoch": loader.passes_started if loader is not None else 0}
+        return self._result(returned, steps, epoch, profile)
+
+    def validate(
+        self, *, num_steps: int | None = None, profile: bool = False, info: dict[str, Any] | None = None
+    ) -> PassResult:
+        """Runs the operator's ``validate`` once; arguments as for `train`. Models are left in the mode they were in."""
+        train = self._loader("train")
+        epoch_idx = max(train.passes_started - 1, 0) if train is not None else 0
+        with (
+            self._evaluation(),
+            self._pass(self._loader("validation"), "validation", num_steps, profile) as steps,
+            self.operator.timers.record("validation"),
+        ):
+            returned = self._call("validate", steps, info, num_steps, epoch_idx)
+        return self._result(returned, steps, {}, profile)
+
+    def apply_operator(self, fn: Callable[[TrainingOperator], Any]) -> Any:
+        """Returns ``fn(operator)``."""
+        return fn(self.operator)
+
+    def apply_worker(self, fn: Callable[[], Any]) -> Any:
+        """Returns ``fn()``, called in this rank's process."""
+        return fn()
+
+    def update_scheduler(self, metric: float) -> None:
+        """Calls ``step(metric)`` of every scheduler.
+
+        Raises:
+            OperatorUseError: there is none.
+        """
+        schedulers = schedulers_of(self.operator)
+        if not schedulers:
+            raise OperatorUseError(
+                f"update_scheduler({metric!r}): {type(self.operator).__name__} has no scheduler; pass scheduler_creator= to "
+                f"TorchTrainer, or schedulers= to self.register in setup"
+            )
+        for scheduler in schedulers:
+            scheduler.step(metric)
+
+    def get_model(self, to_cpu: bool = True) -> Any:
+        """A copy of the model, or a list of copies, without any wrapper. Training goes on with the original.
+
+        Args:
+            to_cpu: put the copy on the CPU; else it is on this rank's device.
+        """
+        components = internals(self.operator).components
+        if components is None:
+            raise OperatorUseError(_not_registered(self.operator))
+        models = [copy.deepcopy(model) for model in components.raw_models]
+        if to_cpu:
+            models = [model.cpu() for model in models]
+        return models[0] if len(models) == 1 else models
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the training, on the CPU, sharing no memory with it."""
+        loader = self._loader("train")
+        return capture(self.operator, loader.passes_started if loader is not None else 0)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned. A pass that was running is given up: the next call starts a new one."""
+        restore(self.operator, state)
+        epoch = int(state.get("epoch", 0))
+        for name, loader in internals(self.operator).loaders.items():
+            loader.load_state_dict(
+                {"passes_started": epoch if name == "train" else loader.passes_started, "samples": 0}
+            )
+        self._progress.epoch, self._progress.step = epoch, self.operator.global_step
+
+    def close(self) -> None:
+        """Ends the loaders' worker processes."""
+        for loader in internals(self.operator).loaders.values():
+            loader.close()
+
+    def _loader(self, name: str) -> RankLoader | None:
+        return internals(self.operator).loaders.get(name)
+
+    def _call(
+        self, hook: str, steps: StepIterator, info: dict[str, Any] | None, num_steps: int | None, epoch_idx: int
+    ) -> Any:
+        """Calls an epoch hook with what its signature takes; ``info`` is a fresh dict in which ``epoch_idx`` is ours."""
+        values = {"info": {**(info or {}), "epoch_idx": epoch_idx}, "num_steps": num_steps, "epoch_idx": epoch_idx}
+        return bind_hook(getattr(self.operator, hook), tuple(values))(steps, values)
+
+    @contextmanager
+    def _pass(
+        self, loader: RankLoader | None, name: str, num_steps: int | None, profile: bool
+    ) -> Iterator[StepIterator]:
+        """The iterator of one call, in place while the hook runs and taken down whatever happens in it."""
+        operator, inside = self.operator, internals(self.operator)
+        steps = StepIterator(
+            loader,
+            missing=_NO_LOADER.format(name=name),
+            num_steps=num_steps,
+            progress=self._progress,
+            gate=self._gate,
+            timers=operator.timers,
+            share=GradientShare(self._trainable, self._collective.world_size) if name == "train" else None,
+            on_step=self._count_step,
+        )
+        inside.steps, inside.meters = steps, None
+        if profile:
+            operator.timers.reset()
+            operator.timers.enable()
+            inside.gradient_clock = GradientClock(self._trainable()) if name == "train" else None
+        completed = False
+        try:
+            yield steps
+            completed = True
+        finally:
+            steps.close(completed=completed)
+            inside.steps = None
+            operator.timers.disable()
+            if inside.gradient_clock is not None:
+                inside.gradient_clock.remove()
+                inside.gradient_clock = None
+            self._progress.enter("idle")
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """No exchange between the ranks, which may have unequal numbers of batches; modes are put back at the end."""
+        components = internals(self.operator).components
+        modes = {one: one.training for model in (components.models if components else []) for one in model.modules()}
+        wrapped = self._wrapped()
+        syncing = [model for model in wrapped if model.require_forward_param_sync]
+        if syncing:
+            self._collective.broadcast_buffers([model for model in syncing if model.broadcast_buffers])
+        try:
+            for model in syncing:
+                model.require_forward_param_sync = False
+            yield
+        finally:
+            for model in syncing:
+                model.require_forward_param_sync = True
+            for module, training in modes.items():
+                module.training = training
+
+    def _wrapped(self) -> list[Any]:
+        """Every ``DistributedDataParallel`` of the operator: ours, and those that the user keeps as attributes."""
+        components = internals(self.operator).components
+        found: dict[int, nn.Module] = {id(one): one for one in (components.models if components else [])}
+        for value in vars(self.operator).values():
+            for one in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(one, nn.Module):
+                    found[id(one)] = one
+        return [one for one in found.values() if hasattr(one, "require_forward_param_sync")]
+
+    def _trainable(self) -> Iterator[nn.Parameter]:
+        components = internals(self.operator).components
+        return components.trainable() if components is not None else iter(())
+
+    def _count_step(self) -> None:
+        self.operator.global_step += 1
+        self._progress.step = self.operator.global_step
+
+    def _result(self, returned: Any, steps: StepIterator, epoch: dict[str, int], profile: bool) -> PassResult:
+        """The hook's dict with the counts that it does not have itself; other objects as they are."""
+        if not isinstance(returned, Mapping):
+            return PassResult(returned)
+        values = {str(name): plain(value) for name, value in returned.items()}
+        counts = {NUM_SAMPLES: steps.samples, **epoch, BATCH_COUNT: steps.batches}
+        metrics = {**counts, **values}
+        samples = metrics[NUM_SAMPLES]
+        weights = dict.fromkeys(values, float(samples) if isinstance(samples, int | float) else 1.0)
+        meters = internals(self.operator).meters
+        if meters is not None:
+            weights.update(meters.weights())
+        if profile:
+            metrics["profile"] = self.operator.timers.stats()
+        return PassResult(metrics, {name: weights[name] for name in values if name not in (NUM_SAMPLES, BATCH_COUNT)})
+
+
+def _not_registered(operator: TrainingOperator) -> str:
+    return (
+        f"no models are registered; call self.register(models=..., optimizers=...) in the setup function of "
+        f"{type(operator).__name__}"
+    )
