@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +53,7 @@ class Program:
     path: Path
     process: subprocess.Popen[str]
     mark: str
+    temporary: Path
     output: str = ""
     errors: str = ""
     _lines: list[str] = field(default_factory=list)
@@ -83,19 +87,19 @@ class Program:
         assert not left, f"left behind: {left}"
 
     def private_directories(self) -> list[str]:
-        """Directories of our own in the program's temporary directory."""
-        return [str(entry) for entry in (self.path.parent / "tmp").iterdir()]
+        """What is in the program's temporary directory, but for the cache that torch keeps there."""
+        return [str(e) for e in self.temporary.iterdir() if not e.name.startswith("torchinductor_")]
 
 
 def start_program(tmp_path: Path, text: str, *arguments: str, python: tuple[str, ...] = (), **environ: str) -> Program:
     """Starts a program in ``tmp_path``, with a temporary directory of its own."""
     path = tmp_path / "program.py"
     path.write_text(textwrap.dedent(text))
-    (tmp_path / "tmp").mkdir(exist_ok=True)
+    # Sockets have short paths; a directory below pytest's own would be too deep for one.
+    temporary = Path(tempfile.mkdtemp(prefix="tt-"))
     mark = secrets.token_hex(8)
     env = {k: v for k, v in os.environ.items() if k not in ("XDG_RUNTIME_DIR", "RANK", "WORLD_SIZE")}
-    # Sockets have short paths; a directory below pytest's own may be too deep for one.
-    env.update({MARK: mark, "TMPDIR": str(tmp_path / "tmp"), "PYTHONUNBUFFERED": "1", **environ})
+    env.update({MARK: mark, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1", **environ})
     process = subprocess.Popen(
         [*(python or (sys.executable,)), str(path), *arguments],
         cwd=tmp_path,
@@ -105,7 +109,9 @@ def start_program(tmp_path: Path, text: str, *arguments: str, python: tuple[str,
         stderr=subprocess.PIPE,
         text=True,
     )
-    return Program(path=path, process=process, mark=mark)
+    program = Program(path=path, process=process, mark=mark, temporary=temporary)
+    weakref.finalize(program, shutil.rmtree, temporary, ignore_errors=True)
+    return program
 
 
 def run_program(tmp_path: Path, text: str, *arguments: str, **options: object) -> Program:

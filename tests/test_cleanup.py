@@ -67,8 +67,9 @@ def test_ctrl_c_ends_a_script_with_everything_in_it(tmp_path) -> None:
 @pytest.mark.parametrize("who", ["host", "spawner"])
 def test_losing_the_engine_ends_the_call_with_an_error(tmp_path, who) -> None:
     program = in_the_pass(tmp_path)
-    (pid,) = [line.split()[0] for line in marked_processes(program.mark) if f".{who} " in line]
-    os.kill(int(pid), signal.SIGKILL)
+    # Workers are forked from the spawner and have its command line: the spawner is the eldest.
+    pid = min(int(line.split()[0]) for line in marked_processes(program.mark) if f".{who} " in line)
+    os.kill(pid, signal.SIGKILL)
     assert program.finish() == 1
     assert "EngineError" in program.errors
     assert "Create a new TorchTrainer" in program.errors
@@ -115,7 +116,6 @@ with TorchTrainer(**CREATORS) as trainer:
 print("after", len(mine()))
 """,
     )
-    assert "during 9" not in program.errors
     lines = dict(line.split() for line in program.output.splitlines())
     assert int(lines["during"]) >= 7, program.output
     assert int(lines["after"]) == 3, "driver, host and spawner stay for the next trainer"

@@ -14,11 +14,11 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def output_of(command: list[str | Path], directory: Path) -> str:
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -87,7 +87,7 @@ def test_gan_draws_what_is_nearer_to_digits_than_noise(tmp_path):
 def test_notebook_runs_in_a_jupyter_kernel(tmp_path):
     notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
     client = NotebookClient(
-        notebook, timeout=100, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )
     client.execute()
     cells = {cell["id"]: cell for cell in notebook.cells}

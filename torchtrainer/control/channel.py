@@ -13,8 +13,6 @@ import zmq
 
 from torchtrainer.control.messages import Message, decode, encode
 
-SOCKET_PATH_LIMIT = 103
-"""Longest path, in bytes, that every system takes for a socket file."""
 RECONNECT_MS = 5
 """How often a peer that is there before the host tries again, in milliseconds."""
 

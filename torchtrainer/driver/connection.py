@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import replace
 
 from torchtrainer.config import Timeouts
-from torchtrainer.control.channel import SOCKET_PATH_LIMIT, Dealer
+from torchtrainer.control.channel import Dealer
 from torchtrainer.control.messages import EngineFailed, EngineReady, Message, Quit
 from torchtrainer.driver.machine import HostLost
 from torchtrainer.process.guard import open_pidfd
@@ -37,7 +37,7 @@ class HostConnection:
 
     def __init__(self, start_method: str, timeouts: Timeouts) -> None:
         self._timeouts = timeouts
-        self._paths = EnginePaths.create(SOCKET_PATH_LIMIT)
+        self._paths = EnginePaths.create()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "torchtrainer.engines.host", str(self._paths.root), str(os.getpid()), start_method],
             env=child_environ(os.environ),

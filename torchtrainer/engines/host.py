@@ -254,6 +254,7 @@ class Host:
             sys_path=message.sys_path,
             log_dir=message.log_dir,
             rank=rank,
+            multiprocessing_dir=str(self._paths.multiprocessing(message.group)),
         )
 
     def _living(self, name: str) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import importlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -12,9 +13,11 @@ from collections.abc import Callable
 from typing import Any, TypedDict
 
 from torchtrainer.process.guard import die_with_parent
-from torchtrainer.process.paths import RankPaths, private_directory
+from torchtrainer.process.paths import SOCKET_PATH_LIMIT, RankPaths, private_directory
 from torchtrainer.process.signals import STACK_DUMP_SIGNAL
 
+SOCKET_NAME_BYTES = 18
+"""Length of ``/listener-xxxxxxxx``."""
 _INHERITED_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGCHLD", "SIGUSR1", "SIGUSR2", "SIGPIPE")
 
 
@@ -29,6 +32,7 @@ class ChildSpec(TypedDict):
         cwd: working directory.
         sys_path: module search path.
         log_dir, rank: where stdout, stderr and stacks go.
+        multiprocessing_dir: where multiprocessing keeps its sockets; whoever started the process removes it.
     """
 
     key: str
@@ -39,6 +43,7 @@ class ChildSpec(TypedDict):
     sys_path: list[str]
     log_dir: str
     rank: int
+    multiprocessing_dir: str
 
 
 def run_child(spec: ChildSpec, parent: int) -> int:
@@ -59,6 +64,7 @@ def run_child(spec: ChildSpec, parent: int) -> int:
     sys.path[:] = spec["sys_path"]
     os.chdir(spec["cwd"])
     _redirect_output(RankPaths.of(spec["log_dir"], spec["rank"]))
+    _keep_sockets_in(spec["multiprocessing_dir"])
     gc.enable()
     module, function = spec["entry"].split(":")
     entry: Callable[[dict[str, Any]], int] = getattr(importlib.import_module(module), function)
@@ -92,3 +98,16 @@ def _redirect_output(paths: RankPaths) -> None:
         # The file stays open for the life of the process: faulthandler writes to its descriptor from a signal handler.
         stacks = os.open(paths.stacks, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         faulthandler.register(STACK_DUMP_SIGNAL, file=stacks, all_threads=True)
+
+
+def _keep_sockets_in(directory: str) -> None:
+    """Has multiprocessing, and so loader workers, put its sockets where they are removed even after a kill.
+
+    multiprocessing offers no public way to say where; without this, a killed loader leaves a ``pymp-`` directory.
+    """
+    if len(os.fsencode(directory)) + SOCKET_NAME_BYTES > SOCKET_PATH_LIMIT:
+        return  # the socket's path would be too long: its own choice may be shorter
+    config = getattr(multiprocessing.current_process(), "_config", None)
+    if isinstance(config, dict):
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        config["tempdir"] = directory

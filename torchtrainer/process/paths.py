@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PRIVATE_DIR_PREFIX = "torchtrainer-"
+SOCKET_PATH_LIMIT = 103
+"""Longest path, in bytes, that every system takes for a socket file."""
 
 
 @dataclass(frozen=True)
@@ -20,16 +22,17 @@ class EnginePaths:
       control.ipc        socket of the control plane
       <group>.spec       pickled creators of a group, removed when the group is built or gone
       <group>.store      rendezvous file of a group's process group
+      <group>.mp/        what multiprocessing in the workers keeps for its own sockets; it would stay after a kill
     """
 
     root: Path
 
     @classmethod
-    def create(cls, path_limit: int) -> EnginePaths:
+    def create(cls) -> EnginePaths:
         """Makes a fresh directory, in the user's runtime directory if there is one.
 
-        Args:
-            path_limit: longest path in bytes that a socket may have.
+        Raises:
+            OSError: no directory with a short enough path is writable.
         """
         candidates = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
         for base in candidates:
@@ -37,11 +40,11 @@ class EnginePaths:
                 continue
             root = Path(tempfile.mkdtemp(prefix=PRIVATE_DIR_PREFIX, dir=base))
             paths = cls(root)
-            if len(os.fsencode(paths.socket)) <= path_limit:
+            if len(os.fsencode(paths.socket)) <= SOCKET_PATH_LIMIT:
                 return paths
             root.rmdir()
         raise OSError(
-            f"no writable directory with a short enough path for a socket ({path_limit} bytes) among "
+            f"no writable directory with a short enough path for a socket ({SOCKET_PATH_LIMIT} bytes) among "
             f"{[c for c in candidates if c]}: set TMPDIR to one"
         )
 
@@ -58,10 +61,15 @@ class EnginePaths:
         """Rendezvous file of a group."""
         return self.root / f"{group}.store"
 
+    def multiprocessing(self, group: str) -> Path:
+        """Temporary directory of multiprocessing in a group's workers."""
+        return self.root / f"{group}.mp"
+
     def forget(self, group: str) -> None:
         """Removes the files of a group."""
         self.spec(group).unlink(missing_ok=True)
         self.store(group).unlink(missing_ok=True)
+        shutil.rmtree(self.multiprocessing(group), ignore_errors=True)
 
     def remove(self) -> None:
         """Removes the directory with all that is in it."""

@@ -27,9 +27,13 @@ AS_THEY_ARE = "pass add_dist_sampler=False if every rank's loader already reads 
 class Agreement(Protocol):
     """What loading needs of the other ranks; every rank makes the same calls in the same order."""
 
-    def all_gather(self, value: Any) -> list[Any]: ...
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order."""
+        ...
 
-    def sum(self, values: Sequence[float]) -> list[float]: ...
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sums over the ranks."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,7 @@ def to_json(facts: LoaderFacts) -> dict[str, Any]:
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:
+    """The torch generators of a loader and its samplers."""
     owners = [*samplers_of(loader), loader]
     found = [getattr(owner, "generator", None) for owner in owners]
     return [one for one in found if isinstance(one, torch.Generator)]
@@ -192,6 +197,7 @@ def _exact_length(loader: Any) -> int | None:
 
 
 def length_of(sized: Any) -> int | None:
+    """``len(sized)``, or None if it has none."""
     try:
         return len(sized)
     except (TypeError, NotImplementedError, AttributeError):

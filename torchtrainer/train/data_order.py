@@ -170,8 +170,8 @@ class DrawnOrder:
             drawn = list(islice(iter(self._sampler), most + 1))
         if len(drawn) > most:
             raise UnshardableLoaderError(
-                f"the {self._name} loader's sampler {type(self._sampler).__name__} did not end after {most} elements, so "
-                f"it cannot be dealt out; let it end after one epoch, or pass add_dist_sampler=False"
+                f"the {self._name} loader's sampler {type(self._sampler).__name__} did not end after {most} elements, "
+                f"so it cannot be dealt out; let it end after one epoch, or pass add_dist_sampler=False"
             )
         self._compare(drawn, epoch)
         return drawn
@@ -187,8 +187,9 @@ class DrawnOrder:
         if any(order != orders[0] for order in orders):
             raise UnshardableLoaderError(
                 f"the {self._name} loader's sampler {type(self._sampler).__name__} gives different orders on different "
-                f"ranks in epoch {epoch} (elements by rank: {[order[0] for order in orders]}), so dealing them out would "
-                f"repeat and lose samples; let it depend only on the epoch and on its seed, not on the rank; or {AS_THEY_ARE}"
+                f"ranks in epoch {epoch} (elements by rank: {[order[0] for order in orders]}), so dealing them out "
+                f"would repeat and lose samples; let it depend only on the epoch and on its seed, not on the rank; or "
+                f"{AS_THEY_ARE}"
             )
 
 

@@ -47,7 +47,9 @@ class Pass(Protocol):
     count: int | None
     total: int | None
 
-    def next(self) -> RankBatch | None: ...
+    def next(self) -> RankBatch | None:
+        """The next batch; None after the last one."""
+        ...
 
 
 class DealtPass:
@@ -175,7 +177,7 @@ class StreamPass:
         if self.batches == 0 and having < self._world_size:
             raise UnshardableLoaderError(
                 f"the {self._name} loader gave no batch at all to {self._world_size - int(having)} of "
-                f"{self._world_size} ranks, so they have nothing to take a step with; use at most as many ranks as the stream has batches"
+                f"{self._world_size} ranks, which cannot take a step; use fewer ranks"
             )
         return RankBatch(self._last if data is _END else data, size, int(total))
 

@@ -63,8 +63,8 @@ class PlainStream:
     def _check_used_up(self) -> None:
         if self._passes > 1 and self._iterator is self._loader:
             raise UnshardableLoaderError(
-                f"the {self._name} loader is a {type(self._loader).__name__} that can be iterated only once, and this is "
-                f"pass {self._passes}; return an object whose __iter__ starts anew, such as a DataLoader or a list"
+                f"the {self._name} loader is a {type(self._loader).__name__} that can be iterated only once, and this "
+                f"is pass {self._passes}; return an object whose __iter__ starts anew, such as a DataLoader or a list"
             )
 
     def stop(self) -> None:

@@ -310,6 +310,7 @@ class SeededCollate:
         self._seed, self._batches = seed, 0
 
     def __call__(self, elements: Any) -> Any:
+        """The batch of some elements."""
         if self._collate_fn is default_collate or self._collate_fn is default_convert:
             return self._collate_fn(elements)
         self._batches += 1

@@ -1,8 +1,8 @@
 """Which samples every rank reads at every step: pure functions of the seed, the epoch and the global position.
 
 The order is that of torch's ``DistributedSampler``: ``perm = randperm(n)`` under a generator seeded with
-``seed + epoch``; global batch ``k`` is ``perm[k*B : (k+1)*B]``, and rank ``r`` of ``W`` takes ``batch_k[r::W]``. Nothing
-is padded, so each sample comes once per epoch, and the last global batch may give the ranks unequal shares.
+``seed + epoch``; global batch ``k`` is ``perm[k*B : (k+1)*B]``, and rank ``r`` of ``W`` takes ``batch_k[r::W]``.
+Nothing is padded, so each sample comes once per epoch, and the last global batch may give the ranks unequal shares.
 
 ::
 
