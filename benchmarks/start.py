@@ -58,7 +58,9 @@ def main() -> None:
             if name == FRESH:
                 samples[SECOND].append(found["SECOND"])
     base = statistics.median(samples[TORCHRUN])
-    print(f"seconds to the first optimizer step, median of {options.repeats} (smallest to largest), and ratio to torchrun")
+    print(
+        f"seconds to the first optimizer step, median of {options.repeats} (smallest to largest), and ratio to torchrun"
+    )
     for name, values in samples.items():
         middle = statistics.median(values)
         print(f"{name:45s} {middle:6.2f} ({min(values):.2f} to {max(values):.2f})   {middle / base:5.2f}")

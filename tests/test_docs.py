@@ -30,8 +30,6 @@ PAGES = sorted(
     if not any(part.startswith(".") or part in NOT_OURS for part in path.relative_to(ROOT).parts)
 )
 PROGRAM = "# program"
-DEADLINE_S = 60.0
-"""Only a deadlock takes this long; a program takes a few seconds."""
 
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -29,11 +29,12 @@ from torchtrainer.control.messages import (
     WorkerStarted,
 )
 from torchtrainer.driver.causes import EngineLost, StartTimedOut, UserCodeFailed, WorkerDied, WorkerHung
-from torchtrainer.driver.machine import (
+from torchtrainer.driver.machine import handle
+from torchtrainer.driver.states import (
     TO_THE_END,
     Action,
-    CallRequested,
     Calling,
+    CallRequested,
     Closed,
     EndRequested,
     Event,
@@ -46,7 +47,6 @@ from torchtrainer.driver.machine import (
     Send,
     StopRequested,
     Tick,
-    handle,
 )
 
 LIMITS = Timeouts()

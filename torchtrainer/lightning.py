@@ -105,7 +105,7 @@ class LightningOperator(TrainingOperator):
                 with isolated_rng():  # the other ranks do not draw what this one draws
                     module.prepare_data()
             internals(self).context.collective.barrier()
-            module.setup("fit")
+            module.setup(stage="fit")
             self.register_data(
                 train_loader=choose_loader(self._given[0], module, self._base, "train_dataloader"),
                 validation_loader=choose_loader(self._given[1], module, self._base, "val_dataloader"),
@@ -251,7 +251,7 @@ class LightningOperator(TrainingOperator):
         with self.timers.record("apply"):
             scaler.unscale_(optimizer)
             module.on_before_optimizer_step(optimizer)
-            module.configure_gradient_clipping(optimizer)
+            module.configure_gradient_clipping(optimizer, gradient_clip_val=None, gradient_clip_algorithm=None)
             self.clip_gradients()
             if overrides(module, self._base, "optimizer_step"):
                 module.optimizer_step(epoch, index, optimizer, lambda: loss)

@@ -1,4 +1,7 @@
-"""`TorchTrainer`: checks arguments, starts an engine's group, forwards calls and returns results. It trains nothing itself."""
+"""`TorchTrainer`: checks arguments, starts an engine's group, forwards calls and returns results. It trains nothing itself.
+
+Long because it is the public interface: most of it is the documentation of the arguments and methods.
+"""
 
 from __future__ import annotations
 
@@ -7,37 +10,22 @@ import socket
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from datetime import datetime
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchtrainer.arguments import (
-    NOT_YET,
-    check_batch_size,
-    check_counts,
-    check_creators,
-    check_not_yet,
-    decide_gpus,
-    decide_threads,
-    settings_from,
-    unknown_argument,
-)
-from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES, CheckpointConfig, FailureConfig, Timeouts
-from torchtrainer.driver.run_dir import RunDirectory, automatic_root
-from torchtrainer.engines.base import Engine, Group, GroupPlan
-from torchtrainer.engines.inline import InlineGroup, LocalModeEngine, SpmdEngine
-from torchtrainer.engines.local import shared_engine
+from torchtrainer.arguments import NOT_YET, unknown_argument
+from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES, CheckpointConfig, FailureConfig
+from torchtrainer.driver.run_dir import RunDirectory, open_run_dir
+from torchtrainer.engines.base import Engine, Group
+from torchtrainer.engines.inline import InlineGroup
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, NotAvailableError, TrainerClosedError
-from torchtrainer.observe.devices import GpuMonitor, gpu_count
+from torchtrainer.observe.devices import GpuMonitor
 from torchtrainer.observe.events import Callbacks, EpochEvent, RunEndEvent, ValidateEvent
 from torchtrainer.observe.history import History, HistoryFile
 from torchtrainer.observe.notices import notice
 from torchtrainer.observe.status import ProcessStatus, Status
 from torchtrainer.observe.watch import Watch
-from torchtrainer.spec import BuildSpec
-from torchtrainer.topology import Topology
-from torchtrainer.topology import current as current_topology
+from torchtrainer.planning import RunPlan, plan_run
 from torchtrainer.train.metrics import PassResult, reduce_results
 
 if TYPE_CHECKING:
@@ -125,85 +113,32 @@ class TorchTrainer:
         callbacks: Iterable[object] = (),
         **unknown: Any,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "unknown")}
         self._started_at = time.monotonic()
         self._group: Group | None = None
         for name in unknown:
-            raise unknown_argument(name, self.__init__.__kwdefaults__)  # type: ignore[misc]
-        config = {} if config is None else config
-        failure = FailureConfig() if failure is None else failure
-        creators = {
-            "model_creator": model_creator,
-            "data_creator": data_creator,
-            "optimizer_creator": optimizer_creator,
-            "loss_creator": loss_creator,
-            "scheduler_creator": scheduler_creator,
-            "initialization_hook": initialization_hook,
-        }
-        check_creators(creators, training_operator_cls)
-        check_counts(num_workers, min_workers, config)
+            raise unknown_argument(name, given)
         self._callbacks = Callbacks(callbacks)
-        topology = None if use_local else _topology_for(engine)
-        world_size = topology.world_size if topology else num_workers
-        check_not_yet(
-            resume=resume,
-            checkpoint=checkpoint or CheckpointConfig(),
-            failure=failure,
-            engine=engine,
-            world_size=world_size,
-            use_local=use_local,
-        )
-        check_batch_size(config, world_size)
-        local_ranks = topology.local_world_size if topology else world_size
-        gpus = decide_gpus(use_gpu, local_ranks, gpu_count(os.environ) if use_gpu else 0)
-        settings = settings_from(
-            precision=precision,
-            use_fp16=use_fp16,
-            scheduler_creator=scheduler_creator,
-            scheduler_step_freq=scheduler_step_freq,
-            use_gpu=bool(gpus),
-            backend=backend,
-            seed=seed,
-            compile=compile,
-            wrap_ddp=wrap_ddp,
-            ddp_args=ddp_args or {},
-            add_dist_sampler=add_dist_sampler,
-            use_tqdm=use_tqdm,
-            timeout_s=timeout_s,
-        )
-        threads = decide_threads(num_cpus_per_worker, local_ranks)
-        chosen = _engine_for(engine, topology, use_local)
-        self._is_main = topology is None or topology.rank == 0
-        self._topology = topology
-        if topology is not None and self._is_main and num_workers not in (1, world_size):
-            notice(f"num_workers={num_workers} gives way to the {world_size} processes that {topology.launcher} started")
-        self.config = config
-        self._epoch = 0
-        self._step = 0
-        self._run_dir = _open_run_dir(run_dir, self._is_main)
+        run = plan_run(given)
+        self.config = run.spec.config
+        self._is_main = run.is_main
+        self._epoch = self._step = 0
+        self._run_dir = open_run_dir(run_dir, run.is_main)
         self._history = HistoryFile(self._run_dir.history)
-        self._gpu_monitor = GpuMonitor(os.environ) if gpus else None
+        self._gpu_monitor = GpuMonitor(os.environ) if run.gpus else None
         self._watch = Watch(
             callbacks=self._callbacks,
-            use_tqdm=use_tqdm and self._is_main,
-            world_size=world_size,
+            use_tqdm=use_tqdm and run.is_main,
+            world_size=run.world_size,
             gpus=self._gpu_monitor,
         )
-        plan = GroupPlan(
-            spec=BuildSpec(settings=settings, config=config, training_operator_cls=training_operator_cls, **creators),
-            world_size=world_size,
-            threads=threads,
-            gpus=gpus,
-            log_dir=str(self._run_dir.logs),
-            logs_stay=self._run_dir.durable,
-            timeouts=Timeouts(),
-            hang_timeout_s=timeout_s if failure.hang_timeout_s == "auto" else failure.hang_timeout_s,
-        )
-        self._start(chosen, plan)
+        self._start(run)
 
-    def _start(self, engine: Engine, plan: GroupPlan) -> None:
-        self._watch.begin_start(f"starting {plan.world_size} worker{'s' if plan.world_size > 1 else ''}")
+    def _start(self, run: RunPlan) -> None:
+        plan = run.for_group(log_dir=str(self._run_dir.logs), logs_stay=self._run_dir.durable)
+        self._watch.begin_start(f"starting {run.world_size} worker{'s' if run.world_size > 1 else ''}")
         try:
-            self._group = engine.start_group(plan, self._watch)
+            self._group = run.engine.start_group(plan, self._watch)
         except BaseException:
             self._run_dir.close()
             raise
@@ -468,9 +403,7 @@ class TorchTrainer:
     def _call(self, method: str, **keywords: Any) -> list[Any]:
         return self._living_group().call(method, **keywords).values
 
-    def _pass(
-        self, method: str, num_steps: int | None, profile: bool, info: dict[str, Any] | None
-    ) -> list[PassResult]:
+    def _pass(self, method: str, num_steps: int | None, profile: bool, info: dict[str, Any] | None) -> list[PassResult]:
         group = self._living_group()
         if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 0):
             raise InvalidArgumentError(f"num_steps must be a whole number of at least 0 or None, got {num_steps!r}")
@@ -506,37 +439,6 @@ def reduce_results_or_list(results: list[PassResult], reduce: bool) -> Any:
 def _check_function(method: str, fn: Any) -> None:
     if not callable(fn):
         raise InvalidArgumentTypeError(f"{method} takes a function, got {fn!r}")
-
-
-def _topology_for(engine: str | Engine) -> Topology | None:
-    """The launch that this process is part of, if the trainer is to attach to it."""
-    if not isinstance(engine, str):
-        return None
-    if engine not in ("auto", "local", "spmd", "ray"):
-        raise InvalidArgumentError(f'engine must be "auto", "local", "spmd", "ray" or an engine object, got {engine!r}')
-    if engine in ("local", "ray"):
-        return None
-    topology = current_topology()
-    if topology is None and engine == "spmd":
-        raise InvalidArgumentError(
-            'engine="spmd" needs a launcher, but RANK and WORLD_SIZE (or those of srun or mpirun) are not set: start the '
-            'script with torchrun, or use engine="local"'
-        )
-    return topology
-
-
-def _engine_for(engine: str | Engine, topology: Topology | None, use_local: bool) -> Engine:
-    if use_local:
-        return LocalModeEngine()
-    if topology is not None:
-        return SpmdEngine(topology)
-    return shared_engine() if isinstance(engine, str) else engine
-
-
-def _open_run_dir(run_dir: str | os.PathLike[str] | None, is_main: bool) -> RunDirectory:
-    if run_dir is None or not is_main:
-        return RunDirectory(None)
-    return RunDirectory(automatic_root(datetime.now()) if run_dir == "auto" else Path(run_dir))
 
 
 def _end(group: Group, run_dir: RunDirectory, gpus: GpuMonitor | None, force: bool = True) -> None:

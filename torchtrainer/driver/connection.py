@@ -13,7 +13,7 @@ from dataclasses import replace
 from torchtrainer.config import Timeouts
 from torchtrainer.control.channel import Dealer
 from torchtrainer.control.messages import EngineFailed, EngineReady, Message, Quit
-from torchtrainer.driver.machine import HostLost
+from torchtrainer.driver.states import HostLost
 from torchtrainer.process.guard import open_pidfd
 from torchtrainer.process.paths import EnginePaths
 from torchtrainer.process.starters import child_environ

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -13,7 +14,12 @@ from torchtrainer.config import Timeouts
 from torchtrainer.control.messages import Beat, Output, Reply, StartGroup
 from torchtrainer.driver.causes import Cause
 from torchtrainer.driver.connection import POLL_S, HostConnection, Incoming
-from torchtrainer.driver.machine import (
+from torchtrainer.driver.interrupts import HeldInterrupts
+from torchtrainer.driver.machine import handle
+from torchtrainer.driver.policies import RankView
+from torchtrainer.driver.report import Scene, error_of, short_cause
+from torchtrainer.driver.states import (
+    Calling,
     CallRequested,
     Closed,
     EndRequested,
@@ -25,10 +31,7 @@ from torchtrainer.driver.machine import (
     Send,
     StopRequested,
     Tick,
-    handle,
 )
-from torchtrainer.driver.policies import RankView
-from torchtrainer.driver.report import Scene, error_of, short_cause
 from torchtrainer.errors import TrainerClosedError
 
 
@@ -88,6 +91,8 @@ class Controller:
         self._doing = "start"
         self._outcome: Returned | Raised | None = None
         self._owner_pid = os.getpid()
+        self._unshown: deque[Incoming] = deque()
+        self._held = HeldInterrupts()
         self._machine = Machine.start(
             group=start.group,
             world_size=start.world_size,
@@ -95,8 +100,9 @@ class Controller:
             hang_timeout_s=hang_timeout_s,
             now=clock(),
         )
-        connection.open_inbox(start.group)
-        connection.send(start)
+        with self._held:
+            connection.open_inbox(start.group)
+            connection.send(start)
         self._start = replace(start, blob=b"")  # the creators may be large, and are on their way
 
     @property
@@ -135,8 +141,7 @@ class Controller:
             self._raise_closed()
         self._doing = f"{method}()"
         self._outcome = None
-        self._handle(CallRequested(method=method, blob=blob))
-        returned = self._await_outcome()
+        returned = self._await_outcome(CallRequested(method=method, blob=blob))
         return Outcome(replies=returned.replies, stopped=any(reply.stopped for reply in returned.replies))
 
     def end(self, force: bool = False) -> None:
@@ -144,7 +149,8 @@ class Controller:
         if self._owner_pid != os.getpid():
             return  # a forked copy of the driver: the workers are not its own
         self._doing = "shutdown"
-        self._handle(EndRequested(force=force))
+        with self._held:
+            self._handle(EndRequested(force=force))
         while not self.closed:
             self._turn()
         self._connection.close_inbox(self._machine.group)
@@ -155,8 +161,11 @@ class Controller:
 
     # The loop
 
-    def _await_outcome(self) -> Returned:
+    def _await_outcome(self, request: CallRequested | None = None) -> Returned:
         try:
+            with self._held:
+                if request is not None:
+                    self._handle(request)
             while self._outcome is None:
                 self._turn()
         except KeyboardInterrupt:
@@ -168,11 +177,14 @@ class Controller:
         return outcome
 
     def _turn(self, timeout_s: float = POLL_S) -> None:
-        self._connection.poll(timeout_s)
-        while (message := self._connection.take(self._machine.group)) is not None:
-            self._show(message)
-            self._handle(message)
-        self._handle(Tick())
+        with self._held:
+            self._connection.poll(timeout_s)
+            while (message := self._connection.take(self._machine.group)) is not None:
+                self._unshown.append(message)
+                self._handle(message)
+            self._handle(Tick())
+        while self._unshown:
+            self._show(self._unshown.popleft())
         self._listener.on_waiting(self._doing)
 
     def _show(self, message: Incoming) -> None:
@@ -193,7 +205,10 @@ class Controller:
 
     def _on_interrupt(self) -> None:
         """Asks for an early end, and gives the ranks a moment to come to a step boundary."""
-        self._handle(StopRequested(signum=int(signal.SIGINT)))
+        if not isinstance(self._machine.state, Calling):
+            return
+        with self._held:
+            self._handle(StopRequested(signum=int(signal.SIGINT)))
         deadline = self._clock() + self._timeouts.interrupt_s
         while self._outcome is None and self._clock() < deadline:
             self._turn()
@@ -224,5 +239,3 @@ class Controller:
         raise TrainerClosedError(
             f"the workers of this trainer have ended after an earlier failure{why}: create a new TorchTrainer"
         )
-
-

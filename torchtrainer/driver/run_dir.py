@@ -108,3 +108,18 @@ def program_name() -> str:
         return "notebook"
     script = getattr(sys.modules.get("__main__"), "__file__", None)
     return Path(script).stem if script else "interactive"
+
+
+def open_run_dir(run_dir: str | os.PathLike[str] | None, is_main: bool) -> RunDirectory:
+    """Opens the directory that the user asked for.
+
+    Args:
+        run_dir: a path, "auto", or None to keep nothing.
+        is_main: this process speaks for the run; the others keep nothing.
+
+    Raises:
+        RunDirectoryError: it is not writable, not ours, or in use.
+    """
+    if run_dir is None or not is_main:
+        return RunDirectory(None)
+    return RunDirectory(automatic_root(datetime.now()) if run_dir == "auto" else Path(run_dir))

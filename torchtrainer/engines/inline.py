@@ -188,4 +188,3 @@ def _send_stdout_to_log(paths: RankPaths) -> None:
     log = paths.stream("stdout")
     sys.stdout.flush()
     sys.stdout = open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", buffering=1)  # noqa: SIM115
-

@@ -17,6 +17,7 @@ from torchtrainer.driver.pickling import dumps
 from torchtrainer.driver.policies import RankView
 from torchtrainer.engines.base import CallResult, GroupPlan
 from torchtrainer.errors import InvalidArgumentError
+from torchtrainer.topology import current as current_topology
 
 StartMethod = Literal["auto", "fork", "exec"]
 
@@ -147,6 +148,7 @@ def prestart() -> None:
     """Starts importing torch for the workers now, in the background, while this process does other things.
 
     Optional. Call it at the top of a script, before its own heavy imports: both then go on side by side. Calling it again
-    does nothing.
+    does nothing, nor does it under a launcher such as torchrun, whose processes are the workers.
     """
-    shared_engine().connect()
+    if current_topology() is None:
+        shared_engine().connect()

@@ -35,9 +35,9 @@ FLUSH_S = 5.0
 class StopGate:
     """Ends a pass at the boundary on which the ranks agree; asked by the training thread, told by the link's thread.
 
-    The agreement (no collective, nothing to pay while idle): every rank that is told to prepare says where it is at its next
-    boundary and holds there; the driver answers with the highest, which every rank can reach, since ranks in lock-step are at
-    most one apart.
+    The agreement (no collective, nothing to pay while idle): every rank that is told to prepare says at once which boundary
+    it will come to next, and holds there; the driver answers with the highest, which every rank can reach. The link's thread
+    says it: the training thread may be in a collective that waits for a rank which already holds.
     """
 
     def __init__(self, hold_s: float) -> None:
@@ -45,22 +45,25 @@ class StopGate:
         self._preparing = False
         self._stop_at: int | None = None
         self._call = 0
+        self._passed = -1
         self._decided = threading.Event()
         self.stopped = False
         self.announce: Any = None  # set by the link: called with (call, boundary)
 
     def begin(self, call: int) -> None:
-        """Forgets earlier agreements. Called by the training thread before each call."""
+        """From the link's thread, in order with what it hears of stops: a call begins; forgets earlier agreements."""
         self._preparing = False
         self._stop_at = None
         self._decided.clear()
         self.stopped = False
+        self._passed = -1
         self._call = call
 
     def prepare(self, call: int) -> None:
         """From the link's thread: a stop is wanted in this call."""
         if call == self._call:
-            self._preparing = True
+            self._preparing = True  # before reading: the training thread writes where it is, then looks at this
+            self.announce(call, self._passed + 1)
 
     def stop_at(self, call: int, boundary: int) -> None:
         """From the link's thread: the boundary on which the ranks agreed."""
@@ -74,12 +77,11 @@ class StopGate:
         Raises:
             TimeoutError: the driver did not answer.
         """
+        self._passed = boundary
         if not self._preparing:
             return False
-        if self._stop_at is None:
-            self.announce(self._call, boundary)
-            if not self._decided.wait(self._hold_s):
-                raise TimeoutError(f"held at a step boundary for {self._hold_s} s (hold_s) and nobody said where to stop")
+        if self._stop_at is None and not self._decided.wait(self._hold_s):
+            raise TimeoutError(f"held at a step boundary for {self._hold_s} s (hold_s) and nobody said where to stop")
         assert self._stop_at is not None
         self.stopped = boundary >= self._stop_at
         return self.stopped
@@ -99,9 +101,7 @@ class Link:
         self._closing = False
         self.call = 0
         self.beat_every_s = 1.0
-        gate.announce = lambda call, boundary: self.send(
-            Boundary(group=group, rank=rank, call=call, boundary=boundary)
-        )
+        gate.announce = lambda call, boundary: self.send(Boundary(group=group, rank=rank, call=call, boundary=boundary))
         self._thread = threading.Thread(target=self._run, args=(socket, name), name="torchtrainer-link", daemon=True)
         self.send(Hello(group=group, rank=rank, pid=os.getpid()))
         self._thread.start()
@@ -148,6 +148,7 @@ class Link:
 
     def _on_message(self, message: Message) -> None:
         if isinstance(message, Call):
+            self._gate.begin(message.call)
             self._calls.put(message)
         elif isinstance(message, PrepareStop):
             self._gate.prepare(message.call)

@@ -5,10 +5,12 @@ This module is imported by the spawner before it forks, so that workers find it,
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import cloudpickle
@@ -64,6 +66,7 @@ class Worker:
 
     def __init__(self, arguments: WorkerArguments) -> None:
         self.arguments = arguments
+        RankPaths.of(arguments.log_dir, arguments.rank).error.unlink(missing_ok=True)  # of an earlier run in this place
         self.progress = Progress()
         self.gate = StopGate(arguments.hold_s)
         self.link = Link(
@@ -75,6 +78,8 @@ class Worker:
             gate=self.gate,
         )
         self.link.beat_every_s = arguments.heartbeat_s
+        self._interruptible = False
+        signal.signal(signal.SIGINT, self._on_interrupt)
 
     def run(self) -> int:
         """Builds the rank and serves calls until there are no more."""
@@ -136,13 +141,16 @@ class Worker:
         )
 
     def _serve(self, runtime: RankRuntime, call: Call) -> None:
-        self.gate.begin(call.call)
         self.link.call = call.call
         self.progress.enter(call.method)
         if self.arguments.rank == 0:
             self.link.beat_every_s = self.arguments.progress_s
         keywords: dict[str, Any] = cloudpickle.loads(call.blob) if call.blob else {}
-        value = getattr(runtime, call.method)(**keywords)
+        self._interruptible = True
+        try:
+            value = getattr(runtime, call.method)(**keywords)
+        finally:
+            self._interruptible = False
         if self.arguments.rank and call.method in FIRST_RANK_METHODS:
             value = None
         form, blob = encode_result(call.method, value)
@@ -160,6 +168,12 @@ class Worker:
                 blob=blob,
             )
         )
+
+    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
+        """Interrupts the running call, once; between calls there is nothing to interrupt."""
+        if self._interruptible:
+            self._interruptible = False
+            raise KeyboardInterrupt
 
     def _report(self, error: BaseException, call: int) -> int:
         """Tells the driver why this rank failed, and leaves an error file; returns the exit code to end with."""

@@ -231,6 +231,7 @@ class RankRuntime:
         try:
             yield steps
             completed = True
+            self._progress.enter("idle")
         finally:
             steps.close(completed=completed)
             inside.steps = None
@@ -238,7 +239,6 @@ class RankRuntime:
             if inside.gradient_clock is not None:
                 inside.gradient_clock.remove()
                 inside.gradient_clock = None
-            self._progress.enter("idle")
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:

@@ -1,0 +1,42 @@
+"""Ctrl-C at safe points only: between taking a message in and acting on it, an exception would lose the message."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+
+class HeldInterrupts:
+    """Holds Ctrl-C back inside ``with``: what SIGINT does in this process happens when the block is left.
+
+    Only where SIGINT runs Python code, in the main thread; elsewhere nothing can come in between. Does not nest.
+    """
+
+    def __init__(self) -> None:
+        self._came: tuple[int, FrameType | None] | None = None
+        self._usual: signal._HANDLER = None
+        self._holds = False
+
+    def __enter__(self) -> None:
+        self._came = None
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._usual = signal.getsignal(signal.SIGINT)
+        if callable(self._usual):
+            signal.signal(signal.SIGINT, self._hold)
+            self._holds = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._holds:
+            return
+        self._holds = False
+        signal.signal(signal.SIGINT, self._usual)
+        came, self._came = self._came, None
+        if came is not None and callable(self._usual):
+            self._usual(*came)
+
+    def _hold(self, signum: int, frame: FrameType | None) -> None:
+        self._came = (signum, frame)

@@ -1,0 +1,166 @@
+"""Turns the trainer's arguments into what a run is started from: checked, with every "auto" decided."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torchtrainer.arguments import (
+    check_batch_size,
+    check_counts,
+    check_creators,
+    check_not_yet,
+    decide_gpus,
+    decide_threads,
+    settings_from,
+)
+from torchtrainer.config import CheckpointConfig, FailureConfig, Timeouts
+from torchtrainer.engines.base import Engine, GroupPlan
+from torchtrainer.engines.inline import LocalModeEngine, SpmdEngine
+from torchtrainer.engines.local import shared_engine
+from torchtrainer.errors import InvalidArgumentError
+from torchtrainer.observe.devices import gpu_count
+from torchtrainer.observe.notices import notice
+from torchtrainer.spec import BuildSpec
+from torchtrainer.topology import Topology
+from torchtrainer.topology import current as current_topology
+
+CREATORS = (
+    "model_creator",
+    "data_creator",
+    "optimizer_creator",
+    "loss_creator",
+    "scheduler_creator",
+    "initialization_hook",
+)
+AS_GIVEN = ("seed", "compile", "wrap_ddp", "add_dist_sampler", "use_tqdm", "timeout_s")
+"""Arguments that become settings of the ranks as they are."""
+ENGINES = ("auto", "local", "spmd", "ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What a run is started from.
+
+    Attributes:
+        spec: what every rank is built from.
+        engine: where the ranks live.
+        world_size: ranks.
+        threads: intra-op threads per process.
+        gpus: GPU index per local rank, empty without GPUs.
+        hang_timeout_s: longest time without progress.
+        is_main: this process speaks for the run: it is the driver, or rank 0 of a launch.
+    """
+
+    spec: BuildSpec
+    engine: Engine
+    world_size: int
+    threads: int
+    gpus: tuple[int, ...]
+    hang_timeout_s: float
+    is_main: bool
+
+    def for_group(self, *, log_dir: str, logs_stay: bool) -> GroupPlan:
+        """What an engine starts the ranks from.
+
+        Args:
+            log_dir: where the ranks' output goes.
+            logs_stay: whether that directory outlives the run.
+        """
+        return GroupPlan(
+            spec=self.spec,
+            world_size=self.world_size,
+            threads=self.threads,
+            gpus=self.gpus,
+            log_dir=log_dir,
+            logs_stay=logs_stay,
+            timeouts=Timeouts(),
+            hang_timeout_s=self.hang_timeout_s,
+        )
+
+
+def plan_run(given: Mapping[str, Any]) -> RunPlan:
+    """Checks the arguments of `TorchTrainer` and decides what they leave open.
+
+    Args:
+        given: every argument by its name.
+
+    Raises:
+        InvalidArgumentError, InvalidArgumentTypeError: an argument that cannot work.
+        NotAvailableError: something that this version does not have.
+    """
+    creators = {name: given[name] for name in CREATORS}
+    config = {} if given["config"] is None else given["config"]
+    failure = given["failure"] or FailureConfig()
+    check_creators(creators, given["training_operator_cls"])
+    check_counts(given["num_workers"], given["min_workers"], config)
+    topology = None if given["use_local"] else _topology_for(given["engine"])
+    world_size = topology.world_size if topology else given["num_workers"]
+    check_not_yet(
+        resume=given["resume"],
+        checkpoint=given["checkpoint"] or CheckpointConfig(),
+        failure=failure,
+        engine=given["engine"],
+        world_size=world_size,
+        use_local=given["use_local"],
+    )
+    check_batch_size(config, world_size)
+    local_ranks = topology.local_world_size if topology else world_size
+    gpus = decide_gpus(given["use_gpu"], local_ranks, gpu_count(os.environ) if given["use_gpu"] else 0)
+    settings = settings_from(
+        precision=given["precision"],
+        use_fp16=given["use_fp16"],
+        scheduler_creator=given["scheduler_creator"],
+        scheduler_step_freq=given["scheduler_step_freq"],
+        use_gpu=bool(gpus),
+        backend=given["backend"],
+        ddp_args=given["ddp_args"] or {},
+        **{name: given[name] for name in AS_GIVEN},
+    )
+    if topology is not None:
+        _tell_ranks(topology, given["num_workers"])
+    return RunPlan(
+        spec=BuildSpec(
+            settings=settings, config=config, training_operator_cls=given["training_operator_cls"], **creators
+        ),
+        engine=_engine_for(given["engine"], topology, given["use_local"]),
+        world_size=world_size,
+        threads=decide_threads(given["num_cpus_per_worker"], local_ranks),
+        gpus=gpus,
+        hang_timeout_s=settings.timeout_s if failure.hang_timeout_s == "auto" else failure.hang_timeout_s,
+        is_main=topology is None or topology.rank == 0,
+    )
+
+
+def _topology_for(engine: str | Engine) -> Topology | None:
+    """The launch that this process is part of, if the trainer is to attach to it."""
+    if not isinstance(engine, str):
+        return None
+    if engine not in ENGINES:
+        raise InvalidArgumentError(f"engine must be one of {', '.join(ENGINES)}, or an engine object; got {engine!r}")
+    if engine in ("local", "ray"):
+        return None
+    topology = current_topology()
+    if topology is None and engine == "spmd":
+        raise InvalidArgumentError(
+            'engine="spmd" needs a launcher, but RANK and WORLD_SIZE (or those of srun or mpirun) are not set: start the '
+            'script with torchrun, or use engine="local"'
+        )
+    return topology
+
+
+def _engine_for(engine: str | Engine, topology: Topology | None, use_local: bool) -> Engine:
+    if use_local:
+        return LocalModeEngine()
+    if topology is not None:
+        return SpmdEngine(topology)
+    return shared_engine() if isinstance(engine, str) else engine
+
+
+def _tell_ranks(topology: Topology, num_workers: int) -> None:
+    if topology.rank == 0 and num_workers not in (1, topology.world_size):
+        notice(
+            f"num_workers={num_workers} gives way to the {topology.world_size} processes that {topology.launcher} started"
+        )
