@@ -42,6 +42,8 @@ soak: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/start.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/step.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/memory.py
 
 docs: $(DOCS_INSTALLED)
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html

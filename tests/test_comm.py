@@ -71,7 +71,7 @@ def _listening() -> set[str]:
     for entry in Path("/proc/self/fd").iterdir():
         try:
             mine.add(str(entry.readlink()))
-        except FileNotFoundError:  # noqa: PERF203  # the listing's own descriptor is gone by now
+        except FileNotFoundError:  # the listing's own descriptor is gone by now
             continue
     found = set()
     for table in ("tcp", "tcp6"):

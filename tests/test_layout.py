@@ -39,6 +39,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"observe"}),
     frozenset({"worker"}),
     frozenset({"engines"}),
+    frozenset({"planning"}),
     frozenset({"trainer"}),
     frozenset({"launcher"}),
     frozenset({"__init__", "__main__"}),

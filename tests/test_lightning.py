@@ -136,6 +136,55 @@ def test_same_losses_and_weights_as_a_loop_by_hand():
     assert (last["num_samples"], last["batch_count"], last["epoch"]) == (SAMPLES, 7, 2)
 
 
+def test_same_bits_rates_metrics_and_hooks_as_lightnings_own_trainer():
+    watched = type("Watched", (Module,), {hook: recorder(hook) for hook in HOOKS})
+    watched.configure_optimizers = plateau("val_error").configure_optimizers
+    seed_all(0)
+    module = watched({})
+    with warnings.catch_warnings():  # of few loader workers and short passes
+        warnings.simplefilter("ignore")
+        reference = lightning.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        reference.fit(module)
+    one = rank(watched)
+    for _ in range(2):
+        one.train()
+        one.validate()
+    assert torch.equal(one.operator.model.layer.weight, module.layer.weight)
+    assert rate(one) == reference.optimizers[0].param_groups[0]["lr"] == 5e-4
+    for name in ("logged", "logged_epoch", "val_error"):
+        assert one.operator.latest_metrics[name] == pytest.approx(reference.callback_metrics[name].item(), rel=1e-6)
+
+    def training(calls):  # Lightning validates before the end of the pass
+        return [call for call in calls if "validation" not in call and call != "on_train_epoch_end"]
+
+    assert training(one.operator.model.calls) == training(module.calls)
+    assert sorted(one.operator.model.calls) == sorted(module.calls)
+
+
+def test_modules_of_the_other_package_are_modules_too():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is not installed")
+
+    class Other(other.LightningModule):
+        forward, training_step = Module.forward, Module.training_step
+        configure_optimizers, train_dataloader = Module.configure_optimizers, Module.train_dataloader
+
+        def __init__(self, config):
+            super().__init__()
+            self.config, self.layer = config, nn.Linear(3, 1)
+
+    assert rank(Other).train().metrics["batch_count"] == 7
+
+
 def test_validation_is_exact_and_weighted_by_samples():
     one = rank()
     found = one.validate().metrics

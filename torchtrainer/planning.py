@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torchtrainer.arguments import (
@@ -16,9 +17,10 @@ from torchtrainer.arguments import (
     decide_threads,
     settings_from,
 )
-from torchtrainer.config import CheckpointConfig, FailureConfig, Timeouts
+from torchtrainer.config import CheckpointConfig, FailureConfig, Timeouts, TrainSettings
+from torchtrainer.driver.run_dir import BorrowedRunDirectory, RunDirectory, open_run_dir
 from torchtrainer.engines.base import Engine, GroupPlan
-from torchtrainer.engines.inline import LocalModeEngine, SpmdEngine
+from torchtrainer.engines.inline import LocalModeEngine, SpmdEngine, spmd_engine
 from torchtrainer.engines.local import shared_engine
 from torchtrainer.errors import InvalidArgumentError
 from torchtrainer.observe.devices import gpu_count
@@ -80,6 +82,18 @@ class RunPlan:
             hang_timeout_s=self.hang_timeout_s,
         )
 
+    def open_run_dir(self, run_dir: str | os.PathLike[str] | None) -> RunDirectory | BorrowedRunDirectory:
+        """Opens the directory of the run; under a launcher rank 0 does so, and the other ranks learn where it is.
+
+        Raises:
+            RunDirectoryError: it cannot be used.
+        """
+        inline = isinstance(self.engine, LocalModeEngine | SpmdEngine)
+        open_here = partial(open_run_dir, run_dir, has_logs=not inline)
+        if isinstance(self.engine, SpmdEngine):
+            return self.engine.share_run_dir(open_here, self.spec.settings, self.gpus)
+        return open_here()
+
 
 def plan_run(given: Mapping[str, Any]) -> RunPlan:
     """Checks the arguments of `TorchTrainer` and decides what they leave open.
@@ -93,7 +107,7 @@ def plan_run(given: Mapping[str, Any]) -> RunPlan:
     """
     creators = {name: given[name] for name in CREATORS}
     config = {} if given["config"] is None else given["config"]
-    failure = given["failure"] or FailureConfig()
+    failure = FailureConfig() if given["failure"] is None else given["failure"]
     check_creators(creators, given["training_operator_cls"])
     check_counts(given["num_workers"], given["min_workers"], config)
     topology = None if given["use_local"] else _topology_for(given["engine"])
@@ -109,16 +123,7 @@ def plan_run(given: Mapping[str, Any]) -> RunPlan:
     check_batch_size(config, world_size)
     local_ranks = topology.local_world_size if topology else world_size
     gpus = decide_gpus(given["use_gpu"], local_ranks, gpu_count(os.environ) if given["use_gpu"] else 0)
-    settings = settings_from(
-        precision=given["precision"],
-        use_fp16=given["use_fp16"],
-        scheduler_creator=given["scheduler_creator"],
-        scheduler_step_freq=given["scheduler_step_freq"],
-        use_gpu=bool(gpus),
-        backend=given["backend"],
-        ddp_args=given["ddp_args"] or {},
-        **{name: given[name] for name in AS_GIVEN},
-    )
+    settings = _settings(given, use_gpu=bool(gpus))
     if topology is not None:
         _tell_ranks(topology, given["num_workers"])
     return RunPlan(
@@ -131,6 +136,19 @@ def plan_run(given: Mapping[str, Any]) -> RunPlan:
         gpus=gpus,
         hang_timeout_s=settings.timeout_s if failure.hang_timeout_s == "auto" else failure.hang_timeout_s,
         is_main=topology is None or topology.rank == 0,
+    )
+
+
+def _settings(given: Mapping[str, Any], *, use_gpu: bool) -> TrainSettings:
+    return settings_from(
+        precision=given["precision"],
+        use_fp16=given["use_fp16"],
+        scheduler_creator=given["scheduler_creator"],
+        scheduler_step_freq=given["scheduler_step_freq"],
+        use_gpu=use_gpu,
+        backend=given["backend"],
+        ddp_args=given["ddp_args"] or {},
+        **{name: given[name] for name in AS_GIVEN},
     )
 
 
@@ -155,7 +173,7 @@ def _engine_for(engine: str | Engine, topology: Topology | None, use_local: bool
     if use_local:
         return LocalModeEngine()
     if topology is not None:
-        return SpmdEngine(topology)
+        return spmd_engine(topology)
     return shared_engine() if isinstance(engine, str) else engine
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torchtrainer.arguments import NOT_YET, unknown_argument
 from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES, CheckpointConfig, FailureConfig
-from torchtrainer.driver.run_dir import RunDirectory, open_run_dir
+from torchtrainer.driver.run_dir import BorrowedRunDirectory, RunDirectory
 from torchtrainer.engines.base import Engine, Group
 from torchtrainer.engines.inline import InlineGroup
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, NotAvailableError, TrainerClosedError
@@ -69,7 +69,7 @@ class TorchTrainer:
         failure: ``FailureConfig(hang_timeout_s=...)``; recovery is not in this version.
         engine: ``local``, ``spmd``, "auto", or an engine object.
         callbacks: objects with any of ``on_step``, ``on_epoch_end``, ``on_validate_end``, ``on_failure``,
-            ``on_checkpoint``, ``on_run_end``; called here.
+            ``on_checkpoint``, ``on_run_end``; called here, under a launcher on rank 0.
 
     Raises:
         InvalidArgumentError, InvalidArgumentTypeError: an argument that cannot work (a ``ValueError``, a ``TypeError``).
@@ -118,12 +118,12 @@ class TorchTrainer:
         self._group: Group | None = None
         for name in unknown:
             raise unknown_argument(name, given)
-        self._callbacks = Callbacks(callbacks)
         run = plan_run(given)
+        self._callbacks = Callbacks(callbacks if run.is_main else ())
         self.config = run.spec.config
         self._is_main = run.is_main
         self._epoch = self._step = 0
-        self._run_dir = open_run_dir(run_dir, run.is_main)
+        self._run_dir = run.open_run_dir(run_dir)
         self._history = HistoryFile(self._run_dir.history)
         self._gpu_monitor = GpuMonitor(os.environ) if run.gpus else None
         self._watch = Watch(
@@ -311,6 +311,8 @@ class TorchTrainer:
         if self._is_main:
             torch.save(state, path)
             _warn_about_extras(path)
+        if isinstance(self._group, InlineGroup):
+            self._group.wait_for_all()  # no rank may read what rank 0 still writes
         return os.fspath(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -412,10 +414,17 @@ class TorchTrainer:
         self._watch.begin_pass(f"{method} epoch {self._epoch + (method == 'train')}")
         try:
             result = group.call(method, num_steps=num_steps, profile=profile, info=info)
+        except KeyboardInterrupt:
+            self._note_position(group)
+            raise
         finally:
             self._watch.end_pass()
-        self._step = max((view.step for view in group.views), default=self._step)
+        self._note_position(group)
         return result.values
+
+    def _note_position(self, group: Group) -> None:
+        self._step = max((view.step for view in group.views), default=self._step)
+        self._epoch = max((view.epoch for view in group.views), default=self._epoch)
 
     def _record(self, kind: str, metrics: Any) -> None:
         if not self._is_main or not self._run_dir.durable:
@@ -441,7 +450,9 @@ def _check_function(method: str, fn: Any) -> None:
         raise InvalidArgumentTypeError(f"{method} takes a function, got {fn!r}")
 
 
-def _end(group: Group, run_dir: RunDirectory, gpus: GpuMonitor | None, force: bool = True) -> None:
+def _end(
+    group: Group, run_dir: RunDirectory | BorrowedRunDirectory, gpus: GpuMonitor | None, force: bool = True
+) -> None:
     group.end(force)
     run_dir.close()
     if gpus is not None:

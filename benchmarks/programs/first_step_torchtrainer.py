@@ -9,8 +9,8 @@ import torchtrainer
 if "--prestart" in sys.argv:
     torchtrainer.prestart()
 
-import torch  # noqa: E402
-from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
+import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 
 def model_creator(config):

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]  # torch's stubs leave them out
+from torch.distributed import FileStore, PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch's stubs leave them out
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from torchtrainer.errors import EngineError, InvalidArgumentError
@@ -217,20 +218,57 @@ def open_group(
     return _form(backend, rank, world_size, timeout_s, device, where, make_store)
 
 
+class MeetingPlace:
+    """The store in which the ranks of a launch meet, for one process group after another.
+
+    Under a launcher that hosts the store (torchrun's agent store) it is that one. Otherwise rank 0 hosts it: on loopback
+    only when all ranks are on this machine. It is kept until the process ends: a store that went with its group could
+    still be found, and its addresses taken for new ones, by a rank that is quicker than rank 0 to form the next group.
+
+    Args:
+        topology: what the launcher said, alike on all ranks but for the rank.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+        self._store: Store | None = None
+        self._groups = 0
+
+    def next_store(self, timeout: timedelta) -> Store:
+        """A store for a new group, apart from those of the groups before it; every rank asks equally often."""
+        if self._store is None:
+            self._store = self._open(timeout)
+        self._groups += 1
+        store: Store = PrefixStore(f"torchtrainer/{self._groups}", self._store)
+        store.set_timeout(timeout)
+        return store
+
+    def _open(self, timeout: timedelta) -> Store:
+        at = self.topology
+        if at.agent_store:
+            agents: Store = next(iter(rendezvous("env://", at.rank, at.world_size, timeout=timeout)))[0]
+            return agents
+        return _tcp_store(at, timeout)
+
+
 def join_group(
-    topology: Topology, *, backend: str, timeout_s: float, device: torch.device | None = None
+    topology: Topology,
+    *,
+    backend: str,
+    timeout_s: float,
+    device: torch.device | None = None,
+    place: MeetingPlace | None = None,
 ) -> GroupCollective:
     """Join the processes that a launcher (torchrun, srun, mpirun) started, this process being one of them.
 
     A default process group that the script has formed itself is used as it is, and stays when the collective is closed.
-    Under a launcher that hosts the store (torchrun's agent store) the group is formed as ``env://`` does. Otherwise
-    rank 0 hosts it: on loopback only when all ranks are on this machine.
 
     Args:
         topology: what the launcher said, from `torchtrainer.topology.detect`.
         backend: ``gloo`` or ``nccl``; not used for a group that is already there.
         timeout_s: longest wait in seconds, for the others to come and for every collective; of a new group.
         device: this rank's GPU, for ``nccl``.
+        place: where the ranks met before; None: they never did in this process.
 
     Raises:
         EngineError: the port is in use, rank 0 cannot be reached, or a rank did not come within ``timeout_s``.
@@ -239,12 +277,10 @@ def join_group(
     if dist.is_initialized():
         return _attach(topology, device)
     where = f"at MASTER_ADDR={topology.master_addr} MASTER_PORT={topology.master_port}"
-    if topology.agent_store:
-        make_store = None
-    else:
+    meeting = place or MeetingPlace(topology)
 
-        def make_store() -> Store:
-            return _tcp_store(topology, timedelta(seconds=timeout_s))
+    def make_store() -> Store:
+        return meeting.next_store(timedelta(seconds=timeout_s))
 
     return _form(backend, topology.rank, topology.world_size, timeout_s, device, where, make_store)
 
@@ -287,7 +323,7 @@ def _form(
     timeout_s: float,
     device: torch.device | None,
     where: str,
-    make_store: Callable[[], Store] | None,
+    make_store: Callable[[], Store],
 ) -> GroupCollective:
     options: dict[str, Any] = {}
     if (
@@ -298,12 +334,13 @@ def _form(
         options["device_id"] = device
     excepthook = sys.excepthook
     try:
-        if make_store is None:
-            options["init_method"] = "env://"
-        else:
-            options["store"] = make_store()
         dist.init_process_group(
-            backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s), **options
+            backend,
+            store=make_store(),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+            **options,
         )
     except EngineError:
         raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torchtrainer.control.messages import Failure
 from torchtrainer.driver.causes import Cause, UserCodeFailed, WorkerDied
@@ -43,7 +43,10 @@ def root_cause(failures: tuple[Failure, ...], deaths: tuple[WorkerDied, ...]) ->
         )
     spoken = {failure.rank for failure in failures}
     silent = [death for death in deaths if death.rank not in spoken]
-    return silent[0] if silent else UserCodeFailed(failures=failures)
+    if not silent:
+        return UserCodeFailed(failures=failures)
+    # Ranks step together: what the others say of the step is newer than the last heartbeat of the one that is gone.
+    return replace(silent[0], step=max(silent[0].step, *(failure.step for failure in failures), 0))
 
 
 def after_failure(method: str, all_ranks_reported: bool) -> Keep | Stop:

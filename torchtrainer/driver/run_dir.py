@@ -34,7 +34,11 @@ class RunDirectory:
         self.durable = root is not None
         self._lock_fd: int | None = None
         try:
-            self.root = Path(tempfile.mkdtemp(prefix="torchtrainer-run-")) if root is None else private_directory(root)
+            self.root = (
+                Path(tempfile.mkdtemp(prefix="torchtrainer-run-"))
+                if root is None
+                else private_directory(root.absolute())
+            )
             private_directory(self.logs)
             self._lock()
         except RunDirectoryError:
@@ -88,6 +92,36 @@ class RunDirectory:
         self._lock_fd = fd
 
 
+class BorrowedRunDirectory:
+    """The directory of a run that another process owns, or that there is none of: nothing is made, locked or removed.
+
+    Args:
+        root: the owner's directory; None: the run keeps nothing, and has no logs either.
+    """
+
+    def __init__(self, root: str | None) -> None:
+        self.durable = root is not None
+        self.root = Path(os.devnull if root is None else root)
+
+    @property
+    def logs(self) -> Path:
+        """Where the ranks' output goes, if anything is kept."""
+        return self.root / "logs"
+
+    @property
+    def history(self) -> Path:
+        """One line per result."""
+        return self.root / "history.jsonl"
+
+    @property
+    def shown(self) -> str | None:
+        """The directory as users see it; None if nothing is kept."""
+        return str(self.root) if self.durable else None
+
+    def close(self) -> None:
+        """Leaves everything to the owner."""
+
+
 def automatic_root(now: datetime) -> Path:
     """Where ``run_dir="auto"`` points: ``./runs/<script or notebook>/<time>``, a fresh directory for each run."""
     base = Path(RUNS) / program_name()
@@ -110,16 +144,16 @@ def program_name() -> str:
     return Path(script).stem if script else "interactive"
 
 
-def open_run_dir(run_dir: str | os.PathLike[str] | None, is_main: bool) -> RunDirectory:
+def open_run_dir(run_dir: str | os.PathLike[str] | None, *, has_logs: bool) -> RunDirectory | BorrowedRunDirectory:
     """Opens the directory that the user asked for.
 
     Args:
         run_dir: a path, "auto", or None to keep nothing.
-        is_main: this process speaks for the run; the others keep nothing.
+        has_logs: the ranks write logs even if nothing is kept, so that errors can quote them.
 
     Raises:
-        RunDirectoryError: it is not writable, not ours, or in use.
+        RunDirectoryError: it cannot be used.
     """
-    if run_dir is None or not is_main:
-        return RunDirectory(None)
+    if run_dir is None:
+        return RunDirectory(None) if has_logs else BorrowedRunDirectory(None)
     return RunDirectory(automatic_root(datetime.now()) if run_dir == "auto" else Path(run_dir))

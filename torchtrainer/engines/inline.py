@@ -6,19 +6,27 @@ import io
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from torchtrainer.driver.policies import RankView
+from torchtrainer.config import TrainSettings
+from torchtrainer.control.messages import Beat
+from torchtrainer.driver.controller import Listener
+from torchtrainer.driver.policies import STEPPING_METHODS, RankView
+from torchtrainer.driver.run_dir import BorrowedRunDirectory, RunDirectory
 from torchtrainer.engines.base import CallResult, GroupPlan
-from torchtrainer.errors import InvalidArgumentTypeError
+from torchtrainer.errors import InvalidArgumentTypeError, RunDirectoryError
+from torchtrainer.observe.devices import read_process_use
 from torchtrainer.process.paths import RankPaths, private_directory
 from torchtrainer.topology import Topology, to_environ
 from torchtrainer.train.metrics import PassResult
 
 if TYPE_CHECKING:
-    from torchtrainer.comm.group import Collective
+    import torch
+
+    from torchtrainer.comm.group import Collective, MeetingPlace
+    from torchtrainer.train.progress import Progress
     from torchtrainer.worker.runtime import RankRuntime
 
 OWN_RESULT_METHODS = frozenset({"get_model", "state_dict", "load_state_dict", "update_scheduler"})
@@ -30,11 +38,11 @@ class LocalModeEngine:
 
     name = "use_local"
 
-    def start_group(self, plan: GroupPlan, listener: object) -> InlineGroup:
+    def start_group(self, plan: GroupPlan, listener: Listener) -> InlineGroup:
         """Builds the rank here."""
         from torchtrainer.comm.group import SingleCollective
 
-        return InlineGroup(plan, SingleCollective(), local_rank=0, gather=False)
+        return InlineGroup(plan, SingleCollective(), local_rank=0, listener=listener, gather=False)
 
 
 class SpmdEngine:
@@ -48,31 +56,165 @@ class SpmdEngine:
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
+        self._place: MeetingPlace | None = None
+        self._joined: Collective | None = None
+        self._log: TextIO | None = None
 
-    def start_group(self, plan: GroupPlan, listener: object) -> InlineGroup:
-        """Joins the group and builds this process's rank.
+    def share_run_dir(
+        self,
+        open_here: Callable[[], RunDirectory | BorrowedRunDirectory],
+        settings: TrainSettings,
+        gpus: tuple[int, ...],
+    ) -> RunDirectory | BorrowedRunDirectory:
+        """Joins the other ranks; rank 0 opens the run's directory and the others learn where it is, or why there is none.
 
-        Only rank 0 prints: standard output of the other ranks goes to their log files from here on.
+        Raises:
+            RunDirectoryError: rank 0 cannot use it; on every rank.
+            EngineError: the ranks did not find each other.
         """
-        from torchtrainer.comm.group import join_group
+        collective = self._join(settings, gpus)
+        opened: RunDirectory | BorrowedRunDirectory | None = None
+        error: RunDirectoryError | None = None
+        if self.topology.rank == 0:
+            try:
+                opened = open_here()
+            except RunDirectoryError as found:
+                error = found
+        told = collective.all_gather([opened and opened.shown, error and str(error)])[0]
+        if opened is not None:
+            return opened
+        if told[1] is not None:
+            self._leave()
+            raise error or RunDirectoryError(f"rank 0 says: {told[1]}")
+        return BorrowedRunDirectory(told[0])
 
-        at = self.topology
-        if at.rank:
-            _send_stdout_to_log(RankPaths.of(plan.log_dir, at.rank))
-        with _gloo_on_loopback(at):
-            collective = join_group(
-                at,
-                backend=plan.settings.backend,
-                timeout_s=plan.settings.timeout_s,
-                device=_device(plan, at.local_rank),
+    def start_group(self, plan: GroupPlan, listener: Listener) -> InlineGroup:
+        """Builds this process's rank.
+
+        Only rank 0 prints: standard output of the other ranks goes to their log files from here on, or nowhere if
+        nothing is kept.
+        """
+        collective = self._joined or self._join(plan.settings, plan.gpus)
+        if self.topology.rank:
+            self._send_stdout_to_log(plan)
+        try:
+            group = InlineGroup(
+                plan,
+                collective,
+                local_rank=self.topology.local_rank,
+                listener=listener if self.topology.rank == 0 else None,
+                gather=True,
             )
-        return InlineGroup(plan, collective, local_rank=at.local_rank, gather=True)
+        except BaseException:
+            self._leave()
+            raise
+        self._joined = None  # the group's now
+        return group
+
+    def _join(self, settings: TrainSettings, gpus: tuple[int, ...]) -> Collective:
+        from torchtrainer.comm.group import MeetingPlace, join_group
+
+        self._leave()
+        self._place = self._place or MeetingPlace(self.topology)
+        with _gloo_on_loopback(self.topology):
+            self._joined = join_group(
+                self.topology,
+                backend=settings.backend,
+                timeout_s=settings.timeout_s,
+                device=_device(gpus, self.topology.local_rank),
+                place=self._place,
+            )
+        return self._joined
+
+    def _leave(self) -> None:
+        joined, self._joined = self._joined, None
+        if joined is not None:
+            joined.close()
+
+    def _send_stdout_to_log(self, plan: GroupPlan) -> None:
+        path = os.devnull
+        if plan.logs_stay:
+            paths = RankPaths.of(plan.log_dir, self.topology.rank)
+            private_directory(paths.root)
+            path = str(paths.stream("stdout"))
+        sys.stdout.flush()
+        if self._log is not None:
+            self._log.close()
+        self._log = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", buffering=1)  # noqa: SIM115
+        sys.stdout = self._log
+
+
+_attached: list[SpmdEngine] = []
+"""The engine of this launch, made when first needed: the ranks meet for a second trainer where they met for the first."""
+
+
+def spmd_engine(topology: Topology) -> SpmdEngine:
+    """The engine that all trainers of this process use while its place in the launch stays the same."""
+    if not _attached or _attached[0].topology != topology:
+        _attached[:] = [SpmdEngine(topology)]
+    return _attached[0]
+
+
+class ReportingGate:
+    """Never stops a pass; shows the listener every now and then, and at the end, where the rank stands.
+
+    Args:
+        progress: of this process's rank.
+        listener: of the trainer in this process.
+        every_s: seconds between two reports.
+    """
+
+    def __init__(self, progress: Progress, listener: Listener, every_s: float) -> None:
+        self._progress = progress
+        self._listener = listener
+        self._every_s = every_s
+        self._due = 0.0
+
+    def stop_requested(self, boundary: int) -> bool:
+        """Always False."""
+        now = time.monotonic()
+        if now >= self._due:
+            self.report()
+            self._due = now + self._every_s
+        return False
+
+    def report(self) -> None:
+        """Shows where the rank stands."""
+        at = self._progress
+        use = read_process_use(os.getpid())
+        self._listener.on_beat(
+            Beat(
+                group="",
+                rank=0,
+                call=1,
+                phase=at.phase,
+                phase_age_s=time.monotonic() - at.phase_since,
+                epoch=at.epoch,
+                step=at.step,
+                batch=at.batch,
+                batches=at.batches,
+                samples=at.samples,
+                loss=None if at.loss is None else float(at.loss),
+                rss_bytes=(use and use.rss_bytes) or 0,
+                cpu_s=use.cpu_s if use else 0.0,
+            )
+        )
 
 
 class InlineGroup:
-    """The rank of this process, and through collectives the results of the others."""
+    """The rank of this process, and through collectives the results of the others.
 
-    def __init__(self, plan: GroupPlan, collective: Collective, *, local_rank: int, gather: bool) -> None:
+    Args:
+        plan: what the rank is built from.
+        collective: the ranks.
+        local_rank: place of the rank on its machine.
+        listener: sees the progress of the rank; None: nobody looks.
+        gather: results of the other ranks are wanted.
+    """
+
+    def __init__(
+        self, plan: GroupPlan, collective: Collective, *, local_rank: int, listener: Listener | None, gather: bool
+    ) -> None:
         import torch
 
         from torchtrainer.train.progress import OpenGate, Progress
@@ -82,7 +224,10 @@ class InlineGroup:
         self._collective = collective
         self._gather = gather
         self._progress = Progress()
-        device = _device(plan, local_rank)
+        self._gate = None
+        if listener is not None:
+            self._gate = ReportingGate(self._progress, listener, plan.timeouts.progress_s)
+        device = _device(plan.gpus, local_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if gather:
@@ -94,7 +239,7 @@ class InlineGroup:
             device=device,
             local_rank=local_rank,
             progress=self._progress,
-            gate=OpenGate(),
+            gate=self._gate or OpenGate(),
         )
         self._device = str(device)
 
@@ -127,6 +272,8 @@ class InlineGroup:
         """Runs a method on this process's rank, and gathers the results of all."""
         assert self._runtime is not None
         value = getattr(self._runtime, method)(**keywords)
+        if self._gate is not None and method in STEPPING_METHODS:
+            self._gate.report()
         self._progress.enter("idle")
         if not self._gather:
             return CallResult(values=[value])
@@ -154,18 +301,24 @@ class InlineGroup:
         values = [torch.load(io.BytesIO(blob), weights_only=True) for blob in blobs]
         return [PassResult(**v) for v in values] if isinstance(value, PassResult) else values
 
+    def wait_for_all(self) -> None:
+        """Waits until every rank is here."""
+        self._collective.barrier()
+
     def end(self, force: bool = False) -> None:
-        """Closes the rank and leaves the group. Idempotent."""
+        """Closes the rank and leaves the group, unless forced together with the other ranks. Idempotent."""
         runtime, self._runtime = self._runtime, None
         if runtime is not None:
             runtime.close()
+            if not force:
+                self._collective.barrier()  # a rank that leaves early would cut off what the others still receive
             self._collective.close()
 
 
-def _device(plan: GroupPlan, local_rank: int) -> Any:
+def _device(gpus: tuple[int, ...], local_rank: int) -> torch.device:
     import torch
 
-    return torch.device("cuda", plan.gpus[local_rank]) if plan.gpus else torch.device("cpu")
+    return torch.device("cuda", gpus[local_rank]) if gpus else torch.device("cpu")
 
 
 @contextmanager
@@ -181,10 +334,3 @@ def _gloo_on_loopback(at: Topology) -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
-
-
-def _send_stdout_to_log(paths: RankPaths) -> None:
-    private_directory(paths.root)
-    log = paths.stream("stdout")
-    sys.stdout.flush()
-    sys.stdout = open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", buffering=1)  # noqa: SIM115

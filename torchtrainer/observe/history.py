@@ -119,7 +119,7 @@ class HistoryFile:
     def _append_line(self, line: bytes) -> None:
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
         with os.fdopen(fd, "r+b", buffering=0) as file:
-            os.chmod(self.path, 0o600)
+            self.path.chmod(0o600)
             end = _remove_torn_line(file)
             try:
                 _write_all(fd, line)

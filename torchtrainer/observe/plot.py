@@ -96,7 +96,7 @@ def plot_history(entries: Sequence[Mapping[str, Any]], ax: Axes | None) -> Axes:
     ax.set_xlabel("epoch")
     ax.set_title("Training and validation" if curves else "No epochs yet")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.grid(True, alpha=0.3)
+    ax.grid(visible=True, alpha=0.3)
     epochs = {epoch for curve in curves for epoch in curve.epochs}
     if len(epochs) == 1:
         ax.set_xlim(min(epochs) - 1, max(epochs) + 1)

@@ -6,6 +6,8 @@ driver, which waits for its workers anyway, tells them something.
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from torchtrainer.observe.events import StepEvent
 KNOWN_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 UNKNOWN_FORMAT = "{desc}: {n_fmt} batches [{elapsed}{postfix}]"
 START_FORMAT = "{desc} [{elapsed}]"
+FALLBACK_COLUMNS, FALLBACK_LINES = 80, 24
 SPINNER = "|/-\\"
 
 
@@ -28,6 +31,17 @@ def _bar_class() -> Any:
     bar_class: Any = type("Bar", (tqdm,), {"monitor_interval": 0})
     bar_class.set_lock(threading.RLock())
     return bar_class
+
+
+def _shape(file: TextIO | None) -> dict[str, Any]:
+    """How wide to draw: as the terminal is, also after it changes; some terminals say 0, where tqdm would draw nothing."""
+    try:
+        size = os.get_terminal_size((file or sys.stderr).fileno())
+    except (OSError, ValueError, AttributeError):  # not a terminal, or not even a file
+        return {"dynamic_ncols": True}
+    if size.columns and size.lines:
+        return {"dynamic_ncols": True}
+    return {"ncols": size.columns or FALLBACK_COLUMNS, "nrows": FALLBACK_LINES}
 
 
 class PassBar:
@@ -49,7 +63,7 @@ class PassBar:
             file=file,
             mininterval=0,
             miniters=1,
-            dynamic_ncols=True,
+            **_shape(file),
             bar_format=UNKNOWN_FORMAT if total is None else KNOWN_FORMAT,
         )
 

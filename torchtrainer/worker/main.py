@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -119,6 +120,7 @@ class Worker:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         spec: BuildSpec = cloudpickle.loads(Path(arguments.spec_path).read_bytes())
+        _take_over_main()
         self.progress.enter("initialization_hook")
         run_initialization_hook(spec)
         self.progress.enter("join process group")
@@ -181,7 +183,8 @@ class Worker:
         leaving = isinstance(error, SystemExit)
         exit_code = _exit_code(error.code) if isinstance(error, SystemExit) else None
         paths = RankPaths.of(self.arguments.log_dir, self.arguments.rank)
-        write_error_file(paths.error, type_name=type(error).__name__, text=str(error), traceback=text)
+        said = _text_of(error)
+        write_error_file(paths.error, type_name=type(error).__name__, text=said, traceback=text)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         self.link.send(
@@ -191,7 +194,7 @@ class Worker:
                 call=call,
                 kind="exit" if leaving else "error",
                 type_name=type(error).__name__,
-                text=str(error),
+                text=said,
                 traceback=text,
                 phase=self.progress.phase,
                 step=self.progress.step,
@@ -200,6 +203,27 @@ class Worker:
             )
         )
         return EXIT_FAILED if exit_code is None else exit_code
+
+
+def _take_over_main() -> None:
+    """Makes the classes of the user's script or notebook those of ``__main__`` here too.
+
+    cloudpickle made them anew, from their code. Loader workers send batches and exceptions by plain pickle, which finds a
+    class by its module and name; without this, an object of such a class would never arrive, and the rank would wait.
+    """
+    main = types.ModuleType("__main__")
+    for kind in list(cloudpickle.cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID.values()):
+        if kind.__module__ == "__main__" and "." not in kind.__qualname__:
+            setattr(main, kind.__name__, kind)
+    sys.modules["__main__"] = main
+
+
+def _text_of(error: BaseException) -> str:
+    """``str(error)``, also for exceptions whose own ``__str__`` fails."""
+    try:
+        return str(error)
+    except Exception as failed:
+        return f"(its __str__ raised {type(failed).__name__})"
 
 
 def _exit_code(code: object) -> int:

@@ -17,8 +17,8 @@ from torch import nn
 from torchtrainer.comm.group import wrap
 from torchtrainer.config import SchedulerStepFreq
 from torchtrainer.errors import InvalidArgumentTypeError, NotAvailableError, OperatorUseError
-from torchtrainer.lightning_log import CallMeters, LoggedMetrics
-from torchtrainer.lightning_module import (
+from torchtrainer.lightning.log import CallMeters, LoggedMetrics
+from torchtrainer.lightning.module import (
     TrainingStep,
     check_module,
     choose_loader,
@@ -29,8 +29,8 @@ from torchtrainer.lightning_module import (
     training_loss,
     validation_loss,
 )
-from torchtrainer.lightning_optim import Schedules, read_optimizers
-from torchtrainer.lightning_trainer import Position, TrainerView
+from torchtrainer.lightning.optim import Schedules, read_optimizers
+from torchtrainer.lightning.trainer import Position, TrainerView
 from torchtrainer.operator import TrainingOperator
 from torchtrainer.train.components import internals, place
 from torchtrainer.train.rng import isolated_rng
