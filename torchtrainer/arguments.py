@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -20,7 +21,18 @@ RETIRED = {
 }
 """Arguments of RaySGD that are gone, and what does their work."""
 
+CALLED_WITH = {
+    "model_creator": ("config",),
+    "data_creator": ("config",),
+    "optimizer_creator": ("model", "config"),
+    "scheduler_creator": ("optimizer", "config"),
+    "initialization_hook": (),
+}
+"""What each function of the user gets. A loss creator may take ``config`` or nothing."""
+
 NOT_YET = "is not in this version"
+SEEDS = 1 << 63
+"""Seeds are below this: what torch's generators take."""
 
 
 def unknown_argument(name: str, known: Iterable[str]) -> InvalidArgumentTypeError:
@@ -40,8 +52,8 @@ def check_creators(creators: Mapping[str, Any], training_operator_cls: Any) -> N
         InvalidArgumentTypeError: ``training_operator_cls`` is not a class.
     """
     for name, value in creators.items():
-        if value is not None and not callable(value):
-            raise InvalidArgumentError(f"{name} must be a function, got {value!r} ({type(value).__name__})")
+        if value is not None:
+            _check_creator(name, value)
     if training_operator_cls is not None and not isinstance(training_operator_cls, type):
         raise InvalidArgumentTypeError(
             f"training_operator_cls must be a TrainingOperator subclass, got {training_operator_cls!r}: pass the class, "
@@ -65,6 +77,32 @@ def check_creators(creators: Mapping[str, Any], training_operator_cls: Any) -> N
             )
 
 
+def _check_creator(name: str, value: Any) -> None:
+    if not callable(value) or (not isinstance(value, type) and _is_made_already(value)):
+        hook = name == "initialization_hook"
+        advice = "" if hook else ": the workers call it, and each makes its own"
+        raise InvalidArgumentError(f"{name} must be a function, got {value!r} ({type(value).__name__}){advice}")
+    if name not in CALLED_WITH:
+        return
+    try:
+        signature = inspect.signature(value, follow_wrapped=False)
+    except (TypeError, ValueError):  # a callable written in C
+        return
+    arguments = CALLED_WITH[name]
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        called = getattr(value, "__name__", type(value).__name__)
+        raise InvalidArgumentTypeError(
+            f"{name} is called as {called}({', '.join(arguments)}), but the signature is {called}{signature}: {error}"
+        ) from None
+
+
+def _is_made_already(value: Any) -> bool:
+    """Whether a callable is a model or a loss itself, where what makes one is wanted. Without importing torch."""
+    return callable(getattr(value, "forward", None)) and callable(getattr(value, "state_dict", None))
+
+
 def check_counts(num_workers: Any, min_workers: Any, config: Any) -> None:
     """Checks the number of ranks, and that a global batch has a sample for each.
 
@@ -81,7 +119,7 @@ def check_counts(num_workers: Any, min_workers: Any, config: Any) -> None:
     if min_workers != 1:
         raise NotAvailableError(f"going on with fewer processes than ranks {NOT_YET}: leave min_workers at 1")
     if not isinstance(config, dict):
-        raise InvalidArgumentTypeError(f"config must be a dict, got {config!r}")
+        raise InvalidArgumentTypeError(f"config must be a dict, got {config!r} ({type(config).__name__})")
 
 
 def check_batch_size(config: Mapping[str, Any], world_size: int) -> None:
@@ -109,6 +147,16 @@ def check_not_yet(
         NotAvailableError: says what is missing.
         InvalidArgumentError: a value that means nothing.
     """
+    if not isinstance(checkpoint, CheckpointConfig):
+        raise InvalidArgumentTypeError(f"checkpoint must be a CheckpointConfig, got {checkpoint!r}")
+    if not isinstance(failure, FailureConfig):
+        raise InvalidArgumentTypeError(
+            f"failure must be a FailureConfig, such as FailureConfig(hang_timeout_s=60), got {failure!r}"
+        )
+    if not isinstance(engine, str) and not callable(getattr(engine, "start_group", None)):
+        raise InvalidArgumentTypeError(
+            f'engine must be "auto", "local", "spmd" or an engine object such as LocalEngine(), got {engine!r}'
+        )
     if resume not in ("auto", True, False):
         raise InvalidArgumentError(f'resume must be "auto", True or False, got {resume!r}')
     if resume is True:
@@ -150,6 +198,7 @@ def settings_from(
         InvalidArgumentError: a value that means nothing.
         ImportError: apex was asked for and is not there.
     """
+    check_plain_settings(rest)
     if use_fp16 not in (True, False, "apex"):
         raise InvalidArgumentError(f"use_fp16 must be a bool or 'apex', got {use_fp16!r}")
     if use_fp16 == "apex":
@@ -174,6 +223,26 @@ def settings_from(
         backend=backend,
         **rest,
     )
+
+
+def check_plain_settings(settings: Mapping[str, Any]) -> None:
+    """Checks the types of settings that every rank gets as they are.
+
+    Raises:
+        InvalidArgumentTypeError: a switch that is not a bool, or a number that is none.
+        InvalidArgumentError: a seed that random generators do not take.
+    """
+    for name in ("wrap_ddp", "add_dist_sampler", "use_tqdm"):
+        if name in settings and not isinstance(settings[name], bool):
+            raise InvalidArgumentTypeError(f"{name} must be True or False, got {settings[name]!r}")
+    timeout_s = settings.get("timeout_s", 1.0)
+    if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool):
+        raise InvalidArgumentTypeError(f"timeout_s must be a number of seconds, got {timeout_s!r}")
+    seed = settings.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise InvalidArgumentTypeError(f"seed must be a whole number, got {seed!r}")
+    if not 0 <= seed < SEEDS:
+        raise InvalidArgumentError(f"seed must be from 0 to 2**63 - 1, got {seed}")
 
 
 def decide_gpus(use_gpu: Any, world_size: int, found: int) -> tuple[int, ...]:

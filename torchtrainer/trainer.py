@@ -228,9 +228,9 @@ class TorchTrainer:
         Returns:
             One dict per pass: what ``train()`` returned, and what ``validate()`` did less its counts.
         """
-        if not isinstance(epochs, int) or epochs < 0:
+        if type(epochs) is not int or epochs < 0:
             raise InvalidArgumentError(f"epochs must be a whole number of at least 0, got {epochs!r}")
-        if not isinstance(validate_every, int) or validate_every < 0:
+        if type(validate_every) is not int or validate_every < 0:
             raise InvalidArgumentError(f"validate_every must be a whole number of at least 0, got {validate_every!r}")
         history = History()
         validating = validate_every > 0 and self._call("facts")[0]["has_validation_loader"]
@@ -407,7 +407,7 @@ class TorchTrainer:
 
     def _pass(self, method: str, num_steps: int | None, profile: bool, info: dict[str, Any] | None) -> list[PassResult]:
         group = self._living_group()
-        if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 0):
+        if num_steps is not None and (type(num_steps) is not int or num_steps < 0):
             raise InvalidArgumentError(f"num_steps must be a whole number of at least 0 or None, got {num_steps!r}")
         if info is not None and not isinstance(info, dict):
             raise InvalidArgumentTypeError(f"info must be a dict, got {info!r}")

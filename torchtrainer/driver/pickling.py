@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -30,7 +31,7 @@ def dumps(value: Any, name: str) -> bytes:
         path, culprit = find_culprit(value, name)
         raise NotSerializableError(
             f"{path} cannot be sent to the worker processes: {type(culprit).__name__} object does not pickle ({error}). "
-            "Create it inside a creator function or in setup, where it is made in each worker, instead of outside."
+            "Make it where it is used, inside a creator, setup or the function itself, which run in the workers."
         ) from error
 
 
@@ -75,6 +76,12 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         for used in value.__code__.co_names:
             if used in value.__globals__ and not isinstance(value.__globals__[used], types.ModuleType):
                 yield f"{path}: {used}", value.__globals__[used]
+        yield from ((f"{path}.__defaults__[{index}]", item) for index, item in enumerate(value.__defaults__ or ()))
+        yield from ((f"{path}.__kwdefaults__[{key!r}]", item) for key, item in (value.__kwdefaults__ or {}).items())
+    elif isinstance(value, functools.partial):
+        yield f"{path}.func", value.func
+        yield from ((f"{path}.args[{index}]", item) for index, item in enumerate(value.args))
+        yield from ((f"{path}.keywords[{key!r}]", item) for key, item in value.keywords.items())
     elif isinstance(value, type):
         yield from ((f"{path}.{key}", item) for key, item in vars(value).items() if not key.startswith("__"))
     elif hasattr(value, "__dict__"):

@@ -21,7 +21,18 @@ from torchtrainer.process.paths import RankPaths
 from torchtrainer.process.signals import MAY_BE_OUT_OF_MEMORY, describe_exit
 
 TAIL_LINES = 12
+STACK_LINES = 40
+LINE_CHARS = 2000
+TRACEBACK_LINES = 200
 MIB = 1 << 20
+
+CALLED_AS = {
+    "apply_worker()": "apply_all_workers()",
+    "apply_operator()": "apply_all_operators()",
+    "facts()": "fit()",
+    "start": "the start of the workers",
+}
+"""What the user called, where a worker knows it by another name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +43,7 @@ class Scene:
         log_dir: logs of the ranks.
         logs_stay: the logs outlive the run.
         pids: process id by rank.
-        doing: what the user had asked for.
+        doing: what the user had asked for, by the name that workers know.
     """
 
     log_dir: str
@@ -48,10 +59,30 @@ class Scene:
         """A rank, its process and its machine."""
         return f"rank {rank} (pid {pid or self.pids.get(rank, '?')}, {socket.gethostname()})"
 
+    def all_of(self, ranks: list[int]) -> str:
+        """Several ranks to which the same happened."""
+        pids = ", ".join(str(self.pids.get(rank, "?")) for rank in ranks)
+        return f"ranks {', '.join(map(str, ranks))} (equal errors; pids {pids}, {socket.gethostname()})"
+
+    def at(self, phase: str, step: int, known: str = "") -> str:
+        """What a rank was doing, and how far the training was.
+
+        Args:
+            phase: of the rank.
+            step: optimizer steps that were completed.
+            known: how sure that is, such as ``or later``.
+        """
+        call = CALLED_AS.get(self.doing, self.doing)
+        if self.doing == "start":
+            return f"during {call}, phase {phase}"
+        place = "" if f"{phase}()" in CALLED_AS else f", phase {phase}"
+        steps = "1 optimizer step was" if step == 1 else f"{step} optimizer steps were"
+        return f"in {call}{place}, at step {step}{known} ({steps} completed)"
+
     def where_log(self, rank: int) -> str:
         """A sentence that says where the log is."""
         if self.logs_stay:
-            return f"Log: {self.log(rank)}"
+            return f"Log: {self.log(rank)} (stdout.log and error.json are beside it)"
         return "Logs are not kept with run_dir=None; give a run_dir to keep them."
 
 
@@ -90,13 +121,13 @@ def _user_error(failures: tuple[Failure, ...], scene: Scene) -> BaseException:
     first = failures[0]
     alike = sorted({f.rank for f in failures if (f.type_name, f.text) == (first.type_name, first.text)})
     others = [f for f in failures if f.rank not in alike]
-    ranks = f"ranks {', '.join(map(str, alike))} (equal errors)" if len(alike) > 1 else scene.who(first.rank)
+    ranks = scene.all_of(alike) if len(alike) > 1 else scene.who(first.rank)
     lines = [
-        f"raised on {ranks} in {scene.doing}, phase {first.phase}, at step {first.step}:",
+        f"raised on {ranks} {scene.at(first.phase, first.step)}:",
         "",
-        first.traceback.rstrip(),
+        shortened(first.traceback.rstrip()),
         "",
-        *(f"{scene.who(f.rank)} raised {f.type_name}: {f.text.splitlines()[0] if f.text else ''}" for f in others),
+        *(f"{scene.who(f.rank)} raised {f.type_name}: {shortened(f.text.partition(chr(10))[0])}" for f in others),
         scene.where_log(first.rank),
     ]
     remote = RemoteTraceback("\n".join(lines))
@@ -120,19 +151,23 @@ def _unpickled(failure: Failure) -> BaseException | None:
 def _died(cause: WorkerDied, scene: Scene) -> WorkerDiedError:
     who = scene.who(cause.rank, cause.pid)
     if cause.failure is not None:
+        said = cause.failure.text
+        argument = said if said in ("", str(cause.exit_code)) else repr(said)
         story = [
-            f"{who} ended itself by sys.exit({cause.exit_code}) in {scene.doing}, at step {cause.step}.",
-            "User code in a worker must return or raise; sys.exit there ends the rank, not the run.",
+            f"{who} ended itself by sys.exit({argument}) {scene.at(cause.phase, cause.step)}.",
+            "A rank that leaves takes the whole run with it: return from the hook or function, or raise an exception.",
             "",
-            cause.failure.traceback.rstrip(),
+            shortened(cause.failure.traceback.rstrip()),
         ]
     else:
-        story = [f"{who} {describe_exit(cause.exit_code)} in {scene.doing}, phase {cause.phase}, at step {cause.step}."]
+        # Its own last report may be a heartbeat old.
+        story = [f"{who} {describe_exit(cause.exit_code)} {scene.at(cause.phase, cause.step, ' or later')}."]
         if cause.exit_code == MAY_BE_OUT_OF_MEMORY:
             peak = f"; its peak was {cause.max_rss_bytes / MIB:.0f} MiB" if cause.max_rss_bytes else ""
             story.append(f"If nobody killed it by hand, this is often the out-of-memory killer{peak}.")
-        if cause.stderr_tail:
-            story += ["Its last words:", *(f"  {line}" for line in cause.stderr_tail.splitlines()[-TAIL_LINES:])]
+        words = last_words(cause.stderr_tail)
+        if words:
+            story += ["The last lines of its stderr:", *(f"  {line}" for line in words)]
     story.append("This version cannot recover a lost worker: start again with a new TorchTrainer.")
     story.append(scene.where_log(cause.rank))
     return WorkerDiedError("\n".join(story), cause.rank, cause.exit_code)
@@ -140,12 +175,12 @@ def _died(cause: WorkerDied, scene: Scene) -> WorkerDiedError:
 
 def _hung(cause: WorkerHung, scene: Scene) -> WorkerHungError:
     story = [
-        f"{scene.who(cause.rank, cause.pid)} made no progress for {cause.silent_s:.1f} s in {scene.doing}, "
-        f"phase {cause.phase}, at step {cause.step}; it and its peers were stopped.",
-        f"Allowed were {cause.limit_s:g} s: set FailureConfig(hang_timeout_s=...) if it needs more.",
+        f"{scene.who(cause.rank, cause.pid)} made no progress for {cause.silent_s:.1f} s "
+        f"{scene.at(cause.phase, cause.step)}; all workers were stopped.",
+        f"Allowed were {cause.limit_s:g} s: pass failure=FailureConfig(hang_timeout_s=...) if it needs more.",
     ]
     if cause.stacks:
-        story += ["Its stacks (most recent call first):", *(f"  {line}" for line in cause.stacks.splitlines())]
+        story += ["Its stacks (most recent call first):", *(f"  {line}" for line in main_thread_first(cause.stacks))]
     story.append(scene.where_log(cause.rank))
     return WorkerHungError("\n".join(story), cause.rank, None)
 
@@ -160,6 +195,36 @@ def _start_timed_out(cause: StartTimedOut, scene: Scene) -> WorkerStartError:
 
 def _engine_lost(cause: EngineLost, scene: Scene) -> EngineError:
     return EngineError(
-        f"the processes that carry the training were lost in {scene.doing}: {cause.text.rstrip()}\n"
+        f"the processes that carry the training were lost in {CALLED_AS.get(scene.doing, scene.doing)}: {cause.text.rstrip()}\n"
         "Create a new TorchTrainer to start them again."
     )
+
+
+def shortened(text: str) -> str:
+    """A text that a terminal can show: very long lines and very many lines lose their middle, and it says so."""
+    lines = text.splitlines()
+    if len(lines) > TRACEBACK_LINES:
+        half = TRACEBACK_LINES // 2
+        left_out = f"... {len(lines) - 2 * half} lines left out; error.json has them ..."
+        lines = [*lines[:half], left_out, *lines[-half:]]
+    return "\n".join(
+        line if len(line) <= LINE_CHARS else f"{line[:LINE_CHARS]}... ({len(line) - LINE_CHARS} more characters)"
+        for line in lines
+    )
+
+
+def last_words(stderr_tail: str) -> list[str]:
+    """The lines of a dead process's stderr that tell most: after a crash the stack that it died in, else the last ones."""
+    lines = [line for line in stderr_tail.splitlines() if line.strip() and not line.startswith("Extension modules:")]
+    crash = next((at for at, line in enumerate(lines) if line.startswith("Fatal Python error:")), None)
+    stack = next((at for at, line in enumerate(lines) if line.startswith("Current thread")), None)
+    if stack is None:
+        return lines[-TAIL_LINES:]
+    return [*([] if crash is None else [lines[crash]]), *lines[stack : stack + STACK_LINES]]
+
+
+def main_thread_first(stacks: str) -> list[str]:
+    """The lines of a stack dump, the thread that runs user code first, our own threads after it."""
+    threads = [part for part in stacks.strip().split("\n\n") if part.strip()]
+    threads.sort(key=lambda part: not part.lstrip().startswith("Current thread"))
+    return [line for part in threads for line in part.splitlines()]

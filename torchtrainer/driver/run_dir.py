@@ -9,7 +9,7 @@ import tempfile
 from datetime import datetime
 from pathlib import Path
 
-from torchtrainer.errors import RunDirectoryError
+from torchtrainer.errors import InvalidArgumentTypeError, RunDirectoryError
 from torchtrainer.process.paths import private_directory
 
 RUNS = "runs"
@@ -83,9 +83,12 @@ class RunDirectory:
         except BlockingIOError:
             pid = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
             os.close(fd)
+            if pid == str(os.getpid()):
+                who, what = "another trainer of this process", "shut that trainer down"
+            else:
+                who, what = f"a live run (pid {pid})", f"stop that run (kill {pid})"
             raise RunDirectoryError(
-                f"run_dir {self.root} is in use by a live run (pid {pid}). Stop that run (kill {pid}), or pass another "
-                "run_dir."
+                f"run_dir {self.root} is in use by {who}: {what}, or pass another run_dir."
             ) from None
         os.ftruncate(fd, 0)
         os.write(fd, f"{os.getpid()}\n".encode())
@@ -154,6 +157,8 @@ def open_run_dir(run_dir: str | os.PathLike[str] | None, *, has_logs: bool) -> R
     Raises:
         RunDirectoryError: it cannot be used.
     """
+    if run_dir is not None and not isinstance(run_dir, str | os.PathLike):
+        raise InvalidArgumentTypeError(f'run_dir must be a path, "auto" or None, got {run_dir!r}')
     if run_dir is None:
         return RunDirectory(None) if has_logs else BorrowedRunDirectory(None)
     return RunDirectory(automatic_root(datetime.now()) if run_dir == "auto" else Path(run_dir))

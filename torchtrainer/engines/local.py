@@ -112,7 +112,13 @@ class LocalGroup:
 
     def call(self, method: str, **keywords: Any) -> CallResult:
         """Runs a method on every rank; see `Controller.call`."""
-        outcome = self._controller.call(method, dumps(keywords, f"an argument of {method}()"))
+        try:
+            blob = dumps(keywords, method)
+        except TypeError:
+            for name, value in keywords.items():
+                dumps(value, name)
+            raise
+        outcome = self._controller.call(method, blob)
         return CallResult(values=[decode_reply(reply) for reply in outcome.replies], stopped=outcome.stopped)
 
     def end(self, force: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import gc
 import importlib
@@ -10,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, NoReturn, TypedDict
 
 from torchtrainer.process.guard import die_with_parent
 from torchtrainer.process.paths import SOCKET_PATH_LIMIT, RankPaths, private_directory
@@ -69,6 +70,17 @@ def run_child(spec: ChildSpec, parent: int) -> int:
     module, function = spec["entry"].split(":")
     entry: Callable[[dict[str, Any]], int] = getattr(importlib.import_module(module), function)
     return entry(spec["arguments"])
+
+
+def leave(exit_code: int) -> NoReturn:
+    """Ends a worker: exit functions and streams as usual, but without the interpreter's dismantling of every module.
+
+    That takes long with torch loaded, and now and then torch aborts in it, when its threads meet what is already gone.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(exit_code)
 
 
 def _reset_signals() -> None:

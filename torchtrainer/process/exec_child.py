@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import NoReturn
 
-from torchtrainer.process.child import run_child
+from torchtrainer.process.child import leave, run_child
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> NoReturn:
     """Runs the worker described on standard input.
 
     Args:
         arguments: pid of the process that started this one.
     """
-    return run_child(json.load(sys.stdin), parent=int(arguments[0]))
+    leave(run_child(json.load(sys.stdin), parent=int(arguments[0])))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

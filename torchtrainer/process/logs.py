@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-STDERR_TAIL_BYTES = 4000
+STDERR_TAIL_BYTES = 16000
 _READ_BYTES = 1 << 16
 
 

@@ -113,6 +113,8 @@ def private_directory(path: Path) -> Path:
         path.mkdir(mode=0o700)
     except FileExistsError:
         found = path.lstat()
+        if stat.S_ISLNK(found.st_mode):
+            raise OSError(f"{path} is a symbolic link; give the directory that it points to") from None
         if not stat.S_ISDIR(found.st_mode):
             raise OSError(f"{path} is not a directory") from None
         if hasattr(os, "getuid") and found.st_uid != os.getuid():

@@ -10,7 +10,6 @@ and the host starts workers in another way if that is ever more than one. It spe
 
 from __future__ import annotations
 
-import atexit
 import gc
 import importlib
 import os
@@ -22,7 +21,7 @@ import time
 import traceback
 from typing import Any
 
-from torchtrainer.process.child import ChildSpec, run_child
+from torchtrainer.process.child import ChildSpec, leave, run_child
 from torchtrainer.process.frames import FrameSocket
 from torchtrainer.process.guard import die_with_parent, thread_count
 
@@ -53,7 +52,7 @@ def main(arguments: list[str]) -> int:
     spec = _serve(link)
     if spec is None:
         return 0
-    return _leave_child(run_child(spec, parent=me))
+    leave(run_child(spec, parent=me))
 
 
 def _serve(link: FrameSocket) -> ChildSpec | None:
@@ -104,14 +103,6 @@ def _preload(link: FrameSocket, modules: list[str]) -> None:
             print(f"preload of {name} left out: {error}", file=sys.stderr)
     gc.freeze()
     link.send({"ready": {"pid": os.getpid(), "import_s": 0.0, "threads": thread_count()}})
-
-
-def _leave_child(exit_code: int) -> int:
-    """Ends a worker: exit functions and streams as usual, but without the slow dismantling of every module."""
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(exit_code)
 
 
 if __name__ == "__main__":

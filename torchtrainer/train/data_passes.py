@@ -19,8 +19,9 @@ class RankBatch:
     """What a rank gets in one step.
 
     Attributes:
-        data: the batch, as the loader's ``collate_fn`` made it.
-        size: samples that count for this rank; 0: the data is borrowed, and the gradient has to weigh nothing.
+        data: the batch, as the loader's ``collate_fn`` made it; None in a validation step without samples for this rank.
+        size: samples that count for this rank; 0: the data is borrowed, and the gradient has to weigh nothing; in
+            validation there is none, and the step only counts.
         global_size: samples of the step over all ranks. ``size * world_size`` where nobody needs to know better: in a
             pass of a stream over validation data, and for loaders used as they are with equal lengths.
     """
@@ -53,7 +54,7 @@ class Pass(Protocol):
 
 
 class DealtPass:
-    """A pass whose steps are known beforehand.
+    """A pass whose steps are known beforehand. Every rank takes all of them, so that a later call starts at the same step.
 
     Args:
         requests: what to read.
@@ -65,7 +66,8 @@ class DealtPass:
         self._plan = plan
         self._reader = reader
         self._taken = 0
-        self._left = requests.count
+        self._left = plan.count(borrow=True)
+        self._read = requests.count
         self.samples = plan.start
         self.batches = plan.done
         self.count: int | None = plan.done + requests.count
@@ -78,7 +80,7 @@ class DealtPass:
         if self.ended:
             return None
         share = self._plan.share(self._taken)
-        data = self._reader.take(self._taken, share)
+        data = self._reader.take(self._taken, share) if self._taken < self._read else None
         self._taken += 1
         self.batches += 1
         self.samples = share.position + share.global_size

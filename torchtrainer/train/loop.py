@@ -44,7 +44,7 @@ class StepIterator:
         on_step: called when a training step is complete.
 
     Attributes:
-        batches: batches that were completed in this call.
+        batches: steps that were completed in this call, those of a validation without samples for this rank included.
         samples: samples of this rank in them; a borrowed batch has none.
         passes_completed: passes that ended in this call.
         current: the batch being worked on.
@@ -92,17 +92,9 @@ class StepIterator:
         return self._length
 
     def __next__(self) -> Any:
-        self._complete()
-        if self._finished() or self._gate.stop_requested(self.batches):
-            self._over = True
-            raise StopIteration
-        self._progress.enter("data")
-        with self._timers.record("data"):
-            batch = self._deal()
-        if batch is None:
-            self._over = True
-            raise StopIteration
-        self.current = batch
+        batch = self._next_step()
+        while batch.size == 0 and self._share is None:  # of a validation step this rank has no part
+            batch = self._next_step()
         if self._share is not None:
             self._share.apply(batch.size, batch.global_size)
         self._progress.enter(self._phase)
@@ -116,6 +108,21 @@ class StepIterator:
         elif self._share is not None:
             self._share.remove()
         self.current = None
+
+    def _next_step(self) -> RankBatch:
+        """Completes the step before, and turns to the batch of the next one, unless the call is over."""
+        self._complete()
+        if self._finished() or self._gate.stop_requested(self.batches):
+            self._over = True
+            raise StopIteration
+        self._progress.enter("data")
+        with self._timers.record("data"):
+            batch = self._deal()
+        if batch is None:
+            self._over = True
+            raise StopIteration
+        self.current = batch
+        return batch
 
     def _finished(self) -> bool:
         if self._over:
@@ -184,7 +191,8 @@ class LoaderView:
 
     def __iter__(self) -> Iterator[Any]:
         while (batch := self._rank_loader.next_batch()) is not None:
-            yield batch.data
+            if batch.data is not None:
+                yield batch.data
             if not self._rank_loader.in_pass:
                 return
 

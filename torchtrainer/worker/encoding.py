@@ -12,6 +12,7 @@ from typing import Any
 import cloudpickle
 import torch
 
+from torchtrainer.errors import NotSerializableError
 from torchtrainer.train.metrics import PassResult
 
 JSON_TYPES = (str, int, float, bool, type(None))
@@ -25,7 +26,7 @@ def encode_result(method: str, value: Any) -> tuple[str, bytes]:
         value: what it returned.
 
     Raises:
-        TypeError: the value does not pickle.
+        NotSerializableError: the value does not pickle.
     """
     if method == "state_dict" and value is not None:
         return "state", _encode_state(value)
@@ -38,8 +39,10 @@ def encode_result(method: str, value: Any) -> tuple[str, bytes]:
     try:
         return "pickle", bytes(cloudpickle.dumps(value))
     except Exception as error:
-        raise TypeError(
-            f"what {method} returned, a {type(value).__name__}, cannot be sent to the driver: {error}"
+        call = {"apply_worker": "the function of apply_all_workers", "apply_operator": "the function of apply_all_operators"}
+        raise NotSerializableError(
+            f"what {call.get(method, method)} returned, a {type(value).__name__}, cannot be sent to the driver: {error}. "
+            "Return numbers, text, tensors, or other objects that pickle"
         ) from error
 
 

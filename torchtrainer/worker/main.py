@@ -17,7 +17,7 @@ from typing import Any
 import cloudpickle
 import torch
 
-from torchtrainer.comm.group import close_group, open_group
+from torchtrainer.comm.group import open_group
 from torchtrainer.control.messages import Call, Failure, Reply, WorkerReady
 from torchtrainer.process.error_file import write_error_file
 from torchtrainer.process.paths import RankPaths
@@ -110,7 +110,7 @@ class Worker:
             self.link.beat_every_s = self.arguments.heartbeat_s
             self.progress.enter("idle")
         runtime.close()
-        close_group()
+        # The process group ends with the process: torch's own way now and then aborts on its way out.
         return 0
 
     def _build(self) -> RankRuntime:

@@ -12,7 +12,7 @@ from torch import nn
 
 from torchtrainer.comm.group import Collective
 from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES
-from torchtrainer.errors import InvalidArgumentTypeError, OperatorUseError
+from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, OperatorUseError
 from torchtrainer.operator import OperatorContext, TrainingOperator
 from torchtrainer.spec import BuildSpec, rank_config
 from torchtrainer.train.build import build_operator
@@ -74,6 +74,7 @@ class RankRuntime:
             progress=progress,
         )
         self.operator: TrainingOperator = build_operator(spec, context)
+        self._check_samples()
         progress.enter("idle")
 
     def facts(self) -> dict[str, Any]:
@@ -195,6 +196,14 @@ class RankRuntime:
         """Ends the loaders' worker processes."""
         for loader in internals(self.operator).loaders.values():
             loader.close()
+
+    def _check_samples(self) -> None:
+        train, ranks = self._loader("train"), self._collective.world_size
+        if train is not None and train.samples_per_pass is not None and 0 < train.samples_per_pass < ranks:
+            raise InvalidArgumentError(
+                f"the train loader has {train.samples_per_pass} samples for num_workers={ranks} ranks, so that some would "
+                f"never train: use num_workers={train.samples_per_pass} or fewer, or more data"
+            )
 
     def _loader(self, name: str) -> RankLoader | None:
         return internals(self.operator).loaders.get(name)
