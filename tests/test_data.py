@@ -191,12 +191,11 @@ def test_every_sample_once(world_size, samples, training):
         world_size, lambda rank: DataLoader(Numbers(samples), batch_size=4, shuffle=True), training=training
     )
     assert sorted(value for batches in per_rank for value in values(batches)) == list(range(samples))
-    if training:
-        assert len({len(batches) for batches in per_rank}) == 1
-        for step in zip(*per_rank, strict=True):
-            assert {batch.global_size for batch in step} == {sum(batch.size for batch in step)}
-    else:
-        assert all(batch.size > 0 for batches in per_rank for batch in batches)
+    assert len({len(batches) for batches in per_rank}) == 1
+    for step in zip(*per_rank, strict=True):
+        assert {batch.global_size for batch in step} == {sum(batch.size for batch in step)}
+    for batch in (batch for batches in per_rank for batch in batches):
+        assert (batch.data is None) == (batch.size == 0 and not training)  # borrowed in training only
 
 
 def test_each_epoch_has_the_order_of_a_distributed_sampler():
@@ -333,7 +332,8 @@ def test_batches_of_a_batch_sampler_are_dealt_in_turn():
     ]
     assert [(batch.size, batch.global_size) for batch in per_rank[1]] == [(1, 4), (4, 6), (0, 1)]
     per_rank = passes(2, lambda rank: DataLoader(Numbers(11), batch_sampler=lists), training=False)
-    assert [len(batches) for batches in per_rank] == [3, 2]
+    assert [[batch.size for batch in batches] for batches in per_rank] == [[3, 2, 1], [1, 4, 0]]
+    assert per_rank[1][-1].data is None
 
 
 def test_an_ordinary_batch_sampler_counts_as_its_settings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 import socket
 import sys
 
@@ -64,13 +65,20 @@ def launch(launcher: str, tmp_path, text: str) -> list[Program]:
     return programs
 
 
+def assert_nothing_left(programs: list[Program]) -> None:
+    """As ``Program.assert_nothing_left``, but for the logs that torchrun leaves of itself."""
+    for program in programs:
+        for logs in program.temporary.glob("torchelastic_*"):
+            shutil.rmtree(logs)
+        program.assert_nothing_left()
+
+
 def output_of(launcher: str, tmp_path, text: str) -> str:
     """What a script prints that must come to a good end and leave nothing."""
     programs = launch(launcher, tmp_path, text)
     everything = "".join(program.output + program.errors for program in programs)
     assert all(program.process.returncode == 0 for program in programs), everything
-    for program in programs:
-        program.assert_nothing_left()
+    assert_nothing_left(programs)
     return "".join(program.output for program in programs)
 
 
@@ -130,7 +138,7 @@ def test_the_same_script_is_the_same_run_to_the_last_bit(tmp_path, alone, launch
     assert (run / "logs" / "rank_1" / "stdout.log").read_text().splitlines() == lines, "ranks agree on every result"
     assert len((run / "history.jsonl").read_text().splitlines()) == 7
     here = {entry.name for entry in tmp_path.iterdir()}
-    assert here == {"program.py", "tmp", "runs", "saved.pt"}
+    assert here == {"program.py", "runs", "saved.pt"}
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -259,8 +267,7 @@ class FailsInSetup(TrainingOperator):
     assert all(program.process.returncode != 0 for program in programs)
     errors = programs[-1].errors
     assert "ValueError: what rank 1 alone has" in errors, errors
-    for program in programs:
-        program.assert_nothing_left()
+    assert_nothing_left(programs)
 
 
 def test_an_error_on_every_rank_can_be_caught_and_the_next_trainer_works(tmp_path) -> None:
@@ -303,7 +310,7 @@ print(trainer.train()["num_samples"], trainer.status().run_dir, os.listdir(os.en
     )
     assert text.startswith("64 None ")
     assert "torchtrainer" not in text
-    assert {entry.name for entry in tmp_path.iterdir()} == {"program.py", "tmp"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"program.py"}
 
 
 def test_callbacks_and_the_progress_bar_are_rank_0s(tmp_path) -> None:

@@ -174,9 +174,9 @@ def _died(cause: WorkerDied, scene: Scene) -> WorkerDiedError:
 
 
 def _hung(cause: WorkerHung, scene: Scene) -> WorkerHungError:
+    where = scene.at(cause.phase, cause.step)
     story = [
-        f"{scene.who(cause.rank, cause.pid)} made no progress for {cause.silent_s:.1f} s "
-        f"{scene.at(cause.phase, cause.step)}; all workers were stopped.",
+        f"{scene.who(cause.rank, cause.pid)} made no progress for {cause.silent_s:.1f} s {where}; all workers were stopped.",
         f"Allowed were {cause.limit_s:g} s: pass failure=FailureConfig(hang_timeout_s=...) if it needs more.",
     ]
     if cause.stacks:

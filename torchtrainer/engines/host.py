@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torchtrainer.control.channel import Router
@@ -207,7 +207,7 @@ class Host:
 
     def _start_group(self, message: StartGroup) -> None:
         ranks = range(message.world_size)
-        group = Group(spec=message, unborn=set(ranks), awaited=set(ranks))
+        group = Group(spec=replace(message, blob=b""), unborn=set(ranks), awaited=set(ranks))
         self._groups[message.group] = group
         spec_path = self._paths.spec(message.group)
         with open(os.open(spec_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

@@ -16,7 +16,7 @@ from torchtrainer.driver.controller import Listener
 from torchtrainer.driver.policies import STEPPING_METHODS, RankView
 from torchtrainer.driver.run_dir import BorrowedRunDirectory, RunDirectory
 from torchtrainer.engines.base import CallResult, GroupPlan
-from torchtrainer.errors import InvalidArgumentTypeError, RunDirectoryError
+from torchtrainer.errors import EngineError, InvalidArgumentTypeError, RunDirectoryError
 from torchtrainer.observe.devices import read_process_use
 from torchtrainer.process.paths import RankPaths, private_directory
 from torchtrainer.topology import Topology, to_environ
@@ -105,11 +105,21 @@ class SpmdEngine:
                 listener=listener if self.topology.rank == 0 else None,
                 gather=True,
             )
+            self._wait_until_built(collective)
         except BaseException:
             self._leave()
             raise
         self._joined = None  # the group's now
         return group
+
+    def _wait_until_built(self, collective: Collective) -> None:
+        try:
+            collective.barrier()
+        except RuntimeError as error:  # of the backend
+            raise EngineError(
+                f"rank {self.topology.rank} is built, but another of the {self.topology.world_size} ranks ended before it "
+                f"was: look for that rank's own error. torch says: {error}"
+            ) from error
 
     def _join(self, settings: TrainSettings, gpus: tuple[int, ...]) -> Collective:
         from torchtrainer.comm.group import MeetingPlace, join_group

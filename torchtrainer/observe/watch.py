@@ -121,7 +121,7 @@ class Watch:
         """The group failed."""
         now = self._wall_clock()
         self.failures.append(FailureRecord(time=now, rank=rank_of(cause), cause=short_cause(cause)))
-        message = "\n".join(str(part) for part in (error, error.__cause__) if part is not None)
+        message = "\n".join(_said(part) for part in (error, error.__cause__) if part is not None)
         self._callbacks.on_failure(
             FailureEvent(time=now, rank=rank_of(cause), cause=short_cause(cause), message=message)
         )
@@ -160,3 +160,11 @@ class Watch:
             return None
         since, before = self._rate_from
         return (samples - before) / (now - since) if now > since and samples > before else None
+
+
+def _said(error: BaseException) -> str:
+    """``str(error)``, also for an exception of the user's whose own ``__str__`` fails."""
+    try:
+        return str(error)
+    except Exception:
+        return type(error).__name__

@@ -71,7 +71,11 @@ def _serve(link: FrameSocket) -> ChildSpec | None:
                 _preload(link, request["preload"])
                 continue
             spec: ChildSpec = request["fork"]
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError as error:  # out of memory or of processes
+                link.send({"failed": f"a worker process cannot be forked: {error}"})
+                return None
             if pid == 0:
                 os.close(woken)
                 os.close(wake)

@@ -31,7 +31,7 @@ class RankLoader:
         seed: of the trainer; a seed of the loader's own (generator, DistributedSampler) goes first.
         collective: the ranks.
         shard: deal the loader out; False: every rank uses its loader as it is.
-        training: the ranks step together, so one without samples borrows some; else it just gets fewer batches.
+        training: the ranks step together, so one without samples borrows some; else it gets a step without data.
         device: of the rank; batches are pinned only for CUDA, and only if the loader asks for it.
         name: what the loader is for, in errors: ``train`` or ``validation``.
 

@@ -93,7 +93,7 @@ class StepIterator:
 
     def __next__(self) -> Any:
         batch = self._next_step()
-        while batch.size == 0 and self._share is None:  # of a validation step this rank has no part
+        while batch.size == 0 and self._share is None:  # a validation step without samples for this rank
             batch = self._next_step()
         if self._share is not None:
             self._share.apply(batch.size, batch.global_size)
@@ -191,7 +191,7 @@ class LoaderView:
 
     def __iter__(self) -> Iterator[Any]:
         while (batch := self._rank_loader.next_batch()) is not None:
-            if batch.data is not None:
+            if batch.size or batch.data is not None:  # not a validation step without samples for this rank
                 yield batch.data
             if not self._rank_loader.in_pass:
                 return

@@ -39,7 +39,10 @@ def encode_result(method: str, value: Any) -> tuple[str, bytes]:
     try:
         return "pickle", bytes(cloudpickle.dumps(value))
     except Exception as error:
-        call = {"apply_worker": "the function of apply_all_workers", "apply_operator": "the function of apply_all_operators"}
+        call = {
+            "apply_worker": "the function of apply_all_workers",
+            "apply_operator": "the function of apply_all_operators",
+        }
         raise NotSerializableError(
             f"what {call.get(method, method)} returned, a {type(value).__name__}, cannot be sent to the driver: {error}. "
             "Return numbers, text, tensors, or other objects that pickle"
