@@ -165,3 +165,22 @@ def test_a_port_that_is_taken(tmp_path) -> None:
     assert f"EngineError: rank 0 cannot listen on port {port} of 127.0.0.1: " in program.errors
     assert f"set the environment variable MASTER_PORT (now {port}) to a free port" in program.errors
     program.assert_nothing_left()
+
+
+def test_a_trainer_made_inside_a_worker_says_so(tmp_path):
+    (tmp_path / "careless.py").write_text(
+        "import torch\nfrom torchtrainer import TorchTrainer\n"
+        "def model_creator(config):\n    return torch.nn.Linear(20, 5)\n"
+        "def make(**arguments):\n    return TorchTrainer(model_creator=model_creator, **arguments)\n"
+        "import os\n"
+        "if 'TORCHTRAINER_WORKER' in os.environ:\n    make()\n"
+    )
+    program = run_program(
+        tmp_path,
+        CREATORS + "import careless\nCREATORS.pop('model_creator')\ncareless.make(**CREATORS)\n",
+        PYTHONPATH=str(tmp_path),
+    )
+    assert program.process.returncode == 1
+    assert "inside a worker process" in program.errors
+    assert "__main__" in program.errors
+    program.assert_nothing_left()

@@ -177,8 +177,9 @@ def test_the_error_is_reported_only_when_nothing_is_left_running() -> None:
     assert isinstance(drive.on(GroupGone(group="g"))[0], Raised)
 
 
-def test_a_function_that_raises_on_all_ranks_leaves_the_group_usable() -> None:
-    drive = Drive().build().calling("apply_worker")
+@pytest.mark.parametrize("method", ["apply_worker", "validate"])
+def test_what_raises_on_all_ranks_and_trains_nothing_leaves_the_group_usable(method) -> None:
+    drive = Drive().build().calling(method)
     drive.on(failure(0))
     (raised,) = drive.on(failure(1))
     assert isinstance(raised, Raised) and raised.usable

@@ -26,7 +26,7 @@ from torchtrainer.errors import InvalidArgumentError
 from torchtrainer.observe.devices import gpu_count
 from torchtrainer.observe.notices import notice
 from torchtrainer.spec import BuildSpec
-from torchtrainer.topology import Topology
+from torchtrainer.topology import WORKER_MARK, Topology
 from torchtrainer.topology import current as current_topology
 
 CREATORS = (
@@ -105,6 +105,11 @@ def plan_run(given: Mapping[str, Any]) -> RunPlan:
         InvalidArgumentError, InvalidArgumentTypeError: an argument that cannot work.
         NotAvailableError: something that this version does not have.
     """
+    if WORKER_MARK in os.environ:
+        raise InvalidArgumentError(
+            "a TorchTrainer was made inside a worker process of another one: a module that the workers import makes it "
+            "when it is imported. Make it in the script itself, or below if __name__ == '__main__'"
+        )
     creators = {name: given[name] for name in CREATORS}
     config = {} if given["config"] is None else given["config"]
     failure = FailureConfig() if given["failure"] is None else given["failure"]

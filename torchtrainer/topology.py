@@ -24,6 +24,8 @@ DERIVED_PORTS = range(20000, 30000)
 """Where a Slurm or MPI job meets if MASTER_PORT is not set: TCP ports below those that systems give out themselves."""
 
 LOOPBACK = "127.0.0.1"
+WORKER_MARK = "TORCHTRAINER_WORKER"
+"""Set in the environment of our own worker processes, so that a trainer that is made inside one by mistake says so."""
 _LOOPBACK_NAMES = frozenset({LOOPBACK, "localhost", "::1"})
 _LOOPBACK_INTERFACES = {"linux": "lo", "darwin": "lo0"}
 _NOT_SRUN_STEPS = frozenset({"batch", "extern", "interactive", "4294967290", "4294967291", "4294967292"})

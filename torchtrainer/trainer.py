@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torchtrainer.arguments import NOT_YET, unknown_argument
 from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES, CheckpointConfig, FailureConfig
+from torchtrainer.driver.interrupts import forget_interrupted_calls
 from torchtrainer.driver.run_dir import BorrowedRunDirectory, RunDirectory
 from torchtrainer.engines.base import Engine, Group
 from torchtrainer.engines.inline import InlineGroup
@@ -118,6 +119,7 @@ class TorchTrainer:
         self._group: Group | None = None
         for name in unknown:
             raise unknown_argument(name, given)
+        forget_interrupted_calls()
         run = plan_run(given)
         self._callbacks = Callbacks(callbacks if run.is_main else ())
         self.config = run.spec.config

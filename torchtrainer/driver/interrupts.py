@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+import traceback
 from types import FrameType, TracebackType
 
 
@@ -40,3 +42,14 @@ class HeldInterrupts:
 
     def _hold(self, signum: int, frame: FrameType | None) -> None:
         self._came = (signum, frame)
+
+
+def forget_interrupted_calls() -> None:
+    """Drops the variables of calls that Ctrl-C ended, which a notebook or an interactive interpreter keeps for debuggers.
+
+    Among them is the trainer: it would live on, with its workers, after its name was given to a new one.
+    """
+    error = getattr(sys, "last_value", None)
+    while isinstance(error, KeyboardInterrupt):
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__

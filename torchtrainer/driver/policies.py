@@ -56,8 +56,8 @@ def after_failure(method: str, all_ranks_reported: bool) -> Keep | Stop:
         method: the call.
         all_ranks_reported: every rank has returned from the call, by a result or by an exception.
     """
-    if method in STEPPING_METHODS:
-        return Stop(reason=f"a rank failed inside {method}(), so that the ranks no longer agree")
+    if method == "train":
+        return Stop(reason="a rank failed inside train(), so that the ranks may not agree on the step any more")
     if not all_ranks_reported:
         return Stop(reason="some ranks wait for a rank that failed")
     return Keep()

@@ -55,6 +55,7 @@ from torchtrainer.process.starters import (
     StarterFailed,
     StarterReady,
 )
+from torchtrainer.topology import WORKER_MARK
 
 DRIVER = b"driver"
 TICK_S = 0.05
@@ -223,6 +224,7 @@ class Host:
             "GLOO_SOCKET_IFNAME": loopback,  # Gloo's own sockets then listen on loopback only
             "OMP_NUM_THREADS": str(message.threads),
             **message.environ,
+            WORKER_MARK: message.group,
             "RANK": str(rank),
             "WORLD_SIZE": str(message.world_size),
             "LOCAL_RANK": str(rank),

@@ -50,9 +50,9 @@ def main(arguments: list[str]) -> int:
     link.send({"ready": {"pid": os.getpid(), "import_s": time.monotonic() - started, "threads": thread_count()}})
     me = os.getpid()
     spec = _serve(link)
-    if spec is None:
-        return 0
-    leave(run_child(spec, parent=me))
+    if spec is not None:
+        leave(run_child(spec, parent=me))
+    return 0
 
 
 def _serve(link: FrameSocket) -> ChildSpec | None:

@@ -158,6 +158,8 @@ class Worker:
         form, blob = encode_result(call.method, value)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
+        if self.arguments.rank == 0:
+            self.link.send_beat()
         self.link.send(
             Reply(
                 group=self.arguments.group,
