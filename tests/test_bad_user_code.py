@@ -227,10 +227,14 @@ class InValidation(TrainingOperator):
         return [1]
 
 
-def test_an_exception_in_validate() -> None:
-    error = failure_of(MyError, TorchTrainer.validate, training_operator_cls=InValidation)
-    assert "raised on rank 1 (pid " in story(error)
-    assert "in validate(), phase validate, at step 0" in story(error)
+def test_an_exception_in_validate_leaves_the_trained_weights_within_reach() -> None:
+    with TorchTrainer(**CREATORS, training_operator_cls=InValidation) as trainer:
+        for _ in range(2):
+            with pytest.raises(MyError) as caught:
+                trainer.validate()
+            assert "raised on rank 1 (pid " in story(caught.value)
+            assert "in validate(), phase validate, at step 0" in story(caught.value)
+        assert set(trainer.get_model().state_dict()) == {"weight", "bias"}
 
 
 def test_a_train_epoch_that_returns_no_dict() -> None:

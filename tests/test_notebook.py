@@ -61,7 +61,7 @@ class Kernel:
         """Runs a cell that must succeed; what it printed."""
         self.client.execute(cell)
         printed, error = self.end()
-        assert error is None, self.traceback
+        assert error is None, self.traceback[-2000:]
         return printed
 
     def message(self) -> dict:
@@ -112,8 +112,8 @@ class Operator(TrainingOperator):
         g = torch.Generator().manual_seed(0)
         data = TensorDataset(torch.randn(N, 20, generator=g), torch.arange(N), torch.randint(0, 5, (N,), generator=g))
         model = Net()
-        self.register(models=model, optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
-                      criterion=torch.nn.CrossEntropyLoss())
+        self.model, self.optimizer, self.criterion = self.register(
+            models=model, optimizers=torch.optim.SGD(model.parameters(), lr=0.1), criterion=torch.nn.CrossEntropyLoss())
         self.register_data(train_loader=DataLoader(data, batch_size=4, shuffle=True))
         self.seen, self.slow = [], False
     def train_batch(self, batch, batch_info):
@@ -224,7 +224,7 @@ def test_a_kernel_that_ends_takes_everything_with_it(kernel, when, how) -> None:
         kernel.connect()
         kernel.run(DEFINITIONS + MAKE)
         assert kernel.run("print(trainer.train()['num_samples'])").endswith("403\n")
-        kernel.run("exit()")
+        kernel.manager.shutdown_kernel(now=False)
         wait_until_left(kernel, 0)
     left = [entry.name for entry in kernel.temporary.iterdir() if entry.name.startswith("torchtrainer")]
     assert left == []

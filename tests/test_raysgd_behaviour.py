@@ -591,6 +591,7 @@ def test_without_validation_data_only_validate_fails(make, workers) -> None:
     assert trainer.fit(1)[0]["num_samples"] == SAMPLES
     with pytest.raises(RuntimeError, match="does not have any registered validation loader"):
         trainer.validate()
+    assert trainer.train()["epoch"] == 3, "and the trainer goes on"
 
 
 def test_losses_are_classes_functions_or_lambdas(make, two_or_local) -> None:

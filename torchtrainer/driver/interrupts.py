@@ -52,4 +52,6 @@ def forget_interrupted_calls() -> None:
     error = getattr(sys, "last_value", None)
     while isinstance(error, KeyboardInterrupt):
         traceback.clear_frames(error.__traceback__)
+        for frame, _line in traceback.walk_tb(error.__traceback__):
+            _ = frame.f_locals  # a copy that was made for display is brought up to date
         error = error.__context__

@@ -11,6 +11,9 @@ from torchtrainer.driver.causes import Cause, UserCodeFailed, WorkerDied
 STEPPING_METHODS = frozenset({"train", "validate"})
 """Calls that draw batches: they can be ended at a step boundary, and a rank that fails in one leaves the others waiting."""
 
+EXCHANGING = "backward"
+"""The phase in which a rank waits for the others."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
@@ -91,13 +94,16 @@ class RankView:
 
 
 def find_hung(views: Iterable[RankView], limit_s: float, now: float) -> RankView | None:
-    """Finds the rank that holds the others up: busy, over the limit, and furthest behind.
+    """Finds the rank that holds the others up, once any rank has shown no progress for too long.
 
-    In a collective every rank looks hung. The one that entered its present phase first, at the lowest step and batch, is
-    the one that the others wait for.
+    In a collective every rank looks hung, and those that wait may be over the limit before the one they wait for, whose
+    heartbeats may be older. So of all busy ranks the one at the lowest step and batch is it; among equals one that is not
+    exchanging gradients, which is waiting; among those the one that entered its present phase first.
     """
-    over = [v for v in views if v.busy and v.spoke and _silent_s(v, now) > limit_s]
-    return min(over, key=lambda v: (v.step, v.batch, v.phase_since), default=None)
+    busy = [view for view in views if view.busy and view.spoke]
+    if not any(_silent_s(view, now) > limit_s for view in busy):
+        return None
+    return min(busy, key=lambda view: (view.step, view.batch, view.phase == EXCHANGING, view.phase_since))
 
 
 def _silent_s(view: RankView, now: float) -> float:
