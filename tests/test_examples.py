@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -23,6 +25,23 @@ def output_of(command: list[str | Path], directory: Path) -> str:
     return done.stdout
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    """A few of CIFAR-10's images as an image folder, if this machine has the archive."""
+    archive = Path(os.environ.get("TORCHTRAINER_TEST_DATA", ROOT.parent / "shared" / "data")) / "cifar10-subset.zip"
+    if not archive.exists():
+        pytest.skip(
+            f"{archive} is not there: set TORCHTRAINER_TEST_DATA to the directory that holds cifar10-subset.zip"
+        )
+    directory = tmp_path_factory.mktemp("images")
+    with zipfile.ZipFile(archive) as images:
+        images.extractall(directory, [name for name in images.namelist() if re.search(r"/00[01]\d\.jpg$", name)])
+    return directory / "cifar10-subset"
+
+
 def accuracy_in(text: str) -> float:
     found = re.search(r"accuracy on 360 test images: ([\d.]+)%", text)
     assert found, text
@@ -38,8 +57,7 @@ def test_image_classifier_learns_digits(tmp_path):
 
 def test_image_classifier_is_the_same_run_under_torchrun(tmp_path):
     script = [EXAMPLES / "cifar10" / "train.py", "--dataset", "digits", "--epochs", "3", "--no-tqdm"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launched = output_of([*torchrun, *script], tmp_path)
+    launched = output_of([*TORCHRUN, *script], tmp_path)
     alone = output_of([sys.executable, *script], tmp_path)
     assert launched.count("epoch ") == 3, "rank 0 prints, and no other rank"
     assert accuracy_in(launched) == accuracy_in(alone)
@@ -60,6 +78,22 @@ def test_image_classifier_takes_an_image_folder(tmp_path):
     assert "accuracy on 10 test images" in text
 
 
+@pytest.mark.parametrize("launcher", [[sys.executable], TORCHRUN])
+def test_image_classifier_learns_from_photographs(tmp_path, photographs, launcher):
+    options = ["--data", photographs, "--model", "cnn", "--epochs", "1", "--batch-size", "16", "--no-tqdm"]
+    text = output_of([*launcher, EXAMPLES / "cifar10" / "train.py", *options], tmp_path)
+    assert "training cnn on folder with 2 workers" in text
+    assert text.count("accuracy on 200 test images") == 1
+
+
+@pytest.mark.parametrize("launcher", [[sys.executable], TORCHRUN])
+def test_introductory_script_learns_from_photographs(tmp_path, photographs, launcher):
+    text = output_of([*launcher, EXAMPLES / "raysgd_intro.py", photographs], tmp_path)
+    assert text.count("'num_samples': 200") == 2, "20 images of each class in training, and in validation"
+    assert text.count("success!") == 1
+    assert (tmp_path / "checkpoint.pt").stat().st_size > 40_000_000
+
+
 def test_image_classifier_names_the_folder_that_is_missing(tmp_path):
     command = [sys.executable, EXAMPLES / "cifar10" / "train.py", "--data", tmp_path]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -75,8 +109,9 @@ def test_introductory_script_runs_as_it_stands(tmp_path):
     assert (tmp_path / "checkpoint.pt").stat().st_size > 40_000_000
 
 
-def test_gan_draws_what_is_nearer_to_digits_than_noise(tmp_path):
-    text = output_of([sys.executable, EXAMPLES / "gan.py", "--epochs", "10", "--no-tqdm"], tmp_path)
+@pytest.mark.parametrize("launcher", [[sys.executable], TORCHRUN])
+def test_gan_draws_what_is_nearer_to_digits_than_noise(tmp_path, launcher):
+    text = output_of([*launcher, EXAMPLES / "gan.py", "--epochs", "10", "--no-tqdm"], tmp_path)
     found = re.search(r"nearest real digit: ([\d.]+) \(random pixels: ([\d.]+)\)", text)
     assert found, text
     drawn, noise = map(float, found.groups())

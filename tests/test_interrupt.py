@@ -9,7 +9,7 @@ import threading
 import pytest
 from programs import CREATORS, MARK, run_program, start_program
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 RECORDING = (
     CREATORS

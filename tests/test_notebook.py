@@ -15,7 +15,7 @@ import pytest
 from jupyter_client.manager import KernelManager
 from programs import DEADLINE_S, GONE_S, MARK, marked_processes
 
-pytestmark = [pytest.mark.kernel, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.kernel, pytest.mark.timeout(180)]
 
 
 class Kernel:
@@ -205,9 +205,10 @@ class Wrong(Operator):
     assert kernel.run("print(trainer.train()['num_samples'])").endswith("403\n")
 
 
-@pytest.mark.parametrize("when", ["in a pass", "idle"])
-@pytest.mark.parametrize("how", ["restart", "hard restart", "kill"])
-def test_a_kernel_that_ends_takes_everything_with_it(kernel, when, how) -> None:
+@pytest.mark.parametrize(
+    ("how", "when"), [("restart", "in a pass"), ("hard restart", "idle"), ("kill", "in a pass"), ("kill", "idle")]
+)
+def test_a_kernel_that_ends_takes_everything_with_it(kernel, how, when) -> None:
     kernel.run(DEFINITIONS)
     kernel.run(MAKE)
     if when == "in a pass":

@@ -10,7 +10,7 @@ import sys
 import pytest
 from programs import CREATORS, Program, run_program, start_program
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 LAUNCHERS = ["torchrun", "by hand", "srun", "mpirun"]
@@ -141,7 +141,7 @@ def test_the_same_script_is_the_same_run_to_the_last_bit(tmp_path, alone, launch
     assert here == {"program.py", "runs", "saved.pt"}
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["torchrun", "by hand"])
 def test_ranks_meet_again_for_a_second_trainer(tmp_path, launcher) -> None:
     text = output_of(
         launcher,
@@ -216,7 +216,7 @@ def listening():
 """
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["torchrun", "by hand"])
 def test_nothing_listens_outside_loopback(tmp_path, launcher) -> None:
     text = output_of(
         launcher,
