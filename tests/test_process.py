@@ -66,6 +66,7 @@ def stay(arguments):
 
 def child(tmp_path: Path, function: str, **arguments) -> ChildSpec:
     (tmp_path / "entry.py").write_text(ENTRY)
+    (tmp_path / "logs").mkdir(exist_ok=True)
     return ChildSpec(
         key="a/0",
         entry=f"entry:{function}",
@@ -94,7 +95,7 @@ def wait_for(starter, kind: type[StarterEvent]) -> StarterEvent:
 @pytest.fixture(params=["fork", "exec"])
 def starter(request):
     environ = dict(os.environ)
-    made = ForkStarter(["json"], environ) if request.param == "fork" else ExecStarter(environ)
+    made = ForkStarter(["json"], environ) if request.param == "fork" else ExecStarter()
     yield made
     made.close()
 

@@ -99,17 +99,16 @@ def test_a_directory_of_somebody_else(tmp_path) -> None:
         RunDirectory(tmp_path / "run")
 
 
-def test_without_a_directory_nothing_stays() -> None:
-    run = RunDirectory(None)
-    assert run.logs.is_dir()
+def test_without_a_directory_nothing_is_made() -> None:
+    run = open_run_dir(None)
     assert run.shown is None
+    assert not run.logs.exists()
     run.close()
-    assert not run.root.exists()
 
 
 def test_what_is_no_path() -> None:
     with pytest.raises(InvalidArgumentTypeError, match=r'run_dir must be a path, "auto" or None, got 3'):
-        open_run_dir(3, has_logs=True)
+        open_run_dir(3)
 
 
 def test_automatic_directories_do_not_collide(tmp_path, monkeypatch) -> None:

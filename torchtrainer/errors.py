@@ -40,6 +40,10 @@ class TrainerClosedError(TorchTrainerError, RuntimeError):
     """The trainer was shut down, or its run failed; a new `TorchTrainer` is needed."""
 
 
+class TrainerBusyError(TorchTrainerError, RuntimeError):
+    """The trainer was called while another call is running, from a callback or another thread."""
+
+
 class RunDirectoryError(TorchTrainerError, OSError):
     """The run directory is not usable: not writable, not ours, or in use by a live run."""
 

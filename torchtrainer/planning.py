@@ -88,8 +88,7 @@ class RunPlan:
         Raises:
             RunDirectoryError: it cannot be used.
         """
-        inline = isinstance(self.engine, LocalModeEngine | SpmdEngine)
-        open_here = partial(open_run_dir, run_dir, has_logs=not inline)
+        open_here = partial(open_run_dir, run_dir)
         if isinstance(self.engine, SpmdEngine):
             return self.engine.share_run_dir(open_here, self.spec.settings, self.gpus)
         return open_here()

@@ -382,8 +382,8 @@ class TorchTrainer:
         group, self._group = self._group, None
         if group is None:
             return
-        self._finalizer.detach()
         _end(group, self._run_dir, self._gpu_monitor, force=force)
+        self._finalizer.detach()
         seconds = time.monotonic() - self._started_at
         self._callbacks.on_run_end(RunEndEvent(reason=reason, step=self._step, epoch=self._epoch, seconds=seconds))
 
@@ -455,10 +455,12 @@ def _check_function(method: str, fn: Any) -> None:
 def _end(
     group: Group, run_dir: RunDirectory | BorrowedRunDirectory, gpus: GpuMonitor | None, force: bool = True
 ) -> None:
-    group.end(force)
-    run_dir.close()
-    if gpus is not None:
-        gpus.close()
+    try:
+        group.end(force)
+    finally:
+        run_dir.close()
+        if gpus is not None:
+            gpus.close()
 
 
 def _warn_about_extras(path: str | os.PathLike[str]) -> None:

@@ -7,7 +7,8 @@ unpickles anything.
     driver --> host --> worker        Call, PrepareStop, StopAt, EndWorker
     driver --> host                   StartGroup, KillGroup, SignalWorkers, DumpStacks, Quit
     worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Beat
-    host   --> driver                 EngineReady, EngineFailed, WorkerStarted, WorkerExited, GroupGone, Output, Stacks
+    host   --> driver                 EngineReady, EngineFailed, GroupFailed, WorkerStarted, WorkerExited, GroupGone,
+                                      Output, Stacks
 """
 
 from __future__ import annotations
@@ -288,6 +289,14 @@ class WorkerExited(FromWorker):
     exit_code: int
     max_rss_bytes: int = 0
     stderr_tail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupFailed(Message):
+    """The processes of a group could not be started; other groups go on."""
+
+    group: str
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)

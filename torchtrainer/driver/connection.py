@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 import threading
 from collections import deque
 from dataclasses import replace
@@ -16,7 +15,7 @@ from torchtrainer.control.messages import EngineFailed, EngineReady, Message, Qu
 from torchtrainer.driver.states import HostLost
 from torchtrainer.process.guard import open_pidfd
 from torchtrainer.process.paths import EnginePaths
-from torchtrainer.process.starters import child_environ
+from torchtrainer.process.starters import interpreter
 
 POLL_S = 0.05
 """Longest single wait; between two of them the caller looks at its deadlines."""
@@ -37,15 +36,14 @@ class HostConnection:
 
     def __init__(self, start_method: str, timeouts: Timeouts) -> None:
         self._timeouts = timeouts
-        self._paths = EnginePaths.create()
+        self.paths = EnginePaths.create()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "torchtrainer.engines.host", str(self._paths.root), str(os.getpid()), start_method],
-            env=child_environ(os.environ),
+            interpreter("torchtrainer.engines.host", str(self.paths.root), str(os.getpid()), start_method),
             stdin=subprocess.PIPE,  # never written to: its end tells the host that we are gone
             start_new_session=True,  # the terminal's Ctrl-C is for the user's process alone
         )
         self._pidfd = open_pidfd(self._process.pid)
-        self._dealer = Dealer(self._paths.socket, "driver")
+        self._dealer = Dealer(self.paths.socket, "driver")
         self._lock = threading.RLock()
         self._inboxes: dict[str, deque[Incoming]] = {}
         self._lost: str | None = None
@@ -106,6 +104,7 @@ class HostConnection:
             if self._closed:
                 return
             self._closed = True
+            self._tell_all(HostLost(text="the engine was closed"))
             self._dealer.send(Quit())
             self._dealer.close(flush_s=self._timeouts.cleanup_s)
             assert self._process.stdin is not None
@@ -144,4 +143,4 @@ class HostConnection:
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
-        self._paths.remove()
+        self.paths.remove()

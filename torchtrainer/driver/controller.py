@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from torchtrainer.driver.states import (
     StopRequested,
     Tick,
 )
-from torchtrainer.errors import TrainerClosedError
+from torchtrainer.errors import TrainerBusyError, TrainerClosedError
 
 
 class Listener(Protocol):
@@ -92,7 +93,8 @@ class Controller:
         self._outcome: Returned | Raised | None = None
         self._owner_pid = os.getpid()
         self._unshown: deque[Incoming] = deque()
-        self._held = HeldInterrupts()
+        self._calling = threading.Lock()
+        self._turning = threading.RLock()
         self._machine = Machine.start(
             group=start.group,
             world_size=start.world_size,
@@ -100,10 +102,6 @@ class Controller:
             hang_timeout_s=hang_timeout_s,
             now=clock(),
         )
-        with self._held:
-            connection.open_inbox(start.group)
-            connection.send(start)
-        self._start = replace(start, blob=b"")  # the creators may be large, and are on their way
 
     @property
     def views(self) -> tuple[RankView, ...]:
@@ -127,6 +125,9 @@ class Controller:
             BaseException: what user code raised while building; `EngineError` and its kind if processes were lost.
         """
         self._doing = "start"
+        self._connection.open_inbox(self._start.group)
+        self._connection.send(self._start)
+        self._start = replace(self._start, blob=b"")  # the creators may be large, and are on their way
         self._await_outcome()
 
     def call(self, method: str, blob: bytes) -> Outcome:
@@ -134,8 +135,25 @@ class Controller:
 
         Raises:
             KeyboardInterrupt: the user pressed Ctrl-C; a pass is then ended at a step boundary, and the group stays usable.
+            TrainerBusyError: another call is running, in another thread or around this callback.
             BaseException: what user code raised; `WorkerDiedError` and its kind if processes were lost.
         """
+        if not self._calling.acquire(blocking=False):
+            raise TrainerBusyError(
+                f"{method}() was called while {self._doing} is running: a trainer does one thing at a time. A callback "
+                "gets what it needs with its event; call the trainer when the running call has returned"
+            )
+        try:
+            return self._call(method, blob)
+        finally:
+            self._calling.release()
+
+    def _call(self, method: str, blob: bytes) -> Outcome:
+        if self._owner_pid != os.getpid():
+            raise TrainerClosedError(
+                f"this process (pid {os.getpid()}) is a forked copy of the one that made the trainer (pid "
+                f"{self._owner_pid}), which alone can use it: create a new TorchTrainer here"
+            )
         self._finish_interrupted_call()
         if isinstance(self._machine.state, Closed):
             self._raise_closed()
@@ -149,26 +167,29 @@ class Controller:
         if self._owner_pid != os.getpid():
             return  # a forked copy of the driver: the workers are not its own
         self._doing = "shutdown"
-        with self._held:
+        with HeldInterrupts(), self._turning:
             self._handle(EndRequested(force=force))
         while not self.closed:
             self._turn()
         self._connection.close_inbox(self._machine.group)
 
     def look(self) -> None:
-        """Takes what has arrived, without waiting."""
-        self._turn(0.0)
+        """Takes what has arrived, without waiting; while a call is running, whoever waits for it does so."""
+        if self._owner_pid == os.getpid() and not self._calling.locked():
+            self._turn(0.0)
 
     # The loop
 
     def _await_outcome(self, request: CallRequested | None = None) -> Returned:
         try:
-            with self._held:
-                if request is not None:
+            if request is not None:
+                with HeldInterrupts(), self._turning:
                     self._handle(request)
             while self._outcome is None:
+                if self.closed:  # shut down meanwhile, from a callback or another thread
+                    self._raise_closed()
                 self._turn()
-        except KeyboardInterrupt:
+        except BaseException:  # Ctrl-C, or a callback that raised
             self._on_interrupt()
             raise
         outcome, self._outcome = self._outcome, None
@@ -177,7 +198,7 @@ class Controller:
         return outcome
 
     def _turn(self, timeout_s: float = POLL_S) -> None:
-        with self._held:
+        with HeldInterrupts(), self._turning:
             self._connection.poll(timeout_s)
             while (message := self._connection.take(self._machine.group)) is not None:
                 self._unshown.append(message)
@@ -207,7 +228,7 @@ class Controller:
         """Asks for an early end, and gives the ranks a moment to come to a step boundary."""
         if not isinstance(self._machine.state, Calling):
             return
-        with self._held:
+        with HeldInterrupts(), self._turning:
             self._handle(StopRequested(signum=int(signal.SIGINT)))
         deadline = self._clock() + self._timeouts.interrupt_s
         while self._outcome is None and self._clock() < deadline:
@@ -215,9 +236,9 @@ class Controller:
 
     def _finish_interrupted_call(self) -> None:
         """Waits for a call that was interrupted earlier and had not ended yet; its outcome is nobody's any more."""
+        self._turn(0.0)  # a worker may have died since
         while not isinstance(self._machine.state, Idle | Closed):
             self._turn()
-        self.look()  # a worker may have died since
 
     def _error(self, raised: Raised) -> BaseException:
         scene = Scene(

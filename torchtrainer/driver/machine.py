@@ -26,6 +26,7 @@ from torchtrainer.control.messages import (
     EndWorker,
     EngineFailed,
     Failure,
+    GroupFailed,
     GroupGone,
     KillGroup,
     PrepareStop,
@@ -186,7 +187,14 @@ def on_group_gone(machine: Machine, event: GroupGone, now: float) -> Result:
         return _close(machine, state.cause)
     if isinstance(state, Starting | Calling) and (state.deaths or state.failures):
         return _close(machine, root_cause(state.failures, state.deaths))
-    return machine.to(Closed()), ()
+    if isinstance(state, Ending):
+        return _close(machine, None)
+    return _close(machine, EngineLost(text="its processes were ended by somebody else"))
+
+
+def on_group_failed(machine: Machine, event: GroupFailed, now: float) -> Result:
+    """Sent when the processes of the group could not be started."""
+    return _kill(machine, EngineLost(text=event.text), now)
 
 
 def on_engine_failed(machine: Machine, event: EngineFailed, now: float) -> Result:
@@ -265,6 +273,7 @@ _ON: dict[type, Callable[[Machine, Any, float], Result]] = {
     WorkerExited: on_worker_exited,
     Boundary: on_boundary,
     Stacks: on_stacks,
+    GroupFailed: on_group_failed,
     GroupGone: on_group_gone,
     EngineFailed: on_engine_failed,
     HostLost: on_host_lost,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import tempfile
 from datetime import datetime
 from pathlib import Path
 
@@ -24,21 +22,19 @@ class RunDirectory:
       logs/rank_<r>/  stdout.log, stderr.log, error.json, stacks.txt
 
     Args:
-        root: the directory; None: a temporary one that goes with the run.
+        root: the directory; made if it is not there.
 
     Raises:
         RunDirectoryError: it is not writable, not ours, or in use.
     """
 
-    def __init__(self, root: Path | None) -> None:
-        self.durable = root is not None
+    durable = True
+
+    def __init__(self, root: Path) -> None:
         self._lock_fd: int | None = None
+        self._owner_pid = os.getpid()
         try:
-            self.root = (
-                Path(tempfile.mkdtemp(prefix="torchtrainer-run-"))
-                if root is None
-                else private_directory(root.absolute())
-            )
+            self.root = private_directory(root.absolute())
             private_directory(self.logs)
             self._lock()
         except RunDirectoryError:
@@ -61,16 +57,14 @@ class RunDirectory:
 
     @property
     def shown(self) -> str | None:
-        """The directory as users see it; None if nothing is kept."""
-        return str(self.root) if self.durable else None
+        """The directory as users see it."""
+        return str(self.root)
 
     def close(self) -> None:
-        """Lets go of the directory. Idempotent."""
-        if self._lock_fd is not None:
+        """Lets go of the directory. Idempotent; does nothing in a forked copy of the driver."""
+        if self._lock_fd is not None and self._owner_pid == os.getpid():
             os.close(self._lock_fd)
             self._lock_fd = None
-        if not self.durable:
-            shutil.rmtree(self.root, ignore_errors=True)
 
     def _lock(self) -> None:
         if sys.platform == "win32":  # no advisory locks there
@@ -99,7 +93,7 @@ class BorrowedRunDirectory:
     """The directory of a run that another process owns, or that there is none of: nothing is made, locked or removed.
 
     Args:
-        root: the owner's directory; None: the run keeps nothing, and has no logs either.
+        root: the owner's directory; None: the run keeps nothing.
     """
 
     def __init__(self, root: str | None) -> None:
@@ -147,12 +141,11 @@ def program_name() -> str:
     return Path(script).stem if script else "interactive"
 
 
-def open_run_dir(run_dir: str | os.PathLike[str] | None, *, has_logs: bool) -> RunDirectory | BorrowedRunDirectory:
+def open_run_dir(run_dir: str | os.PathLike[str] | None) -> RunDirectory | BorrowedRunDirectory:
     """Opens the directory that the user asked for.
 
     Args:
         run_dir: a path, "auto", or None to keep nothing.
-        has_logs: the ranks write logs even if nothing is kept, so that errors can quote them.
 
     Raises:
         RunDirectoryError: it cannot be used.
@@ -160,5 +153,5 @@ def open_run_dir(run_dir: str | os.PathLike[str] | None, *, has_logs: bool) -> R
     if run_dir is not None and not isinstance(run_dir, str | os.PathLike):
         raise InvalidArgumentTypeError(f'run_dir must be a path, "auto" or None, got {run_dir!r}')
     if run_dir is None:
-        return RunDirectory(None) if has_logs else BorrowedRunDirectory(None)
+        return BorrowedRunDirectory(None)
     return RunDirectory(automatic_root(datetime.now()) if run_dir == "auto" else Path(run_dir))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torchtrainer.control.channel import Router
@@ -26,6 +26,7 @@ from torchtrainer.control.messages import (
     Failure,
     ForWorker,
     FromWorker,
+    GroupFailed,
     GroupGone,
     Hello,
     KillGroup,
@@ -40,10 +41,11 @@ from torchtrainer.control.messages import (
     WorkerReady,
     WorkerStarted,
 )
+from torchtrainer.engines.groups import Group, child_spec, worker_name
 from torchtrainer.process.child import ChildSpec
-from torchtrainer.process.guard import kill_process_group, kill_session, open_pidfd, signal_process
+from torchtrainer.process.guard import kill_process_group, kill_session, open_pidfd, signal_process, unblock_signals
 from torchtrainer.process.logs import LogTail, last_text
-from torchtrainer.process.paths import EnginePaths, RankPaths
+from torchtrainer.process.paths import EnginePaths, RankPaths, private_directory
 from torchtrainer.process.signals import STACK_DUMP_SIGNAL
 from torchtrainer.process.starters import (
     ChildExited,
@@ -55,16 +57,16 @@ from torchtrainer.process.starters import (
     StarterFailed,
     StarterReady,
 )
-from torchtrainer.topology import WORKER_MARK
 
 DRIVER = b"driver"
 TICK_S = 0.05
 """How often logs are looked at, and exec'd workers for exits, while a group works."""
 IDLE_TICK_S = 1.0
 """The same while nothing goes on."""
+EXIT_SETTLE_S = 0.01
+"""How long after a worker's end its last messages are waited for."""
 STACK_DUMP_WAIT_S = 0.3
 """How long a worker gets to write its stacks before they are read."""
-WORKER_ENTRY = "torchtrainer.worker.main:main"
 PRELOAD = (
     "torch",
     "torch.distributed",
@@ -80,40 +82,13 @@ PRELOADABLE = ("torch", "torchvision", "numpy", "PIL")
 """Packages whose modules a spawner may import after seeing a worker do so: known to start no thread when imported."""
 
 
-def worker_name(group: str, rank: int) -> str:
-    """Name of a worker on the control channel and towards the starter."""
-    return f"{group}/{rank}"
-
-
-@dataclass
-class Group:
-    """Processes of one worker group."""
-
-    spec: StartGroup
-    pids: dict[int, int] = field(default_factory=dict)
-    unborn: set[int] = field(default_factory=set)
-    tails: dict[str, LogTail] = field(default_factory=dict)
-    awaited: set[int] = field(default_factory=set)
-    killed: bool = False
-    stacks_due: float | None = None
-
-    @property
-    def active(self) -> bool:
-        """Whether any rank is being built or runs a call; otherwise nobody listens to progress."""
-        return bool(self.awaited)
-
-    def rank_of(self, pid: int) -> int | None:
-        """Rank carried by a process, None if it is not of this group."""
-        return next((rank for rank, known in self.pids.items() if known == pid), None)
-
-
 class Host:
     """Everything the host process knows and does. ``run`` returns when the driver is gone or says `Quit`."""
 
     def __init__(self, paths: EnginePaths, driver_pid: int, driver_pipe: int, start_method: str) -> None:
         environ = dict(os.environ)
         self._paths = paths
-        self._starter: Starter = ForkStarter(PRELOAD, environ) if start_method == "fork" else ExecStarter(environ)
+        self._starter: Starter = ForkStarter(PRELOAD, environ) if start_method == "fork" else ExecStarter()
         self._exec_starter: ExecStarter | None = None
         self._router = Router(paths.socket)
         self._driver_pid = driver_pid
@@ -121,6 +96,8 @@ class Host:
         self._groups: dict[str, Group] = {}
         self._preloaded: set[str] = set()
         self._quit = False
+        self._waiting: list[ChildSpec] | None = []  # until the starter is ready; sending earlier could block
+        self._exits: list[tuple[float, ChildExited]] = []
 
     # The loop
 
@@ -136,7 +113,7 @@ class Host:
         busy = any(group.active or group.killed for group in self._groups.values())
         starters = [s for s in (self._starter, self._exec_starter) if s is not None]
         fds = [*self._driver_watch, *(fd for s in starters for fd in s.fds())]
-        ready = self._router.wait(fds, TICK_S if busy else IDLE_TICK_S)
+        ready = self._router.wait(fds, EXIT_SETTLE_S if self._exits else TICK_S if busy else IDLE_TICK_S)
         if ready.intersection(self._driver_watch):
             self._quit = True
             return
@@ -145,6 +122,7 @@ class Host:
         for starter in starters:
             for event in starter.events():
                 self._on_starter_event(event)
+        self._take_exits()
         for group in self._groups.values():
             if group.active:
                 self._forward_output(group)
@@ -196,6 +174,8 @@ class Host:
         if isinstance(message, WorkerReady | Reply | Failure):
             group.awaited.discard(message.rank)
             self._forward_output(group, flush=True)  # what was printed before comes before
+        if isinstance(message, WorkerReady) and not group.awaited:
+            self._paths.spec(message.group).unlink(missing_ok=True)  # every rank has read it
         self._to_driver(message)
 
     def _learn_modules(self, modules: list[str]) -> None:
@@ -210,54 +190,23 @@ class Host:
         ranks = range(message.world_size)
         group = Group(spec=replace(message, blob=b""), unborn=set(ranks), awaited=set(ranks))
         self._groups[message.group] = group
-        spec_path = self._paths.spec(message.group)
-        with open(os.open(spec_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(message.blob)
-        for stream in ("stdout", "stderr"):
-            group.tails[stream] = LogTail(RankPaths.of(message.log_dir, 0).stream(stream))
-        for rank in ranks:
-            (self._exec_starter or self._starter).start(self._child_spec(message, rank))
+        try:
+            private_directory(Path(message.log_dir))
+            spec_path = self._paths.spec(message.group)
+            with open(os.open(spec_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(message.blob)
+            for stream in ("stdout", "stderr"):
+                group.tails[stream] = LogTail(RankPaths.of(message.log_dir, 0).stream(stream))
+            for rank in ranks:
+                self._start_child(child_spec(message, rank, self._paths))
+        except OSError as error:  # no space, or no more processes: other groups go on
+            self._to_driver(GroupFailed(group=message.group, text=str(error)))
 
-    def _child_spec(self, message: StartGroup, rank: int) -> ChildSpec:
-        loopback = "lo0" if sys.platform == "darwin" else "lo"
-        environ = {
-            "GLOO_SOCKET_IFNAME": loopback,  # Gloo's own sockets then listen on loopback only
-            "OMP_NUM_THREADS": str(message.threads),
-            **message.environ,
-            WORKER_MARK: message.group,
-            "RANK": str(rank),
-            "WORLD_SIZE": str(message.world_size),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(message.world_size),
-        }
-        arguments = {
-            "group": message.group,
-            "name": worker_name(message.group, rank),
-            "rank": rank,
-            "world_size": message.world_size,
-            "socket": self._paths.socket,
-            "spec_path": str(self._paths.spec(message.group)),
-            "store_path": str(self._paths.store(message.group)),
-            "log_dir": message.log_dir,
-            "threads": message.threads,
-            "backend": message.backend,
-            "timeout_s": message.timeout_s,
-            "gpu": message.gpus[rank] if message.gpus else None,
-            "heartbeat_s": message.heartbeat_s,
-            "progress_s": message.progress_s,
-            "hold_s": message.hold_s,
-        }
-        return ChildSpec(
-            key=worker_name(message.group, rank),
-            entry=WORKER_ENTRY,
-            arguments=arguments,
-            environ=environ,
-            cwd=message.cwd,
-            sys_path=message.sys_path,
-            log_dir=message.log_dir,
-            rank=rank,
-            multiprocessing_dir=str(self._paths.multiprocessing(message.group)),
-        )
+    def _start_child(self, spec: ChildSpec) -> None:
+        if self._waiting is not None:
+            self._waiting.append(spec)
+        else:
+            (self._exec_starter or self._starter).start(spec)
 
     def _living(self, name: str) -> list[int]:
         group = self._groups.get(name)
@@ -269,6 +218,9 @@ class Host:
             self._to_driver(GroupGone(group=name))
             return
         group.killed = True
+        if self._waiting is not None:
+            self._waiting = [spec for spec in self._waiting if spec["key"].rsplit("/", 1)[0] != name]
+            group.unborn.clear()
         for pid in group.pids.values():
             kill_session(pid)
         self._forget_if_gone(name, group)
@@ -289,16 +241,34 @@ class Host:
         if isinstance(event, StarterReady):
             self._on_starter_ready(event)
         elif isinstance(event, StarterFailed):
-            self._to_driver(EngineFailed(text=event.text))
+            self._on_starter_failed(event)
         elif isinstance(event, ChildStarted):
             self._on_child_started(event)
         else:
-            self._on_child_exited(event)
+            # A moment later: what the worker said last may still be on its way.
+            self._exits.append((time.monotonic() + EXIT_SETTLE_S, event))
 
     def _on_starter_ready(self, event: StarterReady) -> None:
         if event.threads > 1 and self._exec_starter is None:
-            self._exec_starter = ExecStarter(dict(os.environ))  # a fork would copy one thread and the others' locks
+            self._exec_starter = ExecStarter()  # a fork would copy one thread and the others' locks
+        waiting, self._waiting = self._waiting or [], None
+        for spec in waiting:
+            self._start_child(spec)
         self._to_driver(EngineReady(host_pid=os.getpid(), spawner_pid=event.pid, import_s=event.import_s))
+
+    def _on_starter_failed(self, event: StarterFailed) -> None:
+        self._to_driver(EngineFailed(text=event.text))
+        for group in self._groups.values():
+            for pid in group.pids.values():
+                kill_session(pid)
+        self._groups.clear()  # the kernel ends workers with the spawner; their ids may soon be somebody else's
+
+    def _take_exits(self) -> None:
+        now = time.monotonic()
+        due = [event for when, event in self._exits if when <= now]
+        self._exits = [(when, event) for when, event in self._exits if when > now]
+        for event in due:
+            self._on_child_exited(event)
 
     def _on_child_started(self, event: ChildStarted) -> None:
         name, rank_text = event.key.rsplit("/", 1)
@@ -373,6 +343,7 @@ def main(arguments: list[str]) -> None:
         arguments: private directory, pid of the driver, start method. Standard input is a pipe that the driver holds open.
     """
     root, driver_pid, start_method = arguments
+    unblock_signals()
     paths = EnginePaths(Path(root))
     try:
         Host(paths, int(driver_pid), sys.stdin.fileno(), start_method).run()

@@ -6,6 +6,7 @@ import atexit
 import os
 import secrets
 import sys
+import weakref
 from typing import Any, Literal
 
 from torchtrainer.config import Timeouts
@@ -58,10 +59,11 @@ class LocalEngine:
         """
         connection = self.connect()
         settings = plan.settings
+        group = f"group-{secrets.token_hex(4)}"
         start = StartGroup(
-            group=f"group-{secrets.token_hex(4)}",
+            group=group,
             world_size=plan.world_size,
-            log_dir=os.path.abspath(plan.log_dir),
+            log_dir=os.path.abspath(plan.log_dir if plan.logs_stay else connection.paths.logs(group)),
             environ=dict(os.environ),
             cwd=os.getcwd(),
             sys_path=[os.path.abspath(entry) for entry in sys.path],
@@ -102,6 +104,7 @@ class LocalGroup:
     def __init__(self, controller: Controller, world_size: int) -> None:
         self._controller = controller
         self.world_size = world_size
+        weakref.finalize(self, controller.end, force=True)  # a group that nobody holds any more ends
 
     @property
     def views(self) -> tuple[RankView, ...]:

@@ -111,6 +111,8 @@ class Watch:
         """Rank 0 wrote lines."""
         stream = sys.stderr if output.stream == "stderr" else sys.stdout
         text = "".join(self._prefix + line for line in output.text.splitlines(keepends=True))
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)  # a worker may write what we cannot show
         if self._bar is not None and output.stream == "stdout":
             self._bar.write(text)
             return

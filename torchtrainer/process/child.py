@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import gc
 import importlib
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypedDict
 
 from torchtrainer.process.guard import die_with_parent
-from torchtrainer.process.paths import SOCKET_PATH_LIMIT, RankPaths, private_directory
+from torchtrainer.process.paths import SOCKET_PATH_LIMIT, RankPaths
 from torchtrainer.process.signals import STACK_DUMP_SIGNAL
 
 SOCKET_NAME_BYTES = 18
@@ -78,9 +79,15 @@ def leave(exit_code: int) -> NoReturn:
     That takes long with torch loaded, and now and then torch aborts in it, when its threads meet what is already gone.
     """
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    flush_output()
     os._exit(exit_code)
+
+
+def flush_output() -> None:
+    """Writes out what was printed; a full disk or a closed stream must not hide what else there is to say."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
 
 
 def _reset_signals() -> None:
@@ -94,7 +101,8 @@ def _reset_signals() -> None:
 
 
 def _redirect_output(paths: RankPaths) -> None:
-    private_directory(paths.root)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(paths.root, 0o700)  # not its parents: if they are gone, so is whoever wanted this worker
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)

@@ -25,6 +25,12 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def unblock_signals() -> None:
+    """Takes back a signal mask that this process inherited: one that blocks SIGCHLD would hide every death from it."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
 def open_pidfd(pid: int) -> int | None:
     """Opens a descriptor that becomes readable when the process ends; None where the system has no such thing."""
     if not hasattr(os, "pidfd_open"):

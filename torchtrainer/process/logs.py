@@ -7,6 +7,8 @@ from pathlib import Path
 
 STDERR_TAIL_BYTES = 16000
 _READ_BYTES = 1 << 16
+MAX_CHUNKS = 16
+"""How many chunks of that size are read at once, so that a flood of output holds nobody up."""
 
 
 class LogTail:
@@ -31,9 +33,10 @@ class LogTail:
                 self._fd = os.open(self._path, os.O_RDONLY)
             except FileNotFoundError:
                 return ""
-        data = self._partial
-        while chunk := os.read(self._fd, _READ_BYTES):
-            data += chunk
+        chunks = [self._partial]
+        while (flush or len(chunks) <= MAX_CHUNKS) and (chunk := os.read(self._fd, _READ_BYTES)):
+            chunks.append(chunk)
+        data = b"".join(chunks)
         cut = len(data) if flush else max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
         self._partial = data[cut:]
         return data[:cut].decode(errors="replace")

@@ -22,6 +22,7 @@ class EnginePaths:
       control.ipc        socket of the control plane
       <group>.spec       pickled creators of a group, removed when the group is built or gone
       <group>.store      rendezvous file of a group's process group
+      <group>.logs/      output of a group whose run keeps nothing
       <group>.mp/        what multiprocessing in the workers keeps for its own sockets; it would stay after a kill
     """
 
@@ -61,6 +62,10 @@ class EnginePaths:
         """Rendezvous file of a group."""
         return self.root / f"{group}.store"
 
+    def logs(self, group: str) -> Path:
+        """Output of the ranks of a group whose run keeps nothing."""
+        return self.root / f"{group}.logs"
+
     def multiprocessing(self, group: str) -> Path:
         """Temporary directory of multiprocessing in a group's workers."""
         return self.root / f"{group}.mp"
@@ -69,6 +74,7 @@ class EnginePaths:
         """Removes the files of a group."""
         self.spec(group).unlink(missing_ok=True)
         self.store(group).unlink(missing_ok=True)
+        shutil.rmtree(self.logs(group), ignore_errors=True)
         shutil.rmtree(self.multiprocessing(group), ignore_errors=True)
 
     def remove(self) -> None:

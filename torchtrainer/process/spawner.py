@@ -23,7 +23,7 @@ from typing import Any
 
 from torchtrainer.process.child import ChildSpec, leave, run_child
 from torchtrainer.process.frames import FrameSocket
-from torchtrainer.process.guard import die_with_parent, thread_count
+from torchtrainer.process.guard import die_with_parent, thread_count, unblock_signals
 
 _RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 
@@ -36,6 +36,7 @@ def main(arguments: list[str]) -> int:
     """
     fd, parent, modules = arguments
     die_with_parent(int(parent))
+    unblock_signals()
     link = FrameSocket(socket.socket(fileno=int(fd)))
     started = time.monotonic()
     # Nothing that an import makes is garbage, and looking for it takes a third of the time of `import torch`.

@@ -73,10 +73,29 @@ class Starter(Protocol):
         """Ends the starter itself, not the processes it started."""
 
 
-def child_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """Environment for one of our own interpreters: it must find this package wherever the user's process found it."""
-    path = environ.get("PYTHONPATH")
-    return {**environ, "PYTHONPATH": PACKAGE_PARENT + (os.pathsep + path if path else "")}
+BOOT = """
+import runpy, sys
+parent, module = sys.argv[1:3]
+sys.path[:] = [entry for entry in sys.path if entry]
+if parent not in sys.path:
+    site = [i for i, entry in enumerate(sys.path) if entry.endswith(("site-packages", "dist-packages"))]
+    sys.path.insert(site[0] if site else len(sys.path), parent)
+sys.argv[:3] = []
+sys.argv.insert(0, module)
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+"""Starts a module of this package in a new interpreter: found where the user's process found it, but behind the standard
+library, and without the current directory, where a file may have the name of a module that is needed."""
+
+
+def interpreter(module: str, *arguments: str) -> list[str]:
+    """Command line of one of our own interpreters.
+
+    Args:
+        module: what it runs.
+        arguments: its ``sys.argv[1:]``.
+    """
+    return [sys.executable, "-c", BOOT, PACKAGE_PARENT, module, *arguments]
 
 
 class ForkStarter:
@@ -90,11 +109,10 @@ class ForkStarter:
             # Sets of strings then have one order in all runs, as far as the user did not ask for something else.
             "PYTHONHASHSEED": environ.get("PYTHONHASHSEED", "0"),
         }
-        command = [sys.executable, "-m", "torchtrainer.process.spawner"]
         with theirs:
             self._process = subprocess.Popen(
-                [*command, str(theirs.fileno()), str(os.getpid()), ",".join(modules)],
-                env={**child_environ(environ), **quiet},
+                interpreter("torchtrainer.process.spawner", str(theirs.fileno()), str(os.getpid()), ",".join(modules)),
+                env={**environ, **quiet},
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
             )
@@ -142,8 +160,7 @@ class ForkStarter:
 class ExecStarter:
     """Starts each worker as a new interpreter: slower, for systems and programs where a fork is not safe."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._environ = child_environ(environ)
+    def __init__(self) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._events: list[StarterEvent] = [StarterReady(pid=os.getpid(), import_s=0.0, threads=1)]
 
@@ -154,8 +171,8 @@ class ExecStarter:
     def start(self, spec: ChildSpec) -> None:
         """Starts an interpreter."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "torchtrainer.process.exec_child", str(os.getpid())],
-            env={**self._environ, **spec["environ"], "PYTHONPATH": self._environ["PYTHONPATH"]},
+            interpreter("torchtrainer.process.exec_child", str(os.getpid())),
+            env=spec["environ"],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )

@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 import time
+import traceback
 from collections import deque
 from typing import Any
 
@@ -28,6 +29,7 @@ from torchtrainer.control.messages import (
 from torchtrainer.observe.devices import read_process_use
 from torchtrainer.train.progress import Progress
 
+EXIT_LINK_LOST = 70
 FLUSH_S = 5.0
 """How long a worker's last messages get to leave before it ends."""
 
@@ -99,6 +101,7 @@ class Link:
         self._outbox: deque[Message] = deque()
         self._wake_read, self._wake_write = os.pipe()
         self._closing = False
+        self._parent = os.getppid()
         self.call = 0
         self.beat_every_s = 1.0
         gate.announce = lambda call, boundary: self.send(Boundary(group=group, rank=rank, call=call, boundary=boundary))
@@ -130,9 +133,17 @@ class Link:
     # Link's thread
 
     def _run(self, socket: str, name: str) -> None:
-        dealer = Dealer(socket, name)
+        try:
+            self._serve(Dealer(socket, name))
+        except BaseException:  # a worker that can neither hear nor speak would be waited for for ever
+            traceback.print_exc()
+            os._exit(EXIT_LINK_LOST)
+
+    def _serve(self, dealer: Dealer) -> None:
         next_beat = 0.0
         while not self._closing:
+            if os.getppid() != self._parent:
+                os._exit(EXIT_LINK_LOST)  # where the kernel does not end us with whoever started us
             now = time.monotonic()
             if now >= next_beat:
                 dealer.send(self._beat(now))
@@ -171,11 +182,19 @@ class Link:
             phase=at.phase,
             phase_age_s=now - at.phase_since,
             epoch=at.epoch,
-            step=at.step,
+            step=int(at.step),
             batch=at.batch,
             batches=at.batches,
             samples=at.samples,
-            loss=None if at.loss is None else float(at.loss),
+            loss=_as_number(at.loss),
             rss_bytes=(use and use.rss_bytes) or 0,
             cpu_s=use.cpu_s if use else 0.0,
         )
+
+
+def _as_number(value: Any) -> float | None:
+    """A loss as a number, if it is one: what users' hooks return under that name is theirs."""
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None

@@ -5,6 +5,7 @@ This module is imported by the spawner before it forks, so that workers find it,
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import traceback
@@ -19,6 +20,7 @@ import torch
 
 from torchtrainer.comm.group import open_group
 from torchtrainer.control.messages import Call, Failure, Reply, WorkerReady
+from torchtrainer.process.child import flush_output
 from torchtrainer.process.error_file import write_error_file
 from torchtrainer.process.paths import RankPaths
 from torchtrainer.spec import BuildSpec
@@ -156,8 +158,7 @@ class Worker:
         if self.arguments.rank and call.method in FIRST_RANK_METHODS:
             value = None
         form, blob = encode_result(call.method, value)
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+        flush_output()
         if self.arguments.rank == 0:
             self.link.send_beat()
         self.link.send(
@@ -186,9 +187,9 @@ class Worker:
         exit_code = _exit_code(error.code) if isinstance(error, SystemExit) else None
         paths = RankPaths.of(self.arguments.log_dir, self.arguments.rank)
         said = _text_of(error)
-        write_error_file(paths.error, type_name=type(error).__name__, text=said, traceback=text)
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+        with contextlib.suppress(OSError):  # a full disk must not hide the user's error
+            write_error_file(paths.error, type_name=type(error).__name__, text=said, traceback=text)
+        flush_output()
         self.link.send(
             Failure(
                 group=self.arguments.group,
