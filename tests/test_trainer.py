@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchtrainer import BATCH_SIZE, LocalEngine, TorchTrainer, TrainerClosedError, TrainingOperator
+from torchtrainer.observe.devices import proportional_memory, read_process_use
 
 N_TRAIN, N_VALIDATION = 64, 21
 
@@ -221,3 +222,15 @@ def test_one_rank_can_be_this_process(make) -> None:
     operator = trainer.get_local_operator()
     assert isinstance(operator, TrainingOperator)
     assert trainer.apply_all_workers(lambda: Path("/proc/self").resolve().name) == [Path("/proc/self").resolve().name]
+
+
+@pytest.mark.slow
+def test_sixteen_workers_start_and_train_on_two_cores_and_share_what_was_imported(make) -> None:
+    trainer = make(num_workers=16, config={BATCH_SIZE: 32})
+    stats = trainer.train()
+    assert (stats["num_samples"], stats["batch_count"]) == (N_TRAIN, 2)
+    status = trainer.status()
+    assert [process.ranks for process in status.processes] == [(rank,) for rank in range(16)]
+    for process in status.processes:
+        resident, own = read_process_use(process.pid).rss_bytes, proportional_memory(process.pid)
+        assert own < resident / 2, "most of what a worker has in memory is shared with the others"

@@ -13,7 +13,23 @@ from torchtrainer.process.paths import private_directory
 RUNS = "runs"
 
 
-class RunDirectory:
+class RunFiles:
+    """Names of the files of a run below its ``root``."""
+
+    root: Path
+
+    @property
+    def logs(self) -> Path:
+        """Where the ranks' output goes."""
+        return self.root / "logs"
+
+    @property
+    def history(self) -> Path:
+        """One line per result."""
+        return self.root / "history.jsonl"
+
+
+class RunDirectory(RunFiles):
     """Files of one run.
 
     root/
@@ -44,16 +60,6 @@ class RunDirectory:
                 f"run_dir {root} cannot be used: {error}. Pass run_dir=<a directory you can write to>, or run_dir=None "
                 "to keep nothing."
             ) from error
-
-    @property
-    def logs(self) -> Path:
-        """Where the ranks' output goes."""
-        return self.root / "logs"
-
-    @property
-    def history(self) -> Path:
-        """One line per result."""
-        return self.root / "history.jsonl"
 
     @property
     def shown(self) -> str | None:
@@ -89,7 +95,7 @@ class RunDirectory:
         self._lock_fd = fd
 
 
-class BorrowedRunDirectory:
+class BorrowedRunDirectory(RunFiles):
     """The directory of a run that another process owns, or that there is none of: nothing is made, locked or removed.
 
     Args:
@@ -99,16 +105,6 @@ class BorrowedRunDirectory:
     def __init__(self, root: str | None) -> None:
         self.durable = root is not None
         self.root = Path(os.devnull if root is None else root)
-
-    @property
-    def logs(self) -> Path:
-        """Where the ranks' output goes, if anything is kept."""
-        return self.root / "logs"
-
-    @property
-    def history(self) -> Path:
-        """One line per result."""
-        return self.root / "history.jsonl"
 
     @property
     def shown(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -323,6 +324,10 @@ class InlineGroup:
             if not force:
                 self._collective.barrier()  # a rank that leaves early would cut off what the others still receive
             self._collective.close()
+            # DDP holds the group in reference cycles. It has to go while the interpreter is whole: its threads give tensors
+            # back, and if that happens while Python is dismantled, torch aborts the process.
+            del runtime
+            gc.collect()
 
 
 def _device(gpus: tuple[int, ...], local_rank: int) -> torch.device:

@@ -19,10 +19,15 @@ def die_with_parent(parent: int) -> None:
     Args:
         parent: pid that the parent had when this process was asked for; if it is gone already, so is this process.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    be_killed_with_parent()
     if os.getppid() != parent:
         os._exit(1)
+
+
+def be_killed_with_parent() -> None:
+    """Asks the kernel to kill this process when its parent dies; does nothing outside Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 def unblock_signals() -> None:

@@ -7,11 +7,9 @@ on where a pass was started, and reading leaves the training's own streams alone
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import random
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,9 +27,9 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from torchtrainer.process.guard import be_killed_with_parent
 from torchtrainer.train.sampler import derive_seed
 
-_PR_SET_PDEATHSIG = 1
 _WORD = 2**32
 
 
@@ -214,10 +212,8 @@ class WorkerStart:
 
 
 def die_with_parent() -> None:
-    """Asks the kernel to kill this process when its parent dies; does nothing outside Linux."""
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Ends this loader worker with its parent, at once."""
+    be_killed_with_parent()
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         os._exit(1)
