@@ -56,7 +56,7 @@ for epoch in range(EPOCHS):
         torch.nn.functional.cross_entropy(wrapped(x), y).backward()
         optimizer.step()
 if dist.get_rank() == 0:
-    torch.save(model.state_dict(), sys.argv[1])
+    torch.save(model.state_dict(), f"{sys.argv[1]}.0")
 dist.destroy_process_group()
 """
 )
@@ -64,7 +64,7 @@ dist.destroy_process_group()
 BY_TRAINER = (
     MODEL
     + """
-import sys
+import os, sys
 from torchtrainer import TorchTrainer
 
 with TorchTrainer(
@@ -72,29 +72,34 @@ with TorchTrainer(
     loss_creator=torch.nn.CrossEntropyLoss, num_workers=2, num_cpus_per_worker=1,
 ) as trainer:
     trainer.fit(EPOCHS)
-    torch.save(trainer.get_model().state_dict(), sys.argv[1])
+    # Under torchrun both ranks do this: what they save must not depend on which is last.
+    torch.save(trainer.get_model().state_dict(), f"{sys.argv[1]}.{os.getpid()}")
+    os.replace(f"{sys.argv[1]}.{os.getpid()}", f"{sys.argv[1]}.{os.environ.get('RANK', '0')}")
 """
 )
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def weights(tmp_path: Path, program: str, name: str, python: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+def weights(tmp_path: Path, program: str, name: str, python: tuple[str, ...] = ()) -> list[dict[str, torch.Tensor]]:
+    """What each rank saved."""
     out = tmp_path / f"{name}.pt"
     done = run_program(tmp_path, program, str(out), python=python)
     assert done.process.returncode == 0, done.errors
     if not python:  # torchrun leaves its own log directory behind
         done.assert_nothing_left()
-    return torch.load(out, weights_only=True)
+    return [torch.load(path, weights_only=True) for path in sorted(tmp_path.glob(f"{name}.pt.*"))]
 
 
 @pytest.mark.slow
 def test_two_epochs_equal_plain_ddp_to_the_last_bit(tmp_path) -> None:
-    expected = weights(tmp_path, BY_HAND, "hand", python=TORCHRUN)
-    for name, program, python in (("trainer", BY_TRAINER, ()), ("trainer under torchrun", BY_TRAINER, TORCHRUN)):
-        found = weights(tmp_path, program, name.replace(" ", "_"), python=python)
-        assert expected.keys() == found.keys()
-        for key, value in expected.items():
-            assert torch.equal(value, found[key]), f"{name}: {key}"
+    (expected,) = weights(tmp_path, BY_HAND, "hand", python=TORCHRUN)
+    for name, python, savers in (("trainer", (), 1), ("trainer_under_torchrun", TORCHRUN, 2)):
+        saved = weights(tmp_path, BY_TRAINER, name, python=python)
+        assert len(saved) == savers
+        for rank, found in enumerate(saved):
+            assert expected.keys() == found.keys()
+            for key, value in expected.items():
+                assert torch.equal(value, found[key]), f"{name}, rank {rank}: {key}"
 
 
 ROWS = 53

@@ -215,7 +215,10 @@ def die_with_parent() -> None:
     """Ends this loader worker with its parent, at once."""
     be_killed_with_parent()
     parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():
+    try:
+        if parent is not None and parent.pid is not None:
+            os.kill(parent.pid, 0)
+    except ProcessLookupError:  # it went before the kernel was asked
         os._exit(1)
 
 

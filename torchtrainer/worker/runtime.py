@@ -172,13 +172,15 @@ class RankRuntime:
         components = internals(self.operator).components
         if components is None:
             raise OperatorUseError(_not_registered(self.operator))
+        self._follow_first_rank()
         models = [copy.deepcopy(model) for model in components.raw_models]
         if to_cpu:
             models = [model.cpu() for model in models]
         return models[0] if len(models) == 1 else models
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the training, on the CPU, sharing no memory with it."""
+        """The state of the training, on the CPU, sharing no memory with it. Alike on all ranks."""
+        self._follow_first_rank()
         loader = self._loader("train")
         return capture(self.operator, loader.passes_started if loader is not None else 0)
 
@@ -254,10 +256,7 @@ class RankRuntime:
         """No exchange between the ranks, which may have unequal numbers of batches; modes are put back at the end."""
         components = internals(self.operator).components
         modes = {one: one.training for model in (components.models if components else []) for one in model.modules()}
-        wrapped = self._wrapped()
-        syncing = [model for model in wrapped if model.require_forward_param_sync]
-        if syncing:
-            self._collective.broadcast_buffers([model for model in syncing if model.broadcast_buffers])
+        syncing = self._follow_first_rank()
         try:
             for model in syncing:
                 model.require_forward_param_sync = False
@@ -267,6 +266,17 @@ class RankRuntime:
                 model.require_forward_param_sync = True
             for module, training in modes.items():
                 module.training = training
+
+    def _follow_first_rank(self) -> list[Any]:
+        """Gives every rank the buffers of rank 0, such as batch-norm statistics, as DDP does before each forward.
+
+        Returns:
+            The wrapped models that exchange between ranks in their forward.
+        """
+        syncing = [model for model in self._wrapped() if model.require_forward_param_sync]
+        if syncing:
+            self._collective.broadcast_buffers([model for model in syncing if model.broadcast_buffers])
+        return syncing
 
     def _wrapped(self) -> list[Any]:
         """Every ``DistributedDataParallel`` of the operator: ours, and those that the user keeps as attributes."""
