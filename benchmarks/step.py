@@ -2,7 +2,7 @@
 
     python benchmarks/step.py [--repeats 7] [--json FILE]
 
-``supervision only`` trains with the peer's own loader, so that the ratio is what driver, host, heartbeats and the loop cost.
+``supervision only`` runs the peer's own loop in our worker processes, so that the ratio is what driver, host and heartbeats cost.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from compare import PROGRAMS, TORCHRUN, compare
 BASE = "loop by hand under torchrun"
 COMMANDS = {
     BASE: [*TORCHRUN, str(PROGRAMS / "mlp_by_hand.py")],
-    "torchtrainer, supervision only": [sys.executable, str(PROGRAMS / "mlp_torchtrainer.py"), "--same-loader"],
+    "torchtrainer, supervision only": [sys.executable, str(PROGRAMS / "mlp_torchtrainer.py"), "--same-loop"],
     "torchtrainer": [sys.executable, str(PROGRAMS / "mlp_torchtrainer.py")],
 }
 
