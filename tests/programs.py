@@ -21,6 +21,10 @@ DEADLINE_S = 60.0
 GONE_S = 2.0
 """How long after its end a program's processes and files may still be there."""
 
+TORCH_ABORT = "terminate called without an active exception"
+"""What torch 2.14 says when Gloo's threads outlive the interpreter of a process that is done. It happens now and then under any
+launcher, to plain DDP scripts too, and not to our own worker processes, which do not dismantle the interpreter."""
+
 CREATORS = """
 import os, sys, time
 import torch
@@ -78,6 +82,10 @@ class Program:
             raise AssertionError(f"not done after {deadline_s} s\n{rest}\n{self.errors}") from None
         self.output = "".join(self._lines) + rest
         return self.process.returncode
+
+    def ended_well(self) -> bool:
+        """Whether the program came to its end: with exit code 0, or with torch's own abort after it was done."""
+        return self.process.returncode == 0 or TORCH_ABORT in self.errors
 
     def assert_nothing_left(self) -> None:
         """Fails if a process of the program, or a private directory, is still there after the time it is given."""

@@ -84,7 +84,7 @@ def weights(tmp_path: Path, program: str, name: str, python: tuple[str, ...] = (
     """What each rank saved."""
     out = tmp_path / f"{name}.pt"
     done = run_program(tmp_path, program, str(out), python=python)
-    assert done.process.returncode == 0, done.errors
+    assert done.ended_well(), done.errors
     if not python:  # torchrun leaves its own log directory behind
         done.assert_nothing_left()
     return [torch.load(path, weights_only=True) for path in sorted(tmp_path.glob(f"{name}.pt.*"))]

@@ -77,7 +77,7 @@ def output_of(launcher: str, tmp_path, text: str) -> str:
     """What a script prints that must come to a good end and leave nothing."""
     programs = launch(launcher, tmp_path, text)
     everything = "".join(program.output + program.errors for program in programs)
-    assert all(program.process.returncode == 0 for program in programs), everything
+    assert all(program.ended_well() for program in programs), everything
     assert_nothing_left(programs)
     return "".join(program.output for program in programs)
 
@@ -328,7 +328,7 @@ with TorchTrainer(use_tqdm=True, callbacks=[Tell()], **CREATORS) as trainer:
     trainer.train()
 """,
     )
-    assert program.process.returncode == 0, program.errors
+    assert program.ended_well(), program.errors
     assert program.errors.count("epoch 1\n") == 1
     assert program.errors.count("step 8\n") == 1
     assert "train epoch 1" in program.errors
