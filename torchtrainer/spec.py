@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchtrainer.config import BATCH_SIZE, TrainSettings
 from torchtrainer.errors import InvalidArgumentError
+from torchtrainer.topology import share_of
 
 if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
@@ -56,5 +57,5 @@ def rank_config(config: dict[str, Any], *, rank: int, world_size: int) -> dict[s
                 f"config[BATCH_SIZE] is the batch size of all ranks together and must be a whole number of at least "
                 f"num_workers={world_size}, so that every rank gets a sample; got {size!r}"
             )
-        copy[BATCH_SIZE] = size // world_size + (rank < size % world_size)
+        copy[BATCH_SIZE] = share_of(size, rank, world_size)
     return copy

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torchtrainer.config import Timeouts
 from torchtrainer.control.channel import Dealer
-from torchtrainer.control.messages import EngineFailed, EngineReady, Message, Quit
+from torchtrainer.control.messages import EngineFailed, Message, Quit
 from torchtrainer.driver.states import HostLost
 from torchtrainer.process.guard import open_pidfd
 from torchtrainer.process.paths import EnginePaths
@@ -48,7 +48,6 @@ class HostConnection:
         self._inboxes: dict[str, deque[Incoming]] = {}
         self._lost: str | None = None
         self._closed = False
-        self.ready: EngineReady | None = None
         self.owner_pid = os.getpid()
 
     @property
@@ -59,11 +58,6 @@ class HostConnection:
         with self._lock:
             self.poll(0.0)
         return self._lost is None
-
-    @property
-    def host_pid(self) -> int:
-        """Process id of the host."""
-        return self._process.pid
 
     def open_inbox(self, group: str) -> None:
         """Begins to keep what is said about a group."""
@@ -118,9 +112,7 @@ class HostConnection:
             self._release()
 
     def _sort(self, message: Message) -> None:
-        if isinstance(message, EngineReady):
-            self.ready = message
-        elif isinstance(message, EngineFailed):
+        if isinstance(message, EngineFailed):
             self._tell_all(message)
             self._lost = message.text
         else:

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from torchtrainer.config import Timeouts
 from torchtrainer.control.messages import Beat, Output, Reply, StartGroup
@@ -107,11 +107,6 @@ class Controller:
     def views(self) -> tuple[RankView, ...]:
         """What is known of each rank."""
         return self._machine.views
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What rank 0 built."""
-        return self._machine.facts
 
     @property
     def closed(self) -> bool:

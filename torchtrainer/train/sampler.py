@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from torchtrainer.topology import share_of
+
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -70,7 +72,7 @@ def count_steps(samples: int, global_batch: int, drop_last: bool) -> int:
 def is_even_split(sizes: Sequence[int]) -> bool:
     """Whether batch sizes, by rank, are the even split of their sum: 11, 11, 10 for 32, larger ones first."""
     total, world_size = sum(sizes), len(sizes)
-    return list(sizes) == [total // world_size + (rank < total % world_size) for rank in range(world_size)]
+    return list(sizes) == [share_of(total, rank, world_size) for rank in range(world_size)]
 
 
 @dataclass(frozen=True)
