@@ -17,7 +17,7 @@ import torchtrainer
 from torchtrainer import TorchTrainer, TorchTrainerError
 from torchtrainer.arguments import RETIRED
 from torchtrainer.config import Timeouts
-from torchtrainer.launcher.cli import PLANNED_COMMANDS, make_parser
+from torchtrainer.launcher.cli import COMMANDS, make_parser
 from torchtrainer.observe.events import CALLBACK_METHODS
 
 ROOT = Path(torchtrainer.__file__).parents[1]
@@ -137,7 +137,7 @@ def test_make_targets_exist():
 
 
 def test_commands_exist():
-    known = {command.name for command in PLANNED_COMMANDS}
+    known = set(COMMANDS)
     options = {name for action in make_parser()._actions for name in action.option_strings}
     mentioned = set(re.findall(r"`torchtrainer ([\w-]+)", everything()))
     assert mentioned

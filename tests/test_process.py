@@ -24,10 +24,10 @@ from torchtrainer.process.starters import (
     ChildExited,
     ChildStarted,
     ExecStarter,
-    ForkStarter,
     StarterEvent,
     StarterFailed,
     StarterReady,
+    preloaded_starter,
 )
 
 DEADLINE_S = 30.0
@@ -95,7 +95,7 @@ def wait_for(starter, kind: type[StarterEvent]) -> StarterEvent:
 @pytest.fixture(params=["fork", "exec"])
 def starter(request):
     environ = dict(os.environ)
-    made = ForkStarter(["json"], environ) if request.param == "fork" else ExecStarter()
+    made = preloaded_starter(["json"], environ) if request.param == "fork" else ExecStarter()
     yield made
     made.close()
 
@@ -151,9 +151,9 @@ def test_workers_end_with_their_spawner_and_it_with_the_process_that_started_it(
     program = f"""
 import os, sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
-from test_process import ForkStarter, StarterReady, ChildStarted, child, wait_for
+from test_process import preloaded_starter, StarterReady, ChildStarted, child, wait_for
 from pathlib import Path
-starter = ForkStarter(["json"], dict(os.environ))
+starter = preloaded_starter(["json"], dict(os.environ))
 spawner = wait_for(starter, StarterReady).pid
 starter.start(child(Path(sys.argv[1]), "stay"))
 print(spawner, wait_for(starter, ChildStarted).pid, flush=True)
@@ -171,7 +171,7 @@ sys.stdin.read()
 
 
 def test_a_module_that_cannot_be_imported_fails_the_spawner_with_its_traceback() -> None:
-    starter = ForkStarter(["json", "no_such_module_at_all"], dict(os.environ))
+    starter = preloaded_starter(["json", "no_such_module_at_all"], dict(os.environ))
     try:
         deadline = time.monotonic() + DEADLINE_S
         events: list[StarterEvent] = []
@@ -187,7 +187,7 @@ def test_a_spawner_tells_how_many_threads_it_has(tmp_path) -> None:
     (tmp_path / "threaded.py").write_text(
         "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n"
     )
-    starter = ForkStarter(["threaded"], {**os.environ, "PYTHONPATH": str(tmp_path)})
+    starter = preloaded_starter(["threaded"], {**os.environ, "PYTHONPATH": str(tmp_path)})
     try:
         assert wait_for(starter, StarterReady).threads == 2
     finally:
@@ -199,7 +199,7 @@ def test_later_preloads_are_there_in_later_workers(tmp_path) -> None:
     (tmp_path / "asks.py").write_text(
         "def main(arguments):\n    import later, os\n    return int(later.pid == os.getpid())\n"
     )
-    starter = ForkStarter(["json"], {**os.environ, "PYTHONPATH": str(tmp_path)})
+    starter = preloaded_starter(["json"], {**os.environ, "PYTHONPATH": str(tmp_path)})
     try:
         spec = {**child(tmp_path, "look"), "entry": "asks:main"}
         starter.start(spec)

@@ -51,11 +51,11 @@ from torchtrainer.process.starters import (
     ChildExited,
     ChildStarted,
     ExecStarter,
-    ForkStarter,
     Starter,
     StarterEvent,
     StarterFailed,
     StarterReady,
+    preloaded_starter,
 )
 
 DRIVER = b"driver"
@@ -88,7 +88,7 @@ class Host:
     def __init__(self, paths: EnginePaths, driver_pid: int, driver_pipe: int, start_method: str) -> None:
         environ = dict(os.environ)
         self._paths = paths
-        self._starter: Starter = ForkStarter(PRELOAD, environ) if start_method == "fork" else ExecStarter()
+        self._starter: Starter = preloaded_starter(PRELOAD, environ) if start_method == "fork" else ExecStarter()
         self._exec_starter: ExecStarter | None = None
         self._router = Router(paths.socket)
         self._driver_pid = driver_pid

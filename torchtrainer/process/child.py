@@ -66,7 +66,7 @@ def run_child(spec: ChildSpec, parent: int) -> int:
     sys.path[:] = spec["sys_path"]
     os.chdir(spec["cwd"])
     _redirect_output(RankPaths.of(spec["log_dir"], spec["rank"]))
-    _keep_sockets_in(spec["multiprocessing_dir"])
+    keep_sockets_in(spec["multiprocessing_dir"])
     gc.enable()
     module, function = spec["entry"].split(":")
     entry: Callable[[dict[str, Any]], int] = getattr(importlib.import_module(module), function)
@@ -120,7 +120,7 @@ def _redirect_output(paths: RankPaths) -> None:
         faulthandler.register(STACK_DUMP_SIGNAL, file=stacks, all_threads=True)
 
 
-def _keep_sockets_in(directory: str) -> None:
+def keep_sockets_in(directory: str) -> None:
     """Has multiprocessing, and so loader workers, put its sockets where they are removed even after a kill.
 
     multiprocessing offers no public way to say where; without this, a killed loader leaves a ``pymp-`` directory.

@@ -7,16 +7,22 @@ import os
 import time
 from pathlib import Path
 
+NS_PER_S = 1_000_000_000
 
-def write_error_file(path: Path, *, type_name: str, text: str, traceback: str) -> None:
+
+def write_error_file(
+    path: str | Path, *, type_name: str, text: str, traceback: str, when_ns: int | None = None
+) -> None:
     """Writes why a rank failed; an earlier file stays, as the first error is the root cause.
 
     Args:
         path: where.
         type_name, text: of the exception.
         traceback: formatted.
+        when_ns: wall clock, in nanoseconds since 1970; None: now. torch's format has whole seconds; the rest stands beside.
     """
-    extra = {"py_callstack": traceback, "timestamp": str(int(time.time()))}
+    when_ns = time.time_ns() if when_ns is None else when_ns
+    extra = {"py_callstack": traceback, "timestamp": str(when_ns // NS_PER_S), "timestamp_ns": when_ns}
     record = {"message": {"message": f"{type_name}: {text}", "extraInfo": extra}}
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -35,19 +35,7 @@ class EnginePaths:
         Raises:
             OSError: no directory with a short enough path is writable.
         """
-        candidates = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
-        for base in candidates:
-            if not base or not os.access(base, os.W_OK | os.X_OK):
-                continue
-            root = Path(tempfile.mkdtemp(prefix=PRIVATE_DIR_PREFIX, dir=base))
-            paths = cls(root)
-            if len(os.fsencode(paths.socket)) <= SOCKET_PATH_LIMIT:
-                return paths
-            root.rmdir()
-        raise OSError(
-            f"no writable directory with a short enough path for a socket ({SOCKET_PATH_LIMIT} bytes) among "
-            f"{[c for c in candidates if c]}: set TMPDIR to one"
-        )
+        return cls(_fresh_private_directory("/control.ipc"))
 
     @property
     def socket(self) -> str:
@@ -83,6 +71,61 @@ class EnginePaths:
 
 
 @dataclass(frozen=True)
+class LaunchPaths:
+    """Private files of one launcher, for the attempts of its workers. Mode 0700, gone at the end.
+
+    root/
+      progress.<local_rank>               steps done, as a worker that counts them tells
+      <generation>.<local_rank>.error     why a forked worker failed
+      <generation>.<local_rank>.stacks    where its stack dumps go
+      log_dir                             path of the log directory, where nobody asked for one
+      mp/                                 what multiprocessing in the workers keeps for its own sockets
+    """
+
+    root: Path
+
+    @classmethod
+    def create(cls) -> LaunchPaths:
+        """Makes a fresh directory.
+
+        Raises:
+            OSError: no directory with a short enough path is writable.
+        """
+        return cls(_fresh_private_directory("/mp/listener-xxxxxxxx"))
+
+    def note_log_dir(self, path: str) -> None:
+        """Remembers a log directory that was made because torch wants one: it goes at the end if no file is in it."""
+        (self.root / "log_dir").write_text(path)
+
+    def error(self, generation: int, local_rank: int) -> Path:
+        """Error file of a worker, in the form that torch's launchers read."""
+        return self.root / f"{generation}.{local_rank}.error"
+
+    def stacks(self, generation: int, local_rank: int) -> Path:
+        """Stack dumps of a worker."""
+        return self.root / f"{generation}.{local_rank}.stacks"
+
+    def progress(self, local_rank: int) -> Path:
+        """Step counter of a worker."""
+        return self.root / f"progress.{local_rank}"
+
+    @property
+    def multiprocessing(self) -> Path:
+        """Temporary directory of multiprocessing in the workers."""
+        return self.root / "mp"
+
+    def remove(self) -> None:
+        """Removes the directory with all that is in it, and the log directory that nobody asked for or wrote to."""
+        try:
+            log_dir = Path((self.root / "log_dir").read_text())
+        except OSError:
+            log_dir = None
+        if log_dir is not None and not any(path.is_file() for path in log_dir.rglob("*")):
+            shutil.rmtree(log_dir, ignore_errors=True)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+@dataclass(frozen=True)
 class RankPaths:
     """Files that one rank writes, under the log directory of its run."""
 
@@ -106,6 +149,22 @@ class RankPaths:
     def stacks(self) -> Path:
         """Where a stack dump goes."""
         return self.root / "stacks.txt"
+
+
+def _fresh_private_directory(longest_socket: str) -> Path:
+    """Makes a directory in which a socket of this name has a path that every system takes."""
+    candidates = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
+    for base in candidates:
+        if not base or not os.access(base, os.W_OK | os.X_OK):
+            continue
+        root = Path(tempfile.mkdtemp(prefix=PRIVATE_DIR_PREFIX, dir=base))
+        if len(os.fsencode(f"{root}{longest_socket}")) <= SOCKET_PATH_LIMIT:
+            return root
+        root.rmdir()
+    raise OSError(
+        f"no writable directory with a short enough path for a socket ({SOCKET_PATH_LIMIT} bytes) among "
+        f"{[c for c in candidates if c]}: set TMPDIR to one"
+    )
 
 
 def private_directory(path: Path) -> Path:

@@ -1,15 +1,19 @@
 """A clean interpreter that imports torch once and forks workers from then on.
 
 It has one thread and never touches a GPU, so that a fork of it is safe; it says how many threads it has after every import,
-and the host starts workers in another way if that is ever more than one. It speaks JSON with the host over one socket:
+and the host starts workers in another way if that is ever more than one. It speaks JSON with its owner, the host of a
+trainer or a launcher, over one socket:
 
-    host --> spawner    {"fork": ChildSpec}, {"preload": [module names]}
-    spawner --> host    {"ready": {"pid", "import_s", "threads"}}, {"started": {"key", "pid"}},
-                        {"exited": {"pid", "exit_code", "max_rss_bytes"}}, {"failed": text}
+    owner --> spawner    {"fork": spec with a "key"}, {"preload": [module names]}
+    spawner --> owner    {"ready": {"pid", "import_s", "threads"}}, {"started": {"key", "pid"}},
+                         {"exited": {"pid", "exit_code", "max_rss_bytes"}}, {"failed": text}
+
+Whatever a worker leaves running in its process group goes with it; and when the owner is gone, so are all workers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
@@ -19,17 +23,18 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
-from torchtrainer.process.child import ChildSpec, leave, run_child
+from torchtrainer.process.child import leave, run_child
 from torchtrainer.process.frames import FrameSocket
-from torchtrainer.process.guard import die_with_parent, thread_count, unblock_signals
+from torchtrainer.process.guard import die_with_parent, kill_process_group, kill_session, thread_count, unblock_signals
 
 _RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 
 
 def main(arguments: list[str]) -> int:
-    """Serves until the host closes the socket.
+    """Serves the host of a trainer until it closes the socket.
 
     Args:
         arguments: descriptor of the socket, pid of the host, modules to import first (comma separated).
@@ -38,65 +43,94 @@ def main(arguments: list[str]) -> int:
     die_with_parent(int(parent))
     unblock_signals()
     link = FrameSocket(socket.socket(fileno=int(fd)))
-    started = time.monotonic()
-    # Nothing that an import makes is garbage, and looking for it takes a third of the time of `import torch`.
-    gc.disable()
-    try:
-        for name in modules.split(","):
-            importlib.import_module(name)
-    except BaseException:  # whatever it is, the user must see it
-        link.send({"failed": traceback.format_exc()})
+    if not import_first(link, modules.split(",")):
         return 1
-    gc.freeze()  # and forked workers then share these pages with us instead of copying them at their first collection
-    link.send({"ready": {"pid": os.getpid(), "import_s": time.monotonic() - started, "threads": thread_count()}})
     me = os.getpid()
-    spec = _serve(link)
+    spec = serve(link)
     if spec is not None:
         leave(run_child(spec, parent=me))
     return 0
 
 
-def _serve(link: FrameSocket) -> ChildSpec | None:
-    """Forks on request; returns in the parent with None at the end, in each child with its spec."""
+def import_first(link: FrameSocket, modules: Sequence[str]) -> bool:
+    """Imports what workers will need and reports to the owner that forks can be asked for; False if an import failed."""
+    started = time.monotonic()
+    try:
+        import_quickly(modules)
+    except BaseException:  # whatever it is, the user must see it
+        link.send({"failed": traceback.format_exc()})
+        return False
+    report_ready(link, time.monotonic() - started)
+    return True
+
+
+def import_quickly(modules: Sequence[str]) -> None:
+    """Imports modules for good: looking for garbage, of which imports make none, takes a third of the time of `import torch`.
+
+    Collection stays off, for a process that forks: its children then share these pages with it instead of copying them at
+    their first collection.
+    """
+    gc.disable()
+    for name in modules:
+        importlib.import_module(name)
+    gc.freeze()
+
+
+def report_ready(link: FrameSocket, import_s: float) -> None:
+    """Tells the owner that forks can be asked for, and how many threads stand in their way."""
+    link.send({"ready": {"pid": os.getpid(), "import_s": import_s, "threads": thread_count()}})
+
+
+def serve(link: FrameSocket) -> Any:
+    """Forks on request. Returns None in the spawner when the owner is gone, and in each child the spec that it was asked with."""
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    living: set[int] = set()
     while not link.closed_by_peer:
         ready, _, _ = select.select([link.fileno(), woken], [], [])
         if woken in ready:
             os.read(woken, 4096)
-            _report_exits(link)
+            _report_exits(link, living)
         for request in link.receive_available():
             if "preload" in request:
                 _preload(link, request["preload"])
                 continue
-            spec: ChildSpec = request["fork"]
             try:
                 pid = os.fork()
             except OSError as error:  # out of memory or of processes
                 link.send({"failed": f"a worker process cannot be forked: {error}"})
+                _kill(living)
                 return None
             if pid == 0:
                 os.close(woken)
                 os.close(wake)
                 link.close()
-                return spec
-            link.send({"started": {"key": spec["key"], "pid": pid}})
+                return request["fork"]
+            living.add(pid)
+            link.send({"started": {"key": request["fork"]["key"], "pid": pid}})
+    _kill(living)
     return None
 
 
-def _report_exits(link: FrameSocket) -> None:
-    while True:
-        try:
-            pid, status, usage = os.wait4(-1, os.WNOHANG)
-        except ChildProcessError:
+def _kill(living: set[int]) -> None:
+    for pid in living:
+        kill_session(pid)
+
+
+def _report_exits(link: FrameSocket, living: set[int]) -> None:
+    while living:
+        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is None:
             return
-        if pid == 0:
-            return
+        kill_process_group(ended.si_pid)  # before the process is reaped: its id cannot be anybody else's yet
+        pid, status, usage = os.wait4(ended.si_pid, 0)
+        living.discard(pid)
         exited: dict[str, Any] = {"pid": pid, "exit_code": os.waitstatus_to_exitcode(status)}
         exited["max_rss_bytes"] = usage.ru_maxrss * _RSS_UNIT_BYTES
-        link.send({"exited": exited})
+        with contextlib.suppress(BrokenPipeError):  # the owner is gone: the loop ends
+            link.send({"exited": exited})
 
 
 def _preload(link: FrameSocket, modules: list[str]) -> None:
@@ -107,7 +141,7 @@ def _preload(link: FrameSocket, modules: list[str]) -> None:
         except Exception as error:
             print(f"preload of {name} left out: {error}", file=sys.stderr)
     gc.freeze()
-    link.send({"ready": {"pid": os.getpid(), "import_s": 0.0, "threads": thread_count()}})
+    report_ready(link, 0.0)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torchtrainer.process.child import ChildSpec
 from torchtrainer.process.frames import FrameSocket
+from torchtrainer.process.guard import signal_process
 
 PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
@@ -60,8 +62,8 @@ class Starter(Protocol):
     def fds(self) -> list[int]:
         """Descriptors that become readable when there are events."""
 
-    def start(self, spec: ChildSpec) -> None:
-        """Asks for a process."""
+    def start(self, spec: Any) -> None:
+        """Asks for a process; what it becomes is a matter between the caller and the process."""
 
     def preload(self, modules: Sequence[str]) -> None:
         """Has later processes find these modules imported, where that is possible."""
@@ -98,32 +100,24 @@ def interpreter(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", BOOT, PACKAGE_PARENT, module, *arguments]
 
 
-class ForkStarter:
-    """Forks workers from a spawner process."""
+class SpawnerStarter:
+    """Has a spawner process fork workers: what is common to the ways of getting one.
 
-    def __init__(self, modules: Sequence[str], environ: Mapping[str, str]) -> None:
-        ours, theirs = socket.socketpair()
-        quiet = {
-            # numpy's OpenBLAS starts threads when imported, unless told not to; a process that forks must have one.
-            "OPENBLAS_NUM_THREADS": "1",
-            # Sets of strings then have one order in all runs, as far as the user did not ask for something else.
-            "PYTHONHASHSEED": environ.get("PYTHONHASHSEED", "0"),
-        }
-        with theirs:
-            self._process = subprocess.Popen(
-                interpreter("torchtrainer.process.spawner", str(theirs.fileno()), str(os.getpid()), ",".join(modules)),
-                env={**environ, **quiet},
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-            )
-        self._link = FrameSocket(ours)
+    Args:
+        link: our end of the socket that the spawner serves.
+        pid: of the spawner, a child of this process.
+    """
+
+    def __init__(self, link: FrameSocket, pid: int) -> None:
+        self._link = link
+        self._pid = pid
         self._lost = False
 
     def fds(self) -> list[int]:
         """The spawner's socket."""
         return [] if self._lost else [self._link.fileno()]
 
-    def start(self, spec: ChildSpec) -> None:
+    def start(self, spec: Mapping[str, Any]) -> None:
         """Asks the spawner for a fork; it waits there until the imports are done."""
         self._link.send({"fork": spec})
 
@@ -146,15 +140,65 @@ class ForkStarter:
                 events.append(StarterFailed(text=body))
         if self._link.closed_by_peer and not self._lost:
             self._lost = True
-            code = self._process.wait()
-            events.append(StarterFailed(text=f"the spawner process (pid {self._process.pid}) exited with code {code}"))
+            code = self._wait()
+            events.append(StarterFailed(text=f"the spawner process (pid {self._pid}) exited with code {code}"))
         return events
 
     def close(self) -> None:
         """Ends the spawner; the kernel ends its children with it. Idempotent."""
         self._link.close()
+        self._kill()
+        self._wait()
+
+    def _kill(self) -> None:
+        signal_process(self._pid, signal.SIGKILL)
+
+    def _wait(self) -> int | None:
+        try:
+            _, status = os.waitpid(self._pid, 0)
+        except ChildProcessError:  # reaped before
+            return None
+        return os.waitstatus_to_exitcode(status)
+
+
+class ForkStarter(SpawnerStarter):
+    """Forks workers from a spawner that is an interpreter of its own.
+
+    Args:
+        command: what to run, from the socket's descriptor; the descriptor is passed on.
+        environ: complete environment of the spawner.
+        stdin: standard input of the spawner, as `subprocess` names it; None: ours, for workers that read it.
+    """
+
+    def __init__(
+        self, command: Callable[[int], list[str]], environ: Mapping[str, str], stdin: int | None = subprocess.DEVNULL
+    ) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            fd = theirs.fileno()
+            self._process = subprocess.Popen(command(fd), env=environ, stdin=stdin, pass_fds=[fd])
+        super().__init__(FrameSocket(ours), self._process.pid)
+
+    def _kill(self) -> None:
         self._process.kill()
-        self._process.wait()
+
+    def _wait(self) -> int | None:
+        return self._process.wait()
+
+
+def preloaded_starter(modules: Sequence[str], environ: Mapping[str, str]) -> ForkStarter:
+    """Makes the starter of a trainer's host: its spawner imports these modules first."""
+    quiet = {
+        # numpy's OpenBLAS starts threads when imported, unless told not to; a process that forks must have one.
+        "OPENBLAS_NUM_THREADS": "1",
+        # Sets of strings then have one order in all runs, as far as the user did not ask for something else.
+        "PYTHONHASHSEED": environ.get("PYTHONHASHSEED", "0"),
+    }
+
+    def command(fd: int) -> list[str]:
+        return interpreter("torchtrainer.process.spawner", str(fd), str(os.getpid()), ",".join(modules))
+
+    return ForkStarter(command, {**environ, **quiet})
 
 
 class ExecStarter:

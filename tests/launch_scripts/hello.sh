@@ -1,0 +1,2 @@
+#!/bin/sh
+echo "worker> $RANK $LOCAL_RANK $WORLD_SIZE $# $*"

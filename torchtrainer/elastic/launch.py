@@ -1,0 +1,298 @@
+"""One launch on this machine, from the parsed command line to its outcome."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.run as torchrun
+from torch.distributed.elastic import events
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.events import handlers as event_handlers
+from torch.distributed.elastic.metrics import initialize_metrics
+from torch.distributed.elastic.metrics.api import MetricsConfig
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters, registry
+from torch.distributed.elastic.rendezvous.api import rendezvous_handler_registry
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from torch.distributed.launcher.api import LaunchConfig
+
+from torchtrainer.elastic import run_path
+from torchtrainer.elastic.agent import Agent, Orders, Preempted, raise_signal
+from torchtrainer.elastic.endpoint import await_endpoint
+from torchtrainer.launcher.failure import WorkerEnd, preempted, signal_named
+from torchtrainer.launcher.fork_safety import Program
+from torchtrainer.launcher.summary import Summary
+from torchtrainer.launcher.watch import Watch
+from torchtrainer.process.paths import LaunchPaths
+from torchtrainer.process.starters import Starter
+
+DEFAULT_MASTER_PORT = 29500
+"""Where static rendezvous meets if no port is given, as torchrun has it."""
+DEFAULT_STOP_TIMEOUT_S = 30.0
+"""From asking workers to end to killing them, where neither option nor environment say otherwise."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a launch ended on this machine.
+
+    Attributes:
+        return_values: by global rank; None for programs.
+        failure: what torch's launcher would raise; None: all workers ran to their end.
+        ends: of the workers of the last attempt, root cause first.
+        preempted: workers stopped for a preemption with their state saved.
+    """
+
+    return_values: dict[int, Any]
+    failure: BaseException | None
+    ends: tuple[WorkerEnd, ...]
+    preempted: bool
+
+
+def record_failure(failure: BaseException, ends: Sequence[WorkerEnd]) -> None:
+    """Writes the root cause to the error file that a scheduler gave this launcher, as torch's launcher does.
+
+    Args:
+        failure: what ended the launch.
+        ends: of its workers, root cause first.
+    """
+
+    def fail() -> None:
+        raise failure
+
+    try:
+        record(fail)()
+    except BaseException as error:
+        if error is not failure:
+            raise
+    wanted = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    root = ends[0].error if ends else None
+    if wanted and root is not None and not Path(wanted).exists():  # a program that does not record its errors itself
+        Path(wanted).write_text(json.dumps({"message": root.message}))
+
+
+def resolve_rendezvous(args: argparse.Namespace) -> bool:
+    """Fills in what one machine alone needs no options for; returns whether no other machine can join.
+
+    Changes ``args`` as torchrun does: ``--standalone``, and plain launches on one machine, meet at a free local port.
+    """
+    alone = args.standalone
+    if not alone and args.rdzv_backend == "static" and not args.rdzv_endpoint and args.master_port is None:
+        alone = torchrun.parse_min_max_nnodes(args.nnodes)[1] == 1
+    if alone:
+        args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
+    if args.master_port is None:
+        args.master_port = DEFAULT_MASTER_PORT
+    return bool(alone)
+
+
+def _check_names(args: argparse.Namespace) -> None:
+    """Says which names there are where one is unknown: torch would only say so after the rendezvous, or as a KeyError."""
+    known = {
+        "--event-log-handler": (args.event_log_handler, tuple(event_handlers._log_handlers)),
+        "--rdzv-backend": (args.rdzv_backend, tuple(rendezvous_handler_registry._registry)),
+    }
+    for option, (name, names) in known.items():
+        if names and name not in names:
+            raise ValueError(f"{option} {name!r} is not known: this torch has {', '.join(sorted(names))}")
+
+
+class Launch:
+    """A launch that is about to happen: options are checked and read, nothing runs yet.
+
+    Args:
+        args: as `options.parse` returns them.
+        program: what the workers run.
+        paths: private files of this launcher.
+
+    Raises:
+        ValueError: options that only torch can judge are wrong, such as GPUs that are not there.
+    """
+
+    def __init__(self, args: argparse.Namespace, program: Program, paths: LaunchPaths) -> None:
+        self._args = args
+        self._program = program
+        self._paths = paths
+        self._closed = resolve_rendezvous(args)
+        _check_names(args)
+        config, entrypoint, arguments = torchrun.config_from_args(args)
+        if args.log_dir is None and config.logs_specs is not None:
+            paths.note_log_dir(config.logs_specs.root_log_dir)
+        self._config: LaunchConfig = config
+        self._entrypoint = entrypoint
+        self._arguments = arguments
+        if args.run_path:  # torch starts a function for it; exec'd, the same is a short program
+            self._entrypoint = sys.executable
+            self._arguments = ["-u", run_path.__file__, args.training_script, *args.training_script_args]
+        if not self._config.run_id:
+            self._config.run_id = str(uuid.uuid4().int)
+        self.handler: RendezvousHandler | None = None
+        self.signals = [signal_named(name) for name in args.signals_to_handle.split(",")]
+
+    def check_threads(self, *, assumed: bool) -> None:
+        """Has the workers exec'd if torch was imported for several of them, and it is only one.
+
+        Args:
+            assumed: OpenMP was told one thread, because the user had not said how many.
+        """
+        if assumed and "OMP_NUM_THREADS" not in os.environ:
+            reason = "its number of threads was not known when torch was imported"
+            self._program = dataclasses.replace(self._program, exec_reason=reason)
+
+    @property
+    def device(self) -> str:
+        """What the workers run on, for people."""
+        if torch.cuda.is_available():
+            count = torch.cuda.device_count()
+            return f"{count} GPU{'s' if count != 1 else ''}"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return f"{cores} CPU core{'s' if cores != 1 else ''}"
+
+    def run(self, starter: Starter, summary: Summary) -> Outcome:
+        """Runs it to its end.
+
+        Args:
+            starter: starts the workers.
+            summary: tells the user.
+
+        Raises:
+            SignalException: a signal ended it, and its workers are gone.
+            RendezvousError and others of torch: the machines did not come together.
+        """
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = self._config_value(
+            "signals_to_handle", self._args.signals_to_handle
+        )
+        agents: list[Agent] = []
+        reports = {}
+        dump = getattr(signal, "SIGUSR2", None)
+        if dump is not None and dump not in self.signals:
+            reports[dump] = lambda: agents[0].print_stacks() if agents else None
+        # Before the signals are watched: torch connects inside C++ and keeps the interpreter for itself meanwhile, so only
+        # their default action ends that. No worker runs yet.
+        handler = self.handler = self._make_handler()
+        with Watch(starter, self.signals, reports, raise_signal) as watch:
+            agent = Agent(
+                self._orders(), watch, self._paths, summary, spec=self._spec(handler), **self._agent_options()
+            )
+            agents.append(agent)
+            outcome = None
+            try:
+                outcome = self._run_agent(agent)
+            finally:
+                # Not after a signal: closed is closed, and the other machines are to form again without this one.
+                if outcome is None or not isinstance(outcome.failure, SignalException):
+                    handler.shutdown()
+            return outcome
+
+    def _run_agent(self, agent: Agent) -> Outcome:
+        log = self._config.event_log_handler
+        initialize_metrics(MetricsConfig(self._config.metrics_cfg))
+        try:
+            result = agent.run()
+        except Preempted:
+            return Outcome(return_values={}, failure=None, ends=tuple(agent.ends), preempted=True)
+        except SignalException as error:
+            events.record(agent.get_event_failed(), log)
+            return Outcome(return_values={}, failure=error, ends=tuple(agent.ends), preempted=preempted(agent.ends))
+        except Exception:
+            events.record(agent.get_event_failed(), log)
+            raise
+        events.record(agent.get_event_succeeded(), log)
+        if result is None:  # the rendezvous was closed: this machine is not needed any more
+            return Outcome(return_values={}, failure=None, ends=(), preempted=False)
+        failure = ChildFailedError(name=self._program.name, failures=result.failures) if result.is_failed() else None
+        return Outcome(return_values=result.return_values, failure=failure, ends=tuple(agent.ends), preempted=False)
+
+    def _orders(self) -> Orders:
+        numa = getattr(self._config, "numa_options", None)
+        return Orders(
+            program=self._program,
+            forked=self._program.exec_reason is None and numa is None,
+            signals=self.signals,
+            hang_timeout_s=self._args.hang_timeout_s,
+            stop_timeout_s=float(self._config_value("shutdown_timeout", DEFAULT_STOP_TIMEOUT_S)),
+            closed_membership=self._closed,
+        )
+
+    def _make_handler(self) -> RendezvousHandler:
+        await_endpoint(self._args, self._config.rdzv_configs)
+        return registry.get_rendezvous_handler(self._parameters())
+
+    def _parameters(self) -> RendezvousParameters:
+        config = self._config
+        return RendezvousParameters(
+            backend=config.rdzv_backend,
+            endpoint=config.rdzv_endpoint,
+            run_id=config.run_id,
+            min_nodes=config.min_nodes,
+            max_nodes=config.max_nodes,
+            local_addr=config.local_addr,
+            **config.rdzv_configs,
+        )
+
+    def _spec(self, handler: RendezvousHandler) -> WorkerSpec:
+        config = self._config
+        address, port = self._static_address()
+        values = {
+            "role": config.role,
+            "local_world_size": config.nproc_per_node,
+            "entrypoint": self._entrypoint,
+            "args": tuple(self._arguments),
+            "rdzv_handler": handler,
+            "max_restarts": config.max_restarts,
+            "monitor_interval": config.monitor_interval,
+            "master_addr": address,
+            "master_port": port,
+            "local_addr": config.local_addr,
+            **{name: self._config_value(name, None) for name in NEWER_SPEC_FIELDS},
+        }
+        known = {field.name for field in dataclasses.fields(WorkerSpec)}
+        return WorkerSpec(**{name: value for name, value in values.items() if name in known})
+
+    def _static_address(self) -> tuple[str | None, int | None]:
+        if self._config.rdzv_backend != "static":
+            return None, None
+        address, port = parse_rendezvous_endpoint(self._config.rdzv_endpoint.strip(), default_port=-1)
+        if not address or port == -1:
+            raise ValueError(
+                f"--rdzv-endpoint {self._config.rdzv_endpoint!r} has no port: give HOST:PORT, or --master-addr and --master-port"
+            )
+        return address, port
+
+    def _agent_options(self) -> dict[str, Any]:
+        options = {
+            "logs_specs": self._config.logs_specs,
+            "start_method": self._config.start_method,
+            "log_line_prefix_template": self._config.log_line_prefix_template,
+            "shutdown_timeout": int(self._config_value("shutdown_timeout", DEFAULT_STOP_TIMEOUT_S)),
+        }
+        known = inspect.signature(LocalElasticAgent.__init__).parameters
+        return {name: value for name, value in options.items() if name in known}
+
+    def _config_value(self, name: str, default: Any) -> Any:
+        """A field of torch's configuration that older versions do not have."""
+        value = getattr(self._config, name, default)
+        return default if value is None else value
+
+
+NEWER_SPEC_FIELDS = (
+    "event_log_handler",
+    "numa_options",
+    "duplicate_stdout_filters",
+    "duplicate_stderr_filters",
+    "virtual_local_rank",
+)
+"""Fields of torch's ``WorkerSpec`` that not every supported version has."""
