@@ -44,6 +44,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/start.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/step.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/launch.py
 
 docs: $(DOCS_INSTALLED)
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html

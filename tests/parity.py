@@ -270,7 +270,7 @@ def prepared(case: Case, form: Form) -> Iterator[Run]:
         (root / "stdin").write_text(case.stdin)
         os.mkfifo(root / "ready")
         work = root / "work"
-        shutil.copytree(SCRIPTS, work, ignore=shutil.ignore_patterns("zygote.py", "__pycache__"))
+        shutil.copytree(SCRIPTS, work, ignore=shutil.ignore_patterns("zygote.py", "__pycache__", "fork_*", "ends_*"))
         report = work / "report.py"
         for copy in ("with space/ünï.py", "no_ending", "package/__main__.py", "package/part.py"):
             (work / copy).parent.mkdir(exist_ok=True)

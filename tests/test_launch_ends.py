@@ -383,7 +383,9 @@ def started(case: Case, tmp_path: Path, group: Path | None, *, keep: bool) -> Pr
     return launch(tmp_path, case.script, *case.ways.split(), options=options, before=before, environ=environ)
 
 
-@pytest.mark.parametrize("keep", [False, True], ids=["", "keep-exit-code"])
+@pytest.mark.parametrize(
+    "keep", [pytest.param(False, id=""), pytest.param(True, id="keep-exit-code", marks=pytest.mark.soak)]
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ends_as_the_table_says(case, keep, tmp_path):
     with memory_group() if case.limited else contextlib.nullcontext() as group:

@@ -715,7 +715,7 @@ def namespaces() -> Iterator[Namespaces]:
             ip("netns", "delete", host)
 
 
-@pytest.fixture(params=["torch.distributed.run", "torchtrainer run"])
+@pytest.fixture(params=[pytest.param("torch.distributed.run", marks=pytest.mark.soak), "torchtrainer run"])
 def real_launcher(request) -> str:
     words = [sys.executable, "-m", *request.param.split()]
     done = subprocess.run([*words, "--help"], capture_output=True, text=True, timeout=DEADLINE_S)

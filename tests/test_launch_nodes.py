@@ -20,7 +20,10 @@ pytestmark = [
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 OURS = (sys.executable, "-m", "torchtrainer", "run")
-BOTH = pytest.mark.parametrize("command", [TORCHRUN, OURS], ids=["torchrun", "torchtrainer"])
+BOTH = pytest.mark.parametrize(
+    "command", [pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.soak), pytest.param(OURS, id="torchtrainer")]
+)
+"""That torchrun does the same is looked at where there is time for it."""
 RUN_ID = "nodes"
 PORT = 29400
 QUICK = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=4,join_timeout=60,read_timeout=30"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 from parity import EMPTY, WORKER_MARK, Case, Difference, Finding, Form, Observation, Zygote, compare, flat, observe
@@ -36,6 +37,8 @@ OURS = (
     ),
 )
 
+DEFAULT_EVERY = 3
+"""Every so many cases belong to the default suite: more than 60."""
 WHOLE_EVERY = 6
 """Every so many cases our commands run from their first line on; in the others from where they have imported torch."""
 
@@ -470,6 +473,13 @@ DIFFERENCES = (
 )
 
 
+def sampled() -> list[Any]:
+    """All cases; those that the default suite has no time for are left to `make soak`."""
+    return [
+        case if at % DEFAULT_EVERY == 0 else pytest.param(case, marks=pytest.mark.soak) for at, case in enumerate(CASES)
+    ]
+
+
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
     started = Zygote()
@@ -494,7 +504,7 @@ def differing(case: Case, form: Form, torch: Observation, ours: Observation) -> 
     return problems + [f"{form.name} said | {line}" for line in said]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+@pytest.mark.parametrize("case", sampled(), ids=lambda c: c.id)
 def test_does_what_torch_does(case: Case, zygote: Zygote) -> None:
     whole = case.whole or case in USAGE or case.id in WRONG_VALUES or CASES.index(case) % WHOLE_EVERY == 0
     check_parity(case, [form if whole else form.in_zygote for form in OURS], zygote)
@@ -531,7 +541,7 @@ def test_preloaded_torch_does_what_the_command_does(name: str, zygote: Zygote) -
 
 
 def test_cases_have_names_of_their_own() -> None:
-    assert len({case.id for case in CASES}) == len(CASES) >= 60
+    assert len({case.id for case in CASES}) == len(CASES) >= 60 * DEFAULT_EVERY
 
 
 def test_differences_cover_nothing_else() -> None:

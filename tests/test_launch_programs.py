@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -72,7 +72,7 @@ ACCELERATE_SYNC = Training(
     package="accelerate",
     shipped=True,
     script="test_utils/scripts/test_sync.py",
-    says="split_batches=False and dispatch_batches=False",
+    says="Test Distributed `no_sync` context manager",
 )
 FABRIC = Training(id="fabric", package="lightning", script="fabric_training.py", says="ranks [0, 1]")
 LIGHTNING = Training(
@@ -111,23 +111,38 @@ def train(directory: Path, training: Training, launcher: tuple[str, ...]) -> tup
     return program, {where: text for where, text in printed.items() if where.endswith("stdout.log")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("training", "form"),
     [
         pytest.param(ACCELERATE_SCRIPT, RUN, id="accelerate script"),
         pytest.param(ACCELERATE_SYNC, RUN, id="accelerate sync"),
-        pytest.param(FABRIC, RUN, id="fabric", marks=pytest.mark.slow),
-        pytest.param(LIGHTNING, RUN, id="lightning", marks=pytest.mark.slow),
-        pytest.param(REFERENCE, RUN, id="reference", marks=pytest.mark.slow),
-        pytest.param(REFERENCE, LAUNCH, id="reference by launch", marks=pytest.mark.slow),
-        pytest.param(ELASTIC, RUN, id="elastic"),
+        pytest.param(FABRIC, RUN, id="fabric"),
+        pytest.param(LIGHTNING, RUN, id="lightning"),
+        pytest.param(REFERENCE, RUN, id="reference"),
+        pytest.param(REFERENCE, LAUNCH, id="reference by launch"),
     ],
 )
 def test_a_program_prints_the_same_under_both_launchers(tmp_path, training, form):
     _, expected = train(tmp_path / "torch", training, form["torch"])
     program, printed = train(tmp_path / "ours", training, form["ours"])
     program.assert_nothing_left()
-    attempts = 2 if training is ELASTIC else 1
-    assert len(printed) == RANKS * attempts
-    assert training.says in printed[f"attempt_{attempts - 1}/0/stdout.log"].replace("'", "")
+    assert len(printed) == RANKS
+    assert training.says in printed["attempt_0/0/stdout.log"].replace("'", "")
     assert printed == expected
+
+
+@pytest.mark.slow
+def test_an_elastic_program_ends_as_if_no_worker_had_failed(tmp_path):
+    # Against a run without a failure: torchrun itself hangs or fails on this restart, as torch 2.14 keeps the store of attempts before,
+    # and with it the addresses of dead workers (see torchtrainer/elastic/store.py).
+    undisturbed = replace(ELASTIC, arguments=(*ELASTIC.arguments, "--fail-in-epoch", "-1"))
+    _, expected = train(tmp_path / "torch", undisturbed, RUN["torch"])
+    program, printed = train(tmp_path / "ours", ELASTIC, RUN["ours"])
+    program.assert_nothing_left()
+    assert len(printed) == 2 * RANKS
+    for rank in range(RANKS):
+        first, *rest = printed[f"attempt_1/{rank}/stdout.log"].splitlines()
+        assert first == ELASTIC.says
+        assert rest == expected[f"attempt_0/{rank}/stdout.log"].splitlines()[-len(rest) :]
+        assert len(rest) == 3  # two epochs and the weights

@@ -198,9 +198,8 @@ def children() -> dict[str, object]:
 
 def main() -> None:
     same = {"before": before_torch()}
-    facts = {"same": same}
+    facts = {"same": same, "own": own()}  # before a seed is set
     same["torch"] = torch_itself()
-    facts["own"] = own()
     same["training"] = training()
     if RANK == 0:
         same["children"] = children()

@@ -110,6 +110,8 @@ def _launch_reason(args: argparse.Namespace, environ: Mapping[str, str]) -> str 
     other = environ.get("PYTHON_EXEC")
     if other is not None and other != sys.executable:
         return f"PYTHON_EXEC={other} is another interpreter"
+    if sys.stdout is None or sys.stderr is None:
+        return "a standard stream is closed here, and may be a file in the workers"
     if sys.gettrace() is not None or sys.getprofile() is not None:
         return "a debugger or profiler follows this interpreter"
     return None
