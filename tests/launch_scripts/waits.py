@@ -14,7 +14,11 @@ def told(number: int, frame: FrameType | None) -> None:
 
 for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1"):
     signal.signal(signal.Signals[name], told)
+# Not signal.pause(): a signal that comes just before it would be handled only after the next one.
+woken, wake = os.pipe()
+os.set_blocking(wake, False)
+signal.set_wakeup_fd(wake)
 with open(os.environ["PARITY_READY"], "wb", buffering=0) as ready:
     ready.write(b".")
 while True:
-    signal.pause()
+    os.read(woken, 1)
