@@ -261,7 +261,7 @@ class Agent(LocalElasticAgent):
     # Stopping
 
     def _stop_workers(self, worker_group: Any, **_: Any) -> None:
-        self._shutdown(timeout=int(self._orders.stop_timeout_s))
+        self._shutdown()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int | None = None, **_: Any) -> None:
         timeout = int(self._orders.stop_timeout_s) if timeout is None else timeout

@@ -9,16 +9,14 @@ from typing import Any
 
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname, parse_rendezvous_endpoint
 
+from torchtrainer.errors import EngineError
+
 DEFAULT_C10D_PORT = 29400
 """Where torch's c10d rendezvous listens if the endpoint names no port."""
 DEFAULT_CONNECT_TIMEOUT_S = 60.0
 """torch's default of ``read_timeout``: how long a machine tries to reach the one that hosts the rendezvous."""
 RETRY_S = 0.2
 """Between two tries."""
-
-
-class EndpointError(RuntimeError):
-    """The machine that hosts the rendezvous cannot be reached; the message says which, and why."""
 
 
 def await_endpoint(args: argparse.Namespace, rendezvous: dict[str, Any]) -> None:
@@ -31,7 +29,7 @@ def await_endpoint(args: argparse.Namespace, rendezvous: dict[str, Any]) -> None
         rendezvous: its configuration: ``is_host``, ``read_timeout``, ``store_type``, ``rank``.
 
     Raises:
-        EndpointError: not within ``read_timeout`` seconds.
+        EngineError: not within ``read_timeout`` seconds.
     """
     if args.rdzv_backend not in ("c10d", "static") or rendezvous.get("store_type", "tcp") != "tcp":
         return
@@ -50,7 +48,7 @@ def await_endpoint(args: argparse.Namespace, rendezvous: dict[str, Any]) -> None
         except OSError as error:
             if time.monotonic() >= deadline_s:
                 what = "cannot be resolved" if isinstance(error, socket.gaierror) else "cannot be reached"
-                raise EndpointError(
+                raise EngineError(
                     f"rendezvous {args.rdzv_backend}: {host}:{port} {what} within {limit_s:g} s ({error.strerror or error}): "
                     "is the address right, and the launcher that hosts it running? --rdzv-conf read_timeout=SECONDS waits longer"
                 ) from error

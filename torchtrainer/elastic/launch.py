@@ -32,7 +32,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from torchtrainer.elastic import run_path
 from torchtrainer.elastic.agent import Agent, Orders, Preempted, raise_signal
 from torchtrainer.elastic.endpoint import await_endpoint
-from torchtrainer.launcher.failure import WorkerEnd, preempted, signal_named
+from torchtrainer.launcher.failure import WorkerEnd, preempted
 from torchtrainer.launcher.fork_safety import Program
 from torchtrainer.launcher.summary import Summary
 from torchtrainer.launcher.watch import Watch
@@ -117,12 +117,15 @@ class Launch:
         args: as `options.parse` returns them.
         program: what the workers run.
         paths: private files of this launcher.
+        threads_assumed: torch was imported with one OpenMP thread, because the user had not said how many.
 
     Raises:
         ValueError: options that only torch can judge are wrong, such as GPUs that are not there.
     """
 
-    def __init__(self, args: argparse.Namespace, program: Program, paths: LaunchPaths) -> None:
+    def __init__(
+        self, args: argparse.Namespace, program: Program, paths: LaunchPaths, *, threads_assumed: bool
+    ) -> None:
         self._args = args
         self._program = program
         self._paths = paths
@@ -131,6 +134,9 @@ class Launch:
         config, entrypoint, arguments = torchrun.config_from_args(args)
         if args.log_dir is None and config.logs_specs is not None:
             paths.note_log_dir(config.logs_specs.root_log_dir)
+        if threads_assumed and "OMP_NUM_THREADS" not in os.environ:  # torch sets it for several workers, and it is one
+            reason = "its number of threads was not known when torch was imported"
+            self._program = dataclasses.replace(program, exec_reason=reason)
         self._config: LaunchConfig = config
         self._entrypoint = entrypoint
         self._arguments = arguments
@@ -140,17 +146,7 @@ class Launch:
         if not self._config.run_id:
             self._config.run_id = str(uuid.uuid4().int)
         self.handler: RendezvousHandler | None = None
-        self.signals = [signal_named(name) for name in args.signals_to_handle.split(",")]
-
-    def check_threads(self, *, assumed: bool) -> None:
-        """Has the workers exec'd if torch was imported for several of them, and it is only one.
-
-        Args:
-            assumed: OpenMP was told one thread, because the user had not said how many.
-        """
-        if assumed and "OMP_NUM_THREADS" not in os.environ:
-            reason = "its number of threads was not known when torch was imported"
-            self._program = dataclasses.replace(self._program, exec_reason=reason)
+        self.signals = [signal.Signals[name.strip()] for name in args.signals_to_handle.split(",")]
 
     @property
     def device(self) -> str:

@@ -18,6 +18,7 @@ from torchtrainer.launcher.failure import WorkerEnd, read_error
 from torchtrainer.launcher.fork_safety import Program
 from torchtrainer.launcher.script import ProgramSpec
 from torchtrainer.launcher.watch import Watch
+from torchtrainer.process.error_file import NS_PER_S
 from torchtrainer.process.guard import kill_session, signal_process
 from torchtrainer.process.paths import LaunchPaths
 
@@ -150,7 +151,7 @@ class Workers(PContext):
         )
         if end.error is not None and not Path(self.error_files[end.local_rank]).is_file():
             failure.message = end.error.message  # the traceback is known, whether the program records its errors or not
-            failure.timestamp = end.error.when_ns // 1_000_000_000
+            failure.timestamp = end.error.when_ns // NS_PER_S
         return failure
 
     def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:

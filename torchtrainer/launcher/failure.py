@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchtrainer.process.error_file import NS_PER_S
 from torchtrainer.process.signals import MAY_BE_OUT_OF_MEMORY, describe_exit
 
 EXIT_PREEMPTED = 75
@@ -21,7 +21,6 @@ MAX_OTHERS = 8
 """How many other failures are named in the report; the rest is counted."""
 MAX_TRACEBACK_LINES = 200
 MIB = 1 << 20
-NS_PER_S = 1_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +30,10 @@ class CapturedError:
     Attributes:
         message: as torch's error files hold it: a dict with ``message`` and ``extraInfo``, or a text.
         when_ns: wall clock, nanoseconds since 1970.
-        path: the file that holds it.
     """
 
     message: Any
     when_ns: int
-    path: str
 
     @property
     def headline(self) -> str:
@@ -111,7 +108,7 @@ def read_error(*paths: Path) -> CapturedError | None:
             when_ns = int(extra.get("timestamp_ns", int(extra.get("timestamp", 0)) * NS_PER_S))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-        return CapturedError(message=message, when_ns=when_ns, path=str(path))
+        return CapturedError(message=message, when_ns=when_ns)
     return None
 
 
@@ -190,15 +187,3 @@ def _shortened(text: str) -> list[str]:
         return lines
     half = MAX_TRACEBACK_LINES // 2
     return [*lines[:half], f"... {len(lines) - 2 * half} lines left out ...", *lines[-half:]]
-
-
-def signal_named(name: str) -> signal.Signals:
-    """A signal by its name.
-
-    Raises:
-        ValueError: there is no such signal here.
-    """
-    try:
-        return signal.Signals[name.strip()]
-    except KeyError:
-        raise ValueError(f"--signals-to-handle: this system has no signal {name.strip()!r}") from None

@@ -114,15 +114,11 @@ def run_here(args: argparse.Namespace) -> dict[int, object]:
         SignalException: a signal ended it, and its workers are gone.
         SystemExit: with 75, if workers stopped for a preemption with their state saved.
     """
-    program = program_of(args, os.environ, sys.path)
-    paths = LaunchPaths.create()
-    threads_assumed = _threads_unknown(args)
-    starter = _starter_elsewhere(program, paths, threads_assumed=threads_assumed)
+    program, starter, paths, threads_assumed = _prepared_elsewhere(args)
     try:
         from torchtrainer.elastic.launch import Launch
 
-        launch = Launch(args, program, paths)
-        launch.check_threads(assumed=threads_assumed)
+        launch = Launch(args, program, paths, threads_assumed=threads_assumed)
         summary = Summary(Form.RUN.value, process_start_s(), launch.device)
         outcome = launch.run(starter, summary)
     finally:
@@ -137,11 +133,8 @@ def run_here(args: argparse.Namespace) -> dict[int, object]:
 
 def _launch_elsewhere(args: argparse.Namespace, form: Form) -> int:
     """The same where this process cannot be replaced: the spawner is an interpreter of its own, or there is none."""
-    program = program_of(args, os.environ, sys.path)
-    paths = LaunchPaths.create()
-    assumed = _threads_unknown(args)
-    starter = _starter_elsewhere(program, paths, threads_assumed=assumed)
-    return _launch(args, form, program, starter, paths, threads_assumed=assumed)
+    program, starter, paths, threads_assumed = _prepared_elsewhere(args)
+    return _launch(args, form, program, starter, paths, threads_assumed=threads_assumed)
 
 
 def _launch(
@@ -160,8 +153,7 @@ def _launch(
             starter.preload(program.preload)
         import torchtrainer.elastic.launch as elastic
 
-        launch = elastic.Launch(args, program, paths)
-        launch.check_threads(assumed=threads_assumed)
+        launch = elastic.Launch(args, program, paths, threads_assumed=threads_assumed)
         summary = Summary(form.value, began_s, launch.device)
         outcome = launch.run(starter, summary)
         return _exit_code(outcome, summary, keep=args.keep_exit_code)
@@ -266,16 +258,20 @@ def _serve(link: FrameSocket, fresh: Fresh, paths: LaunchPaths) -> NoReturn:
     os._exit(0)
 
 
-def _starter_elsewhere(program: Program, paths: LaunchPaths, *, threads_assumed: bool) -> Starter:
+def _prepared_elsewhere(args: argparse.Namespace) -> tuple[Program, Starter, LaunchPaths, bool]:
+    """The program, what starts it, its private files, and whether a number of threads was assumed, in somebody's process."""
+    program = program_of(args, os.environ, sys.path)
+    paths = LaunchPaths.create()
     modules = ",".join(program.preload) if program.exec_reason is None else ""
     environ = dict(os.environ)
+    threads_assumed = _threads_unknown(args)
     if threads_assumed:
         environ["OMP_NUM_THREADS"] = str(ASSUMED_THREADS)
 
     def command(fd: int) -> list[str]:
         return [sys.executable, "-u", ENTRY, SPAWNER, str(fd), str(paths.root), modules]
 
-    return ForkStarter(command, environ, stdin=None)
+    return program, ForkStarter(command, environ, stdin=None), paths, threads_assumed
 
 
 def _be_spawner(fd: str, launch_dir: str, modules: str, *, fresh: Fresh) -> NoReturn:

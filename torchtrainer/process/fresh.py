@@ -105,12 +105,11 @@ class Fresh:
             descriptors=tuple(fd for fd in open_descriptors() if fd > 2),
         )
 
-    def close_descriptors(self, keep: Sequence[int] = ()) -> None:
+    def close_descriptors(self) -> None:
         """Closes what was left open for the first interpreter, as starting a program does."""
         for fd in self.descriptors:
-            if fd not in keep:
-                with contextlib.suppress(OSError):
-                    os.close(fd)
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
     def block_signals(self) -> None:
         """Blocks what was blocked for the first interpreter, as programs inherit it."""
