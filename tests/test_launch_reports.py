@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import re
 import signal
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 from launched import RUN, launch
 from programs import Program, run_program, start_program
+
+from torchtrainer.launcher.script import _answer_stack_dumps
+from torchtrainer.process.signals import STACK_DUMP_SIGNAL
 
 SCRIPT = "ends_reports.py"
 TWO = "--nproc-per-node 2"
@@ -121,6 +125,25 @@ def test_sigusr2_prints_stacks_and_the_launch_goes_on(form, tmp_path):
     assert_stacks("".join(lines), form)
 
 
+def test_stacks_are_asked_for_only_once_the_worker_can_answer(tmp_path, monkeypatch):
+    stacks = tmp_path / "stacks"
+    there = []
+    register = faulthandler.register
+
+    def look(*arguments, **options):
+        there.append(stacks.exists())
+        register(*arguments, **options)
+
+    monkeypatch.setattr(faulthandler, "register", look)
+    try:
+        _answer_stack_dumps(str(stacks))
+        assert there == [False], "who sees the file sends the signal, which would have ended the worker"
+        os.kill(os.getpid(), STACK_DUMP_SIGNAL)
+        assert "test_stacks_are_asked_for" in stacks.read_text()
+    finally:
+        faulthandler.unregister(STACK_DUMP_SIGNAL)
+
+
 def assert_stacks(text: str, form: str) -> None:
     for rank in (0, 1):
         part = text[text.index(f"rank {rank} (pid") :]
@@ -140,6 +163,15 @@ def test_the_first_and_the_last_line_sum_up(tmp_path):
     first, last = program.errors.splitlines()
     assert re.fullmatch(FIRST_LINE + r"2 ranks on (\d+ CPU cores?|\d+ GPUs?), started in [\d.]+ s", first)
     assert re.fullmatch(FIRST_LINE + r"done after [\d.]+ s", last)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_closed_standard_streams_change_nothing(closed, tmp_path):
+    program = launch(
+        tmp_path, SCRIPT, "gets_further", "0", options=TWO, before=("sh", "-c", f'exec "$@" {closed}', "sh")
+    )
+    assert program.finish() == 0, program.errors
+    program.assert_nothing_left()
 
 
 # What is wrong with a command

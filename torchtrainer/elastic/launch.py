@@ -142,7 +142,7 @@ class Launch:
         self._arguments = arguments
         if args.run_path:  # torch starts a function for it; exec'd, the same is a short program
             self._entrypoint = sys.executable
-            self._arguments = ["-u", run_path.__file__, args.training_script, *args.training_script_args]
+            self._arguments = ["-u", run_path.__file__, *arguments]
         if not self._config.run_id:
             self._config.run_id = str(uuid.uuid4().int)
         self.handler: RendezvousHandler | None = None

@@ -25,7 +25,7 @@ from torchtrainer.launcher.fork_safety import Program, program_of
 from torchtrainer.launcher.options import Form, parse
 from torchtrainer.launcher.script import become_program
 from torchtrainer.launcher.summary import Summary, process_start_s, say
-from torchtrainer.process.child import leave
+from torchtrainer.process.child import flush_output, leave
 from torchtrainer.process.frames import FrameSocket
 from torchtrainer.process.fresh import Fresh
 from torchtrainer.process.guard import thread_count
@@ -65,7 +65,8 @@ def main(argv: Sequence[str], form: Form) -> int:
         return EXIT_FAILED
     replaceable = os.name == "posix" and threading.active_count() == 1 and sys.gettrace() is None
     if replaceable:
-        sys.stdout.flush()
+        flush_output()
+        _open_standard_descriptors()
         os.execv(sys.executable, [sys.executable, "-u", ENTRY, form.name, *argv])
     return _launch_elsewhere(args, form)
 
@@ -199,6 +200,16 @@ def _explained(error: Exception, launch: Launch | None, args: argparse.Namespace
     if isinstance(error, ValueError | AssertionError | OSError | EngineError | RuntimeError):
         return str(error) or type(error).__name__
     return f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+
+
+def _open_standard_descriptors() -> None:
+    """Has closed standard streams lead nowhere: the next file opened, such as a socket, would take a closed one's number."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+            os.set_inheritable(null, True)  # noqa: FBT003  # takes no keyword
 
 
 def _unreadable(args: argparse.Namespace) -> str | None:

@@ -248,11 +248,13 @@ def _answer_stack_dumps(path: str) -> None:
         return
     import fcntl
 
-    low = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    unready = path + ".unready"
+    low = os.open(unready, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     # faulthandler writes to the descriptor from a signal handler: it stays open for the life of the process.
     high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, STACKS_FD)
     os.close(low)
     faulthandler.register(STACK_DUMP_SIGNAL, file=high, all_threads=True)
+    os.rename(unready, path)  # whoever finds the file may signal: before, the signal would have ended this process
 
 
 def _set_threads(threads: int) -> None:

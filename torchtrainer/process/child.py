@@ -86,6 +86,8 @@ def leave(exit_code: int) -> NoReturn:
 def flush_output() -> None:
     """Writes out what was printed; a full disk or a closed stream must not hide what else there is to say."""
     for stream in (sys.stdout, sys.stderr):
+        if stream is None:  # it was closed when the interpreter started
+            continue
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
 
