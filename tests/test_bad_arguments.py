@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader
 
 from torchtrainer import (
     BATCH_SIZE,
-    CheckpointConfig,
     FailureConfig,
     InvalidArgumentError,
     InvalidArgumentTypeError,
     NotAvailableError,
     NotSerializableError,
+    ResumeError,
     TorchTrainer,
     TrainerClosedError,
     TrainingOperator,
@@ -101,8 +101,9 @@ WRONG = [
     ({"failure": {"hang_timeout_s": 1}}, InvalidArgumentTypeError, "failure must be a FailureConfig, such as"),
     ({"resume": "yes"}, InvalidArgumentError, 'resume must be "auto", True or False'),
     # what this version does not have
-    ({"checkpoint": CheckpointConfig(every_steps=3)}, NotAvailableError, "call save(path) yourself"),
-    ({"resume": True}, NotAvailableError, "resuming a run is not in this version"),
+    ({"checkpoint": 3}, InvalidArgumentTypeError, "checkpoint must be a CheckpointConfig"),
+    ({"preemption": "SIGTERM"}, InvalidArgumentTypeError, "preemption must be a PreemptionConfig"),
+    ({"resume": True}, ResumeError, "resume=True needs a run_dir"),
     ({"min_workers": 2}, NotAvailableError, "leave min_workers at 1"),
     ({"engine": "ray"}, NotAvailableError, 'the Ray engine is not in this version: use engine="local"'),
     ({"failure": FailureConfig(max_failures=1)}, NotAvailableError, "only hang_timeout_s can be set"),

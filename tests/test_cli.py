@@ -27,15 +27,7 @@ def test_help_names_every_command(capsys):
         assert f"  {command} " in text and summary in text
 
 
-def test_verify_resume_says_that_it_is_to_come(capsys):
-    assert main(["verify-resume", "train.py", "--help"]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith(f"torchtrainer verify-resume is not in version {torchtrainer.__version__} yet")
-    assert err.count("\n") == 1
-
-
-@pytest.mark.parametrize("command", ["run", "status", "doctor"])
+@pytest.mark.parametrize("command", ["run", "status", "doctor", "verify-resume"])
 def test_commands_have_help_of_their_own(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

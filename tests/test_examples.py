@@ -27,6 +27,10 @@ def output_of(command: list[str | Path], directory: Path) -> str:
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+BOTH_WAYS = pytest.mark.parametrize(
+    "launcher",
+    [pytest.param([sys.executable], id="by itself"), pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.soak)],
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,7 @@ def test_image_classifier_takes_an_image_folder(tmp_path):
     assert "accuracy on 10 test images" in text
 
 
-@pytest.mark.parametrize("launcher", [[sys.executable], TORCHRUN])
+@BOTH_WAYS
 def test_image_classifier_learns_from_photographs(tmp_path, photographs, launcher):
     options = ["--data", photographs, "--model", "cnn", "--epochs", "1", "--batch-size", "16", "--no-tqdm"]
     text = output_of([*launcher, EXAMPLES / "cifar10" / "train.py", *options], tmp_path)
@@ -87,7 +91,7 @@ def test_image_classifier_learns_from_photographs(tmp_path, photographs, launche
     assert text.count("accuracy on 200 test images") == 1
 
 
-@pytest.mark.parametrize("launcher", [[sys.executable], TORCHRUN])
+@BOTH_WAYS
 def test_introductory_script_learns_from_photographs(tmp_path, photographs, launcher):
     text = output_of([*launcher, EXAMPLES / "raysgd_intro.py", photographs], tmp_path)
     assert text.count("'num_samples': 200") == 2, "20 images of each class in training, and in validation"
@@ -110,7 +114,7 @@ def test_introductory_script_runs_as_it_stands(tmp_path):
     assert (tmp_path / "checkpoint.pt").stat().st_size > 40_000_000
 
 
-@pytest.mark.parametrize("launcher", [[sys.executable], TORCHRUN])
+@BOTH_WAYS
 def test_gan_draws_what_is_nearer_to_digits_than_noise(tmp_path, launcher):
     text = output_of([*launcher, EXAMPLES / "gan.py", "--epochs", "10", "--no-tqdm"], tmp_path)
     found = re.search(r"nearest real digit: ([\d.]+) \(random pixels: ([\d.]+)\)", text)

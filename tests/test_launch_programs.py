@@ -118,11 +118,11 @@ def train(directory: Path, training: Training, launcher: tuple[str, ...]) -> tup
     ("training", "form"),
     [
         pytest.param(ACCELERATE_SCRIPT, RUN, id="accelerate script"),
-        pytest.param(ACCELERATE_SYNC, RUN, id="accelerate sync"),
-        pytest.param(FABRIC, RUN, id="fabric"),
+        pytest.param(ACCELERATE_SYNC, RUN, id="accelerate sync", marks=pytest.mark.soak),
+        pytest.param(FABRIC, RUN, id="fabric", marks=pytest.mark.soak),
         pytest.param(LIGHTNING, RUN, id="lightning"),
         pytest.param(REFERENCE, RUN, id="reference"),
-        pytest.param(REFERENCE, LAUNCH, id="reference by launch"),
+        pytest.param(REFERENCE, LAUNCH, id="reference by launch", marks=pytest.mark.soak),
     ],
 )
 def test_a_program_prints_the_same_under_both_launchers(tmp_path, training, form):

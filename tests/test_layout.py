@@ -29,9 +29,10 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"topology"}),
     frozenset({"spec"}),
     frozenset({"arguments"}),
-    frozenset({"session"}),
     frozenset({"resnet"}),
     frozenset({"process"}),
+    frozenset({"preempt"}),
+    frozenset({"checkpoint"}),
     frozenset({"control"}),
     frozenset({"comm"}),
     frozenset({"train", "operator", "lightning"}),
@@ -39,7 +40,11 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"observe"}),
     frozenset({"worker"}),
     frozenset({"engines"}),
+    frozenset({"resume"}),
     frozenset({"planning"}),
+    frozenset({"calls"}),
+    frozenset({"own_loop"}),
+    frozenset({"session"}),
     frozenset({"trainer"}),
     # The launcher's two sides: without torch, and on torch's elastic agent, which calls back.
     frozenset({"launcher", "elastic"}),
@@ -47,7 +52,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"__init__", "__main__"}),
 )
 
-FREE_OF_TORCH = ("__init__", "trainer", "driver", "control", "process", "launcher", "run", "launch")
+FREE_OF_TORCH = ("__init__", "trainer", "calls", "resume", "driver", "control", "process", "preempt", "launcher", "run", "launch")
 ONLY_IMPORTERS = {"torch.distributed": {"comm", "elastic"}, "zmq": {"control"}}
 
 

@@ -15,7 +15,7 @@ from torchtrainer.config import TrainSettings
 from torchtrainer.operator import TrainingOperator
 from torchtrainer.spec import BuildSpec
 from torchtrainer.train.components import internals
-from torchtrainer.train.loop import bind_hook
+from torchtrainer.train.hooks import bind_hook
 from torchtrainer.train.progress import OpenGate, Progress, StepGate
 from torchtrainer.train.step import GradientShare, split_batch
 from torchtrainer.worker.runtime import RankRuntime
@@ -169,6 +169,8 @@ def test_batch_info_holds_position_and_the_users_keys() -> None:
 
 class StopAt:
     """Stops a call after some batches."""
+
+    save_wanted = False
 
     def __init__(self, boundary: int) -> None:
         self.boundary = boundary

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 
@@ -12,13 +13,13 @@ from torchtrainer.control.messages import (
     Beat,
     Boundary,
     Call,
+    CheckpointEnded,
     DumpStacks,
     EndWorker,
     EngineFailed,
     Failure,
     GroupGone,
     KillGroup,
-    Message,
     PrepareStop,
     Reply,
     SignalWorkers,
@@ -28,8 +29,10 @@ from torchtrainer.control.messages import (
     WorkerReady,
     WorkerStarted,
 )
+from torchtrainer.control.wire import Message
 from torchtrainer.driver.causes import EngineLost, StartTimedOut, UserCodeFailed, WorkerDied, WorkerHung
 from torchtrainer.driver.machine import handle
+from torchtrainer.driver.policies import MIN_SAVE_EVERY_S
 from torchtrainer.driver.states import (
     TO_THE_END,
     Action,
@@ -44,10 +47,12 @@ from torchtrainer.driver.states import (
     Machine,
     Raised,
     Returned,
+    SaveRequested,
     Send,
     StopRequested,
     Tick,
 )
+from torchtrainer.worker.link import StopGate
 
 LIMITS = Timeouts()
 HANG_S = 10.0
@@ -56,10 +61,15 @@ HANG_S = 10.0
 class Drive:
     """A machine with its virtual clock, and all that it asked for."""
 
-    def __init__(self, world_size: int = 2) -> None:
+    def __init__(self, world_size: int = 2, save_every_s: float | Literal["auto"] | None = None) -> None:
         self.now = 1000.0
         self.machine = Machine.start(
-            group="g", world_size=world_size, timeouts=LIMITS, hang_timeout_s=HANG_S, now=self.now
+            group="g",
+            world_size=world_size,
+            timeouts=LIMITS,
+            hang_timeout_s=HANG_S,
+            now=self.now,
+            save_every_s=save_every_s,
         )
 
     def on(self, event: Event, after_s: float = 0.0) -> list[Action]:
@@ -222,19 +232,119 @@ def test_ranks_stop_at_the_highest_boundary_in_progress() -> None:
     drive = Drive(3).build().calling()
     assert messages(drive.on(StopRequested(signum=2))) == [PrepareStop]
     assert drive.on(StopRequested(signum=2)) == [], "asked once is enough"
-    drive.on(Boundary(group="g", rank=0, call=1, boundary=7))
-    drive.on(Boundary(group="g", rank=2, call=1, boundary=8))
-    assert drive.on(Boundary(group="g", rank=1, call=1, boundary=7)) == [
-        Send(message=StopAt(group="g", call=1, boundary=8))
+    drive.on(Boundary(group="g", rank=0, call=1, round=1, boundary=7))
+    drive.on(Boundary(group="g", rank=2, call=1, round=1, boundary=8))
+    assert drive.on(Boundary(group="g", rank=1, call=1, round=1, boundary=7)) == [
+        Send(message=StopAt(group="g", call=1, round=1, boundary=8, stop=True, save=False))
     ]
 
 
 def test_ranks_go_on_to_the_end_if_one_is_already_there() -> None:
     drive = Drive().build().calling()
     drive.on(StopRequested(signum=2))
-    drive.on(Boundary(group="g", rank=0, call=1, boundary=7))
-    assert drive.on(reply(1)) == [Send(message=StopAt(group="g", call=1, boundary=TO_THE_END))]
+    drive.on(Boundary(group="g", rank=0, call=1, round=1, boundary=7))
+    assert drive.on(reply(1)) == [
+        Send(message=StopAt(group="g", call=1, round=1, boundary=TO_THE_END, stop=True, save=False))
+    ]
     assert isinstance(drive.on(reply(0))[0], Returned)
+
+
+def boundaries(drive: Drive, *reached: int, round_: int = 1) -> list[Action]:
+    """Every rank says where it holds; what follows from the last one."""
+    actions: list[Action] = []
+    for rank, boundary in enumerate(reached):
+        actions = drive.on(Boundary(group="g", rank=rank, call=1, round=round_, boundary=boundary))
+    return actions
+
+
+def order(boundary: int, *, round_: int = 1, stop: bool = False, save: bool = False) -> Send:
+    return Send(message=StopAt(group="g", call=1, round=round_, boundary=boundary, stop=stop, save=save))
+
+
+def test_the_state_is_saved_every_so_often_where_all_ranks_come_by() -> None:
+    drive = Drive(2, save_every_s=10.0).build().calling()
+    assert drive.on(Tick(), after_s=5.0) == []
+    assert messages(drive.on(Tick(), after_s=6.0)) == [PrepareStop]
+    assert drive.on(Tick(), after_s=20.0) == [], "the ranks are being asked already"
+    assert boundaries(drive, 7, 8) == [order(8, save=True)]
+    assert messages(drive.on(Tick(), after_s=11.0)) == [PrepareStop]
+    assert boundaries(drive, 30, 30, round_=2) == [order(30, round_=2, save=True)]
+
+
+def test_the_state_is_not_saved_between_calls_or_in_calls_without_steps() -> None:
+    drive = Drive(2, save_every_s=10.0).build()
+    assert drive.on(Tick(), after_s=11.0) == []
+    drive.calling("apply_worker")
+    assert drive.on(Tick(), after_s=11.0) == []
+
+
+def test_a_stop_that_comes_while_a_save_is_agreed_on_is_agreed_on_with_it() -> None:
+    drive = Drive().build().calling()
+    assert messages(drive.on(SaveRequested())) == [PrepareStop]
+    assert drive.on(StopRequested(signum=None, save=True)) == []
+    assert boundaries(drive, 3, 3) == [order(3, stop=True, save=True)]
+
+
+def test_a_stop_after_a_save_was_decided_is_another_round() -> None:
+    drive = Drive().build().calling()
+    drive.on(SaveRequested())
+    assert boundaries(drive, 3, 3) == [order(3, save=True)]
+    assert messages(drive.on(StopRequested(signum=None))) == [PrepareStop]
+    assert boundaries(drive, 4, 4) == [], "answers to the first round"
+    assert boundaries(drive, 4, 5, round_=2) == [order(5, round_=2, stop=True)]
+
+
+def test_a_notice_does_not_disturb_a_call_without_steps() -> None:
+    drive = Drive().build().calling("apply_worker")
+    assert drive.on(StopRequested(signum=None, save=True)) == []
+
+
+def test_the_interval_follows_from_what_a_checkpoint_costs() -> None:
+    drive = Drive(save_every_s="auto").build().calling()
+    drive.on(CheckpointEnded(group="g", number=1, step=1, stall_s=0.5, seconds=1.0))
+    assert drive.machine.save_every_s == 50.0, "half a second is a hundredth of that"
+    drive.on(CheckpointEnded(group="g", number=2, step=2, stall_s=0.001, seconds=60.0))
+    assert drive.machine.save_every_s == 120.0, "writing takes half of that"
+    drive.on(CheckpointEnded(group="g", number=3, step=3, stall_s=0.001, seconds=0.1))
+    assert drive.machine.save_every_s == MIN_SAVE_EVERY_S
+
+
+def test_a_gate_does_what_was_decided_at_the_boundary_and_once() -> None:
+    gate = StopGate(hold_s=1.0)
+    said: list[tuple[int, int, int]] = []
+    gate.announce = lambda *told: said.append(told)
+    gate.begin(1)
+    assert not gate.stop_requested(0)
+    gate.prepare(1, 1)
+    gate.decide(StopAt(group="g", call=1, round=1, boundary=2, stop=False, save=True))
+    done = [(gate.stop_requested(boundary), gate.save_wanted) for boundary in (1, 2, 3)]
+    assert done == [(False, False), (False, True), (False, False)]
+    gate.prepare(1, 2)
+    gate.decide(StopAt(group="g", call=1, round=2, boundary=5, stop=True, save=True))
+    assert [gate.stop_requested(boundary) for boundary in (4, 5)] == [False, True]
+    assert said == [(1, 1, 1), (1, 2, 4)]
+
+
+def test_a_gate_keeps_what_was_decided_when_it_is_asked_again_before_it_is_there() -> None:
+    gate = StopGate(hold_s=1.0)
+    gate.announce = lambda *_: None
+    gate.begin(1)
+    gate.prepare(1, 1)
+    gate.decide(StopAt(group="g", call=1, round=1, boundary=3, stop=False, save=True))
+    gate.stop_requested(1)
+    gate.prepare(1, 2)
+    gate.decide(StopAt(group="g", call=1, round=2, boundary=4, stop=True, save=False))
+    seen = [(gate.stop_requested(boundary), gate.save_wanted) for boundary in (2, 3, 4)]
+    assert seen == [(False, False), (False, True), (True, False)]
+
+
+def test_a_gate_that_is_not_answered_says_what_it_waited_for() -> None:
+    gate = StopGate(hold_s=0.01)
+    gate.announce = lambda *_: None
+    gate.begin(1)
+    gate.prepare(1, 1)
+    with pytest.raises(TimeoutError, match="hold_s"):
+        gate.stop_requested(0)
 
 
 def test_a_call_without_steps_is_interrupted_by_a_signal() -> None:
@@ -337,7 +447,7 @@ def test_losing_the_host_while_a_group_is_killed_keeps_the_first_error() -> None
 @pytest.mark.parametrize("seed", range(300))
 def test_whatever_happens_in_whatever_order_every_call_gets_one_outcome_and_every_group_ends(seed: int) -> None:
     random_ = random.Random(seed)
-    drive = Drive(random_.randint(1, 4))
+    drive = Drive(random_.randint(1, 4), random_.choice([None, 2.0, "auto"]))
     asked = outcomes = 0
 
     def events() -> list[Event]:
@@ -350,8 +460,10 @@ def test_whatever_happens_in_whatever_order_every_call_gets_one_outcome_and_ever
             reply(rank, call=call),
             failure(rank, call=call, kind=random_.choice(["error", "exit"])),
             exited(rank, code=random_.choice([0, -9, -11])),
-            Boundary(group="g", rank=rank, call=call, boundary=random_.randint(0, 9)),
-            StopRequested(signum=2),
+            Boundary(group="g", rank=rank, call=call, round=random_.randint(1, 3), boundary=random_.randint(0, 9)),
+            StopRequested(signum=random_.choice([2, None]), save=random_.random() < 0.5),
+            SaveRequested(),
+            CheckpointEnded(group="g", number=call, step=1),
             Stacks(group="g", rank=rank, text=""),
         ]
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from torchtrainer import session
-from torchtrainer.errors import InvalidArgumentError, NotAvailableError
+from torchtrainer.errors import InvalidArgumentError
 from torchtrainer.topology import (
     DERIVED_PORTS,
     Topology,
@@ -336,14 +335,3 @@ def test_session_reads_the_process_group_first(tmp_path: Path) -> None:
         check=False,
     )
     assert result.stdout.split() == ["0", "1"], result.stderr
-
-
-def test_session_says_what_is_not_there_yet() -> None:
-    for call in (
-        session.should_stop,
-        lambda: session.save_checkpoint({}, 1),
-        session.latest_checkpoint,
-        lambda: session.loader([]),
-    ):
-        with pytest.raises(NotAvailableError, match="not in this version yet"):
-            call()

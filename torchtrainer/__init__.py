@@ -8,16 +8,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from torchtrainer.config import BATCH_SIZE, CheckpointConfig, FailureConfig
+from torchtrainer.config import BATCH_SIZE, CheckpointConfig, FailureConfig, PreemptionConfig
 from torchtrainer.errors import (
+    CallMismatchError,
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointFencedError,
+    CheckpointVersionError,
+    CheckpointWriteError,
     EngineError,
     InvalidArgumentError,
     InvalidArgumentTypeError,
     NotAvailableError,
     NotSerializableError,
     OperatorUseError,
+    Preempted,
     RemoteTraceback,
+    ResumeError,
     RunDirectoryError,
+    SnapshotError,
     TorchTrainerError,
     TrainerBusyError,
     TrainerClosedError,
@@ -34,11 +43,18 @@ if TYPE_CHECKING:
     from torchtrainer.engines.local import LocalEngine, prestart
     from torchtrainer.observe.history import History
     from torchtrainer.operator import TrainingOperator
+    from torchtrainer.preempt.notice import Notice
     from torchtrainer.trainer import TorchTrainer
 
 __all__ = [
     "BATCH_SIZE",
+    "CallMismatchError",
     "CheckpointConfig",
+    "CheckpointDamagedError",
+    "CheckpointError",
+    "CheckpointFencedError",
+    "CheckpointVersionError",
+    "CheckpointWriteError",
     "EngineError",
     "FailureConfig",
     "History",
@@ -47,9 +63,14 @@ __all__ = [
     "LocalEngine",
     "NotAvailableError",
     "NotSerializableError",
+    "Notice",
     "OperatorUseError",
+    "Preempted",
+    "PreemptionConfig",
     "RemoteTraceback",
+    "ResumeError",
     "RunDirectoryError",
+    "SnapshotError",
     "TorchTrainer",
     "TorchTrainerError",
     "TrainerBusyError",
@@ -68,6 +89,7 @@ __all__ = [
 _HOMES = {
     "History": "torchtrainer.observe.history",
     "LocalEngine": "torchtrainer.engines.local",
+    "Notice": "torchtrainer.preempt.notice",
     "TorchTrainer": "torchtrainer.trainer",
     "TrainingOperator": "torchtrainer.operator",
     "prestart": "torchtrainer.engines.local",

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torchtrainer.config import BATCH_SIZE, CheckpointConfig, FailureConfig, TrainSettings
+from torchtrainer.config import BATCH_SIZE, CheckpointConfig, FailureConfig, PreemptionConfig, TrainSettings
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, NotAvailableError
 
 RETIRED = {
@@ -139,7 +139,14 @@ def check_batch_size(config: Mapping[str, Any], world_size: int) -> None:
 
 
 def check_not_yet(
-    *, resume: Any, checkpoint: CheckpointConfig, failure: FailureConfig, engine: Any, world_size: int, use_local: bool
+    *,
+    resume: Any,
+    checkpoint: CheckpointConfig,
+    preemption: PreemptionConfig,
+    failure: FailureConfig,
+    engine: Any,
+    world_size: int,
+    use_local: bool,
 ) -> None:
     """Refuses what the interface has but this version does not.
 
@@ -149,6 +156,12 @@ def check_not_yet(
     """
     if not isinstance(checkpoint, CheckpointConfig):
         raise InvalidArgumentTypeError(f"checkpoint must be a CheckpointConfig, got {checkpoint!r}")
+    if not isinstance(preemption, PreemptionConfig):
+        raise InvalidArgumentTypeError(f"preemption must be a PreemptionConfig, got {preemption!r}")
+    if checkpoint.path is not None and "://" in checkpoint.path:
+        raise NotAvailableError(
+            f"CheckpointConfig(path={checkpoint.path!r}): checkpoints at a URL {NOT_YET}; give a directory"
+        )
     if not isinstance(failure, FailureConfig):
         raise InvalidArgumentTypeError(
             f"failure must be a FailureConfig, such as FailureConfig(hang_timeout_s=60), got {failure!r}"
@@ -159,10 +172,6 @@ def check_not_yet(
         )
     if resume not in ("auto", True, False):
         raise InvalidArgumentError(f'resume must be "auto", True or False, got {resume!r}')
-    if resume is True:
-        raise NotAvailableError(f"resuming a run {NOT_YET}, as it writes no checkpoints: leave resume out")
-    if checkpoint != CheckpointConfig():
-        raise NotAvailableError(f"automatic checkpointing {NOT_YET}: leave checkpoint out and call save(path) yourself")
     if (failure.max_failures, failure.max_preemptions, failure.replace) != (3, None, True):
         raise NotAvailableError(
             f"recovery from failures {NOT_YET}: of FailureConfig only hang_timeout_s can be set; a lost worker ends the run"

@@ -6,6 +6,10 @@ with its unit and default, and the errors it can cause print it.
 
 from __future__ import annotations
 
+import math
+import os
+import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +25,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 SchedulerStepFreq = Literal["batch", "epoch", "manual"]
 PRECISIONS: tuple[str, ...] = ("fp32", "bf16", "fp16")
 SCHEDULER_STEP_FREQS: tuple[str, ...] = ("batch", "epoch", "manual")
+CLOUDS: tuple[str, ...] = ("aws", "azure", "gcp")
+PREEMPTION_SIGNALS: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +35,15 @@ class CheckpointConfig:
 
     Attributes:
         every_steps: optimizer steps between two checkpoints; None: by time only.
-        every_seconds: seconds between two checkpoints; None: by steps only.
-        keep: how many verified checkpoints stay.
+        every_seconds: seconds between two checkpoints; "auto": as often as costs less than a hundredth of the time; None: by
+            steps only.
+        keep: how many verified checkpoints stay; at least 2 do.
         path: directory or fsspec URL; None: inside the run directory.
         asynchronous: write in the background.
     """
 
     every_steps: int | None = None
-    every_seconds: float | None = 300.0
+    every_seconds: float | Literal["auto"] | None = 300.0
     keep: int = 3
     path: str | None = None
     asynchronous: bool = True
@@ -44,9 +51,10 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.every_steps is not None and self.every_steps < 1:
             raise InvalidArgumentError(f"CheckpointConfig.every_steps must be at least 1 step, got {self.every_steps}")
-        if self.every_seconds is not None and not self.every_seconds > 0:
+        seconds = self.every_seconds
+        if seconds not in (None, "auto") and not (isinstance(seconds, int | float) and 0 < seconds < math.inf):
             raise InvalidArgumentError(
-                f"CheckpointConfig.every_seconds must be more than 0 seconds, got {self.every_seconds}"
+                f'CheckpointConfig.every_seconds must be more than 0 seconds, "auto" or None, got {seconds!r}'
             )
         if self.keep < 1:
             raise InvalidArgumentError(f"CheckpointConfig.keep must be at least 1, got {self.keep}")
@@ -96,6 +104,8 @@ class Timeouts:
         heartbeat_s: between two heartbeats of a worker.
         progress_s: between two progress reports of rank 0 during a pass.
         stack_dump_s: how long to wait for the stacks of a hung worker.
+        write_s: how long the writing of a checkpoint is waited for where somebody has to.
+        preempt_s: from a notice of preemption without a deadline to leaving, saved or not.
     """
 
     engine_start_s: float = 120.0
@@ -108,6 +118,8 @@ class Timeouts:
     heartbeat_s: float = 1.0
     progress_s: float = 0.1
     stack_dump_s: float = 1.0
+    write_s: float = 60.0
+    preempt_s: float = 25.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,4 +169,75 @@ class TrainSettings:
         if not isinstance(self.compile, bool | dict):
             raise InvalidArgumentTypeError(
                 f"compile must be True, False or a dict of torch.compile options, got {self.compile!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreemptionConfig:
+    """Where advance warnings come from that this machine or job will be taken away, and what is known about them.
+
+    Attributes:
+        signals: names of the signals that are such warnings; those that this system lacks are left out.
+        repeat_s: the same signal again within this time is the same warning; after it, it means: leave now, without saving.
+        grace_s: seconds from a signal to the end of the process; None: the environment's ``TORCHTRAINER_GRACE_S``, else unknown.
+        metadata: clouds whose metadata service is asked, of "aws", "azure" and "gcp"; "auto": the one whose machine this is;
+            () or None: none.
+        metadata_every_s: seconds between two questions to a metadata service.
+        metadata_timeout_s: for connecting to a metadata service (at most 2), and again for its answer.
+        file: a path whose existence is a warning.
+        check: a function that is asked in a thread; returns something false, True, the seconds left, or a ``Notice``.
+        check_every_s: seconds between two calls of ``check``.
+        slurm_lead_s: how long before the end of a Slurm job's time it is a warning if no signal came; 0: never.
+        requeue: run ``scontrol requeue`` for this job after the state is saved.
+    """
+
+    signals: tuple[str, ...] = PREEMPTION_SIGNALS
+    repeat_s: float = 0.5
+    grace_s: float | None = None
+    metadata: Literal["auto"] | tuple[str, ...] | None = "auto"
+    metadata_every_s: float = 5.0
+    metadata_timeout_s: float = 2.0
+    file: str | os.PathLike[str] | None = None
+    check: Callable[[], object] | None = None
+    check_every_s: float = 5.0
+    slurm_lead_s: float = 60.0
+    requeue: bool = False
+
+    def __post_init__(self) -> None:
+        _check_signals(self.signals)
+        for name in ("metadata_every_s", "metadata_timeout_s", "check_every_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InvalidArgumentError(
+                    f"PreemptionConfig.{name} must be more than 0 seconds, got {getattr(self, name)!r}"
+                )
+        for name in ("repeat_s", "slurm_lead_s") if self.grace_s is None else ("repeat_s", "slurm_lead_s", "grace_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InvalidArgumentError(
+                    f"PreemptionConfig.{name} must be at least 0 seconds, got {getattr(self, name)!r}"
+                )
+        if self.metadata not in ("auto", None) and (
+            not isinstance(self.metadata, tuple) or not set(self.metadata) <= set(CLOUDS)
+        ):
+            raise InvalidArgumentError(
+                f'PreemptionConfig.metadata must be "auto", None or a tuple of {", ".join(CLOUDS)}; got {self.metadata!r}'
+            )
+        if self.check is not None and not callable(self.check):
+            raise InvalidArgumentTypeError(
+                f"PreemptionConfig.check must be a function without arguments, got {self.check!r}"
+            )
+
+
+def _check_signals(names: tuple[str, ...]) -> None:
+    if not isinstance(names, tuple):
+        raise InvalidArgumentTypeError(f"PreemptionConfig.signals must be a tuple of names of signals, got {names!r}")
+    for name in names:
+        if name == "SIGINT":
+            raise InvalidArgumentError(
+                "PreemptionConfig.signals cannot contain SIGINT: Ctrl-C ends the call in progress"
+            )
+        if name in ("SIGKILL", "SIGSTOP"):
+            raise InvalidArgumentError(f"PreemptionConfig.signals cannot contain {name}: no process can see it coming")
+        if name not in PREEMPTION_SIGNALS and name not in signal.Signals.__members__:
+            raise InvalidArgumentError(
+                f"PreemptionConfig.signals must be names of signals such as SIGTERM; there is no {name!r}"
             )

@@ -87,3 +87,50 @@ class RemoteTraceback(TorchTrainerError):
 
     def __str__(self) -> str:
         return "\n" + str(self.args[0])
+
+
+class CheckpointError(TorchTrainerError, RuntimeError):
+    """Base of what can be wrong with checkpoints."""
+
+
+class CheckpointWriteError(CheckpointError):
+    """A checkpoint could not be written; older ones are intact. The message says where, why and what to change."""
+
+
+class CheckpointDamagedError(CheckpointError):
+    """A checkpoint is not what was written: its manifest or a file does not match its digest."""
+
+
+class CheckpointVersionError(CheckpointError):
+    """A checkpoint was written in a newer format than this version reads; it is left as it is."""
+
+
+class CheckpointFencedError(CheckpointError):
+    """A newer run owns the checkpoints now; this one may not write any more."""
+
+
+class SnapshotError(CheckpointError):
+    """A rank's state could not be copied: there is no memory for it, or it holds what may not go into a checkpoint."""
+
+
+class ResumeError(TorchTrainerError, RuntimeError):
+    """A run cannot be gone on with; the message says what differs and how to start anew."""
+
+
+class CallMismatchError(ResumeError):
+    """The script asks for another call than the run that it would go on with; the message names both."""
+
+
+class Preempted(SystemExit):
+    """The run was stopped because its machine or its time goes away; its state is saved, and the same command goes on.
+
+    Not an ``Exception``: it passes through ``except Exception`` and ends the script with exit code 75.
+
+    Args:
+        code: exit code.
+        text: what happened, in one line.
+    """
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(code)
+        self.text = text

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torchtrainer.arguments import (
@@ -17,14 +16,15 @@ from torchtrainer.arguments import (
     decide_threads,
     settings_from,
 )
-from torchtrainer.config import CheckpointConfig, FailureConfig, Timeouts, TrainSettings
-from torchtrainer.driver.run_dir import BorrowedRunDirectory, RunDirectory, open_run_dir
+from torchtrainer.config import CheckpointConfig, FailureConfig, PreemptionConfig, Timeouts, TrainSettings
 from torchtrainer.engines.base import Engine, GroupPlan
 from torchtrainer.engines.inline import LocalModeEngine, SpmdEngine, spmd_engine
 from torchtrainer.engines.local import shared_engine
+from torchtrainer.engines.snapshots import CheckpointOrders
 from torchtrainer.errors import InvalidArgumentError
 from torchtrainer.observe.devices import gpu_count
 from torchtrainer.observe.notices import notice
+from torchtrainer.resume import OpenRun, borrowed, known, open_run
 from torchtrainer.spec import BuildSpec
 from torchtrainer.topology import WORKER_MARK, Topology
 from torchtrainer.topology import current as current_topology
@@ -39,6 +39,13 @@ CREATORS = (
 )
 AS_GIVEN = ("seed", "compile", "wrap_ddp", "add_dist_sampler", "use_tqdm", "timeout_s")
 """Arguments that become settings of the ranks as they are."""
+OPTIONS: dict[str, Callable[[], Any]] = {
+    "config": dict,
+    "failure": FailureConfig,
+    "checkpoint": CheckpointConfig,
+    "preemption": PreemptionConfig,
+}
+"""What stands for None."""
 ENGINES = ("auto", "local", "spmd", "ray")
 
 
@@ -54,6 +61,8 @@ class RunPlan:
         gpus: GPU index per local rank, empty without GPUs.
         hang_timeout_s: longest time without progress.
         is_main: this process speaks for the run: it is the driver, or rank 0 of a launch.
+        watches_machine: of the processes of this machine, this one asks whether the machine will be taken away.
+        checkpoint, preemption: the user's options.
     """
 
     spec: BuildSpec
@@ -63,13 +72,17 @@ class RunPlan:
     gpus: tuple[int, ...]
     hang_timeout_s: float
     is_main: bool
+    watches_machine: bool
+    checkpoint: CheckpointConfig
+    preemption: PreemptionConfig
 
-    def for_group(self, *, log_dir: str, logs_stay: bool) -> GroupPlan:
+    def for_group(self, *, log_dir: str, logs_stay: bool, orders: CheckpointOrders | None) -> GroupPlan:
         """What an engine starts the ranks from.
 
         Args:
             log_dir: where the ranks' output goes.
             logs_stay: whether that directory outlives the run.
+            orders: where and how states are kept.
         """
         return GroupPlan(
             spec=self.spec,
@@ -80,17 +93,23 @@ class RunPlan:
             logs_stay=logs_stay,
             timeouts=Timeouts(),
             hang_timeout_s=self.hang_timeout_s,
+            checkpoint=orders,
+            save_every_s=self.checkpoint.every_seconds,
         )
 
-    def open_run_dir(self, run_dir: str | os.PathLike[str] | None) -> RunDirectory | BorrowedRunDirectory:
-        """Opens the directory of the run; under a launcher rank 0 does so, and the other ranks learn where it is.
+    def open_run(self, run_dir: str | os.PathLike[str] | None, resume: bool | str) -> OpenRun:
+        """Opens the directory of the run; under a launcher rank 0 does so, and the other ranks learn what it found.
 
         Raises:
             RunDirectoryError: it cannot be used.
+            ResumeError: there is nothing to go on with that fits.
         """
-        open_here = partial(open_run_dir, run_dir)
+
+        def open_here() -> OpenRun:
+            return open_run(run_dir, resume=resume, config=self.checkpoint, spec=self.spec, world_size=self.world_size)
+
         if isinstance(self.engine, SpmdEngine):
-            return self.engine.share_run_dir(open_here, self.spec.settings, self.gpus)
+            return self.engine.share(open_here, known, borrowed, self.spec.settings, self.gpus)
         return open_here()
 
 
@@ -110,15 +129,16 @@ def plan_run(given: Mapping[str, Any]) -> RunPlan:
             "when it is imported. Make it in the script itself, or below if __name__ == '__main__'"
         )
     creators = {name: given[name] for name in CREATORS}
-    config = {} if given["config"] is None else given["config"]
-    failure = FailureConfig() if given["failure"] is None else given["failure"]
+    given = {**given, **{name: make() for name, make in OPTIONS.items() if given[name] is None}}
+    config, failure = given["config"], given["failure"]
     check_creators(creators, given["training_operator_cls"])
     check_counts(given["num_workers"], given["min_workers"], config)
-    topology = None if given["use_local"] else _topology_for(given["engine"])
+    topology = _topology_for(given["engine"], given["use_local"])
     world_size = topology.world_size if topology else given["num_workers"]
     check_not_yet(
         resume=given["resume"],
-        checkpoint=given["checkpoint"] or CheckpointConfig(),
+        checkpoint=given["checkpoint"],
+        preemption=given["preemption"],
         failure=failure,
         engine=given["engine"],
         world_size=world_size,
@@ -130,16 +150,18 @@ def plan_run(given: Mapping[str, Any]) -> RunPlan:
     settings = _settings(given, use_gpu=bool(gpus))
     if topology is not None:
         _tell_ranks(topology, given["num_workers"])
+    operator_cls = given["training_operator_cls"]
     return RunPlan(
-        spec=BuildSpec(
-            settings=settings, config=config, training_operator_cls=given["training_operator_cls"], **creators
-        ),
+        spec=BuildSpec(settings=settings, config=config, training_operator_cls=operator_cls, **creators),
         engine=_engine_for(given["engine"], topology, given["use_local"]),
         world_size=world_size,
         threads=decide_threads(given["num_cpus_per_worker"], local_ranks),
         gpus=gpus,
         hang_timeout_s=settings.timeout_s if failure.hang_timeout_s == "auto" else failure.hang_timeout_s,
         is_main=topology is None or topology.rank == 0,
+        watches_machine=topology is None or topology.local_rank == 0,
+        checkpoint=given["checkpoint"],
+        preemption=given["preemption"],
     )
 
 
@@ -156,9 +178,9 @@ def _settings(given: Mapping[str, Any], *, use_gpu: bool) -> TrainSettings:
     )
 
 
-def _topology_for(engine: str | Engine) -> Topology | None:
+def _topology_for(engine: str | Engine, use_local: bool) -> Topology | None:
     """The launch that this process is part of, if the trainer is to attach to it."""
-    if not isinstance(engine, str):
+    if use_local or not isinstance(engine, str):
         return None
     if engine not in ENGINES:
         raise InvalidArgumentError(f"engine must be one of {', '.join(ENGINES)}, or an engine object; got {engine!r}")

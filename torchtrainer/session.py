@@ -1,15 +1,31 @@
-"""For scripts with a training loop of their own: who am I, under any launcher and inside a trainer's workers.
+"""For scripts with a training loop of their own, under any launcher: who am I, when to stop, and where to go on.
 
-Importing this module and asking for rank and world size do not import torch.
+Importing this module and asking for rank and world size do not import torch. The rest does, and needs the process group that
+the script has formed, if there are several ranks. See the page on scripts with their own loop.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from torchtrainer import topology
-from torchtrainer.errors import NotAvailableError
+from torchtrainer.config import PreemptionConfig
+from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError
+
+if TYPE_CHECKING:
+    from torchtrainer.own_loop.loader import OwnLoader
+    from torchtrainer.own_loop.loop import OwnLoop
+
+EXIT_PREEMPTED = 75
+"""What a script ends with that was stopped and has saved its state: start the same command again."""
+KEEP = 3
+"""How many checkpoints stay."""
+
+_settings: dict[str, Any] = {"run_dir": None, "keep": KEEP, "preemption": PreemptionConfig()}
+_loops: list[OwnLoop] = []
+"""The loop of this process, made when it is first needed."""
 
 
 def rank() -> int:
@@ -32,40 +48,106 @@ def world_size() -> int:
     return _place()[1]
 
 
+def configure(
+    *,
+    run_dir: str | os.PathLike[str] | None = None,
+    keep: int = KEEP,
+    preemption: PreemptionConfig | None = None,
+) -> None:
+    """Says where checkpoints go and what counts as a warning; before anything below is used, alike on all ranks.
+
+    Args:
+        run_dir: directory of the run; None: ``TORCHTRAINER_RUN_DIR`` of the environment, else ``./runs/<script>``. With ranks
+            on several machines it has to be on a file system that they share.
+        keep: how many checkpoints stay.
+        preemption: where warnings come from that the machine or the job will be taken away.
+
+    Raises:
+        InvalidArgumentError: ``keep`` is below 1, or the session is in use already.
+    """
+    if _loops:
+        raise InvalidArgumentError("session.configure comes first: the session of this script is in use already")
+    if type(keep) is not int or keep < 1:
+        raise InvalidArgumentError(f"keep must be a whole number of at least 1, got {keep!r}")
+    if run_dir is not None and not isinstance(run_dir, str | os.PathLike):
+        raise InvalidArgumentTypeError(f"run_dir must be a path or None, got {run_dir!r}")
+    if preemption is not None and not isinstance(preemption, PreemptionConfig):
+        raise InvalidArgumentTypeError(f"preemption must be a PreemptionConfig or None, got {preemption!r}")
+    _settings.update(run_dir=run_dir, keep=keep, preemption=preemption or PreemptionConfig())
+
+
 def should_stop() -> bool:
-    """Whether this run was asked to stop, for instance because the machine will be taken away.
+    """Whether to save and end now, because the machine or the job will be taken away. Ask once per step.
+
+    All ranks get True at the same step, whichever of them the warning came to; so all have to ask equally often. Costs next to
+    nothing until there is a warning: no exchange between the ranks. Once True, it stays True.
 
     Raises:
-        NotAvailableError: always, in this version.
+        EngineError: the ranks have formed no process group yet, or this is a worker of a trainer.
+        RunDirectoryError: the run directory cannot be used.
+        TimeoutError: the other ranks did not ask.
     """
-    _not_yet("should_stop")
+    return _loop().should_stop()
 
 
-def save_checkpoint(state: Any, step: int) -> None:  # noqa: ARG001  # the interface comes before the feature
-    """Save the state of the loop after ``step`` optimizer steps.
+def save_checkpoint(state: Any, step: int) -> str:
+    """Saves the state of the loop after ``step`` optimizer steps, and returns when it is on disk and verified.
+
+    A collective call. Where the loaders of `loader` stand, and the random streams of this process, are saved with it. Rank 0
+    writes; what is alike on all ranks is written once.
+
+    Args:
+        state: of this rank: tensors, numbers, text, and lists and dicts of them.
+        step: optimizer steps done.
+
+    Returns:
+        Directory of the checkpoint.
 
     Raises:
-        NotAvailableError: always, in this version.
+        InvalidArgumentTypeError: the state holds something else; on all ranks.
+        CheckpointWriteError: it is not on disk; older checkpoints are intact. On all ranks.
+        EngineError, RunDirectoryError: as for `should_stop`.
     """
-    _not_yet("save_checkpoint")
+    return _loop().save(state, step)
 
 
 def latest_checkpoint() -> Any:
-    """The state that was saved last and verifies; None if there is none.
+    """The state of this rank that was saved last and verifies; None if there is none. A collective call.
+
+    Loaders of `loader` go to where they stood, those made later included, and so do the random streams of this process: call
+    it when the model is built, right before the loop.
 
     Raises:
-        NotAvailableError: always, in this version.
+        ResumeError: it was saved by another number of ranks with states that differ, or by a trainer.
+        CheckpointError: a rank cannot read it.
+        EngineError, RunDirectoryError: as for `should_stop`.
     """
-    _not_yet("latest_checkpoint")
+    return _loop().latest()
 
 
-def loader(loader: Any) -> Any:  # noqa: ARG001  # the interface comes before the feature
-    """A loader that gives each sample exactly once over all ranks, and goes on where a resumed run stopped.
+def loader(loader: Any, *, seed: int = 0, training: bool = True) -> OwnLoader:
+    """A loader that gives each sample once per pass over all ranks, and goes on where a resumed run stopped.
+
+    A collective call; the loaders of a script are told apart by the order in which they are made.
+
+    Args:
+        loader: a ``DataLoader`` as for one rank; its ``batch_size`` is that of each rank.
+        seed: of the order, unless the loader has one of its own (``generator``, ``DistributedSampler``).
+        training: the ranks step together, so that each has the same number of batches; False: for an evaluation.
 
     Raises:
-        NotAvailableError: always, in this version.
+        UnshardableLoaderError: it cannot be dealt out; the message says why.
+        EngineError, RunDirectoryError: as for `should_stop`.
     """
-    _not_yet("loader")
+    return _loop().loader(loader, seed=seed, training=training)
+
+
+def _loop() -> OwnLoop:
+    if not _loops:
+        from torchtrainer.own_loop.loop import OwnLoop
+
+        _loops.append(OwnLoop(**_settings))
+    return _loops[0]
 
 
 def _place() -> tuple[int, int]:
@@ -74,10 +156,3 @@ def _place() -> tuple[int, int]:
         return dist.get_rank(), dist.get_world_size()
     launched = topology.current()
     return (0, 1) if launched is None else (launched.rank, launched.world_size)
-
-
-def _not_yet(name: str) -> NoReturn:
-    raise NotAvailableError(
-        f"session.{name} is not in this version yet, as are checkpoints and resuming: save state with torch.save, and "
-        "use session.rank() and session.world_size(), which work"
-    )

@@ -10,23 +10,36 @@ import socket
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from torchtrainer.arguments import NOT_YET, unknown_argument
-from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES, CheckpointConfig, FailureConfig
+from torchtrainer.calls import Calls, first, load_models, models_of, nothing, spell, spell_function, watch_notices
+from torchtrainer.checkpoint.journal import Journal, Recorded
+from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES, CheckpointConfig, FailureConfig, PreemptionConfig, Timeouts
 from torchtrainer.driver.interrupts import forget_interrupted_calls
 from torchtrainer.driver.run_dir import BorrowedRunDirectory, RunDirectory
+from torchtrainer.driver.run_record import RunState
 from torchtrainer.engines.base import Engine, Group
-from torchtrainer.engines.inline import InlineGroup
-from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, NotAvailableError, TrainerClosedError
+from torchtrainer.engines.inline_group import InlineGroup
+from torchtrainer.errors import (
+    InvalidArgumentError,
+    InvalidArgumentTypeError,
+    NotAvailableError,
+    Preempted,
+    TrainerClosedError,
+)
 from torchtrainer.observe.devices import GpuMonitor
 from torchtrainer.observe.events import Callbacks, EpochEvent, RunEndEvent, ValidateEvent
 from torchtrainer.observe.history import History, HistoryFile
 from torchtrainer.observe.notices import notice
+from torchtrainer.observe.shown import Shown
 from torchtrainer.observe.status import ProcessStatus, Status
 from torchtrainer.observe.watch import Watch
 from torchtrainer.planning import RunPlan, plan_run
+from torchtrainer.preempt.watch import NoticeWatch
+from torchtrainer.resume import OpenRun
 from torchtrainer.train.metrics import PassResult, reduce_results
 
 if TYPE_CHECKING:
@@ -66,7 +79,9 @@ class TorchTrainer:
         use_local: the one rank is this process, for debuggers.
         seed: everything random derives from it.
         run_dir: directory of the run; "auto": ``./runs/<script>/<time>``; None: nothing is kept.
-        resume, checkpoint: automatic resume and checkpoints; not in this version.
+        resume: go on with a run that was cut off: "auto", True (it must be there and fit) or False.
+        checkpoint: how often the state is saved, where, and how many states stay.
+        preemption: where warnings come from that the machine or the job will be taken away.
         failure: ``FailureConfig(hang_timeout_s=...)``; recovery is not in this version.
         engine: ``local``, ``spmd``, "auto", or an engine object.
         callbacks: objects with any of ``on_step``, ``on_epoch_end``, ``on_validate_end``, ``on_failure``,
@@ -109,6 +124,7 @@ class TorchTrainer:
         run_dir: str | os.PathLike[str] | None = "auto",
         resume: bool | str = "auto",
         checkpoint: CheckpointConfig | None = None,
+        preemption: PreemptionConfig | None = None,
         failure: FailureConfig | None = None,
         engine: str | Engine = "auto",
         callbacks: Iterable[object] = (),
@@ -125,29 +141,47 @@ class TorchTrainer:
         self.config = run.spec.config
         self._is_main = run.is_main
         self._epoch = self._step = 0
-        self._run_dir = run.open_run_dir(run_dir)
+        self._run = run.open_run(run_dir, resume)
+        self._run_dir = self._run.directory
         self._history = HistoryFile(self._run_dir.history)
+        self._notices = watch_notices(run, self._run)
+        self._calls = Calls(
+            journal=Journal(self._run_dir.root, self._run.records, writes=self._run.keeps),
+            checkpoint=self._run.checkpoint,
+            notices=self._notices,
+            timeouts=Timeouts(),
+            requeue=run.preemption.requeue,
+            on_preempted=partial(self._note, "preempted"),
+            speaks=run.is_main,
+        )
         self._gpu_monitor = GpuMonitor(os.environ) if run.gpus else None
         self._watch = Watch(
             callbacks=self._callbacks,
             use_tqdm=use_tqdm and run.is_main,
             world_size=run.world_size,
             gpus=self._gpu_monitor,
+            shown=Shown(self._run_dir.shown_steps if self._run.keeps and self._callbacks else None),
+            look=self._calls.look,
+            on_saved=self._calls.noted,
+            on_signal=self._calls.heard,
         )
         self._start(run)
 
     def _start(self, run: RunPlan) -> None:
-        plan = run.for_group(log_dir=str(self._run_dir.logs), logs_stay=self._run_dir.durable)
+        orders = self._run.orders(run.checkpoint, Timeouts(), run.preemption.signals)
+        plan = run.for_group(log_dir=str(self._run_dir.logs), logs_stay=self._run_dir.durable, orders=orders)
         self._watch.begin_start(f"starting {run.world_size} worker{'s' if run.world_size > 1 else ''}")
         try:
             self._group = run.engine.start_group(plan, self._watch)
         except BaseException:
-            self._run_dir.close()
+            self._note("failed")
+            _close_all(self._run_dir, self._notices, self._gpu_monitor)
             raise
         finally:
             self._watch.end_start()
+        self._calls.attach(self._group)
         # Also when nobody calls shutdown: with the trainer, or at the latest with this process.
-        self._finalizer = weakref.finalize(self, _end, self._group, self._run_dir, self._gpu_monitor)
+        self._finalizer = weakref.finalize(self, _end, self._group, self._run, self._notices, self._gpu_monitor)
 
     # Training
 
@@ -184,11 +218,17 @@ class TorchTrainer:
             raise unknown_argument(name, ("num_steps", "profile", "reduce_results", "max_retries", "info"))
         if max_retries is not None and (not isinstance(max_retries, int) or max_retries < 0):
             raise InvalidArgumentError(f"max_retries must be a whole number of at least 0, got {max_retries!r}")
-        results = self._pass("train", num_steps, profile, info)
+        call = spell_pass("train", num_steps, profile, reduce_results, info)
+        known = self._calls.recorded(call, "train", num_steps=num_steps, profile=profile, info=info)
+        if known is not None:
+            return self._take(known)
+        results = self._pass("train", call, num_steps, profile, info)
         self._epoch = max((r.metrics["epoch"] for r in results), default=self._epoch)
         metrics = reduce_results_or_list(results, reduce_results)
+        self._done(call, metrics)
         self._record("train", metrics)
         self._callbacks.on_epoch_end(EpochEvent(epoch=self._epoch, step=self._step, metrics=metrics))
+        self._calls.leave_if_noticed()
         return metrics
 
     def validate(
@@ -214,10 +254,16 @@ class TorchTrainer:
         """
         for name in unknown:
             raise unknown_argument(name, ("num_steps", "profile", "reduce_results", "info"))
-        results = self._pass("validate", num_steps, profile, info)
+        call = spell_pass("validate", num_steps, profile, reduce_results, info)
+        known = self._calls.recorded(call, "validate", num_steps=num_steps, profile=profile, info=info)
+        if known is not None:
+            return self._take(known)
+        results = self._pass("validate", call, num_steps, profile, info)
         metrics = reduce_results_or_list(results, reduce_results)
+        self._done(call, metrics)
         self._record("validate", metrics)
         self._callbacks.on_validate_end(ValidateEvent(epoch=self._epoch, step=self._step, metrics=metrics))
+        self._calls.leave_if_noticed()
         return metrics
 
     def fit(self, epochs: int, validate_every: int = 1) -> History:
@@ -249,12 +295,14 @@ class TorchTrainer:
     def apply_all_workers(self, fn: Callable[[], Any]) -> list[Any]:
         """Runs a function without arguments in every worker process; returns the results in rank order."""
         _check_function("apply_all_workers", fn)
-        return self._call("apply_worker", fn=fn)
+        found: list[Any] = self._remembered(spell_function("apply_all_workers", fn), "apply_worker", list, fn=fn)
+        return found
 
     def apply_all_operators(self, fn: Callable[[TrainingOperator], Any]) -> list[Any]:
         """Runs a function of the operator on every rank; returns the results in rank order."""
         _check_function("apply_all_operators", fn)
-        return self._call("apply_operator", fn=fn)
+        found: list[Any] = self._remembered(spell_function("apply_all_operators", fn), "apply_operator", list, fn=fn)
+        return found
 
     def update_scheduler(self, metric: Any) -> None:
         """Calls ``scheduler.step(metric)`` for every registered scheduler on every rank.
@@ -262,7 +310,7 @@ class TorchTrainer:
         Raises:
             RuntimeError: no scheduler is registered.
         """
-        self._call("update_scheduler", metric=metric)
+        self._remembered("update_scheduler(metric)", "update_scheduler", nothing, metric=metric)
 
     def get_model(self, to_cpu: bool = True) -> Any:
         """Returns a copy of the trained model, without DDP around it; a list if there are several.
@@ -270,7 +318,14 @@ class TorchTrainer:
         Args:
             to_cpu: on the CPU, whatever it was trained on.
         """
-        return self._call("get_model", to_cpu=to_cpu)[0]
+        call = spell("get_model", to_cpu=None if to_cpu else False)
+        known = self._calls.recorded(call, "state_dict")
+        model = self._call("get_model", to_cpu=to_cpu)[0]
+        if known is not None:
+            load_models(model, self._take(known)["models"])
+        else:
+            self._done(call, {"models": models_of(model)})
+        return model
 
     def get_local_operator(self) -> TrainingOperator:
         """Returns the operator of the rank that is this process.
@@ -293,7 +348,7 @@ class TorchTrainer:
 
         States of any number of ranks interchange: models are without DDP, so without a ``module.`` prefix.
         """
-        state: dict[str, Any] = self._call("state_dict")[0]
+        state: dict[str, Any] = self._remembered("state_dict()", "state_dict", first)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -302,19 +357,25 @@ class TorchTrainer:
         Raises:
             ValueError: the state belongs to other models, optimizers or schedulers; the first difference is named.
         """
-        self._call("load_state_dict", state=state)
+        self._remembered("load_state_dict(state)", "load_state_dict", nothing, state=state)
         self._epoch = int(state.get("epoch", 0))
 
     def save(self, path: str | os.PathLike[str]) -> str:
         """Saves `state_dict` by ``torch.save``; returns the path. Under a launcher rank 0 writes."""
         import torch
 
-        state = self.state_dict()
+        call = spell("save", path=os.fspath(path))
+        known = self._calls.recorded(call, "state_dict")
+        if known is not None:
+            self._take(known)
+            return os.fspath(path)
+        state = self._call("state_dict")[0]
         if self._is_main:
             torch.save(state, path)
             _warn_about_extras(path)
         if isinstance(self._group, InlineGroup):
             self._group.wait_for_all()  # no rank may read what rank 0 still writes
+        self._done(call, None)
         return os.fspath(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -382,7 +443,8 @@ class TorchTrainer:
         group, self._group = self._group, None
         if group is None:
             return
-        _end(group, self._run_dir, self._gpu_monitor, force=force)
+        self._note(END_STATES[reason])
+        _end(group, self._run, self._notices, self._gpu_monitor, force=force)
         self._finalizer.detach()
         seconds = time.monotonic() - self._started_at
         self._callbacks.on_run_end(RunEndEvent(reason=reason, step=self._step, epoch=self._epoch, seconds=seconds))
@@ -393,7 +455,7 @@ class TorchTrainer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close("finished" if kind is None else "failed", force=kind is not None)
+        self._close(_reason(kind), force=kind is not None)
 
     # Parts
 
@@ -407,21 +469,46 @@ class TorchTrainer:
     def _call(self, method: str, **keywords: Any) -> list[Any]:
         return self._living_group().call(method, **keywords).values
 
-    def _pass(self, method: str, num_steps: int | None, profile: bool, info: dict[str, Any] | None) -> list[PassResult]:
+    def _remembered(self, call: str, method: str, pick: Callable[[list[Any]], Any], **keywords: Any) -> Any:
+        """A call whose result, picked from those of the ranks, is recorded for a later start of the script."""
+        self._living_group()
+        known = self._calls.recorded(call, method, **keywords)
+        if known is not None:
+            return self._take(known)
+        result = pick(self._call(method, **keywords))
+        self._done(call, result)
+        return result
+
+    def _take(self, known: Recorded) -> Any:
+        """The result of a call that was completed in an earlier start of the script."""
+        self._step, self._epoch = known.step, known.epoch
+        return known.result
+
+    def _done(self, call: str, result: Any) -> None:
+        self._calls.done(call, result, step=self._step, epoch=self._epoch)
+
+    def _note(self, state: RunState) -> None:
+        self._run.note(state, step=self._step, epoch=self._epoch)
+
+    def _pass(
+        self, method: str, call: str, num_steps: int | None, profile: bool, info: dict[str, Any] | None
+    ) -> list[PassResult]:
         group = self._living_group()
         if num_steps is not None and (type(num_steps) is not int or num_steps < 0):
             raise InvalidArgumentError(f"num_steps must be a whole number of at least 0 or None, got {num_steps!r}")
         if info is not None and not isinstance(info, dict):
             raise InvalidArgumentTypeError(f"info must be a dict, got {info!r}")
-        self._watch.begin_pass(f"{method} epoch {self._epoch + (method == 'train')}")
+        self._watch.begin_pass(f"{method} epoch {self._epoch + (method == 'train')}", self._calls.journal.index)
         try:
-            result = group.call(method, num_steps=num_steps, profile=profile, info=info)
-        except KeyboardInterrupt:
+            result = self._calls.run(method, call, num_steps=num_steps, profile=profile, info=info)
+        except BaseException as error:
             self._note_position(group)
+            self._note(END_STATES[_reason(type(error))])
             raise
         finally:
             self._watch.end_pass()
         self._note_position(group)
+        self._note("running")
         return result.values
 
     def _note_position(self, group: Group) -> None:
@@ -442,6 +529,13 @@ class TorchTrainer:
         )
 
 
+def spell_pass(method: str, num_steps: int | None, profile: bool, reduce: bool, info: dict[str, Any] | None) -> str:
+    """A pass as the user would write it, without what is as it is by default."""
+    return spell(
+        method, num_steps=num_steps, profile=profile or None, reduce_results=None if reduce else False, info=info
+    )
+
+
 def reduce_results_or_list(results: list[PassResult], reduce: bool) -> Any:
     """What a call returns: one dict for all ranks, or what each rank returned."""
     return reduce_results(results) if reduce else [result.metrics for result in results]
@@ -452,15 +546,39 @@ def _check_function(method: str, fn: Any) -> None:
         raise InvalidArgumentTypeError(f"{method} takes a function, got {fn!r}")
 
 
-def _end(
-    group: Group, run_dir: RunDirectory | BorrowedRunDirectory, gpus: GpuMonitor | None, force: bool = True
-) -> None:
+END_STATES: dict[str, RunState] = {
+    "finished": "finished",
+    "failed": "failed",
+    "interrupted": "interrupted",
+    "preempted": "preempted",
+}
+"""How a run is left, by the reason of its end."""
+
+
+def _reason(error: type[BaseException] | None) -> str:
+    """Why a run ends, from the exception that ends it."""
+    if error is None:
+        return "finished"
+    if issubclass(error, Preempted):
+        return "preempted"
+    return "interrupted" if issubclass(error, KeyboardInterrupt) else "failed"
+
+
+def _end(group: Group, run: OpenRun, notices: NoticeWatch | None, gpus: GpuMonitor | None, force: bool = True) -> None:
     try:
         group.end(force)
     finally:
-        run_dir.close()
-        if gpus is not None:
-            gpus.close()
+        run.note_end()
+        _close_all(run.directory, notices, gpus)
+
+
+def _close_all(
+    run_dir: RunDirectory | BorrowedRunDirectory, notices: NoticeWatch | None, gpus: GpuMonitor | None
+) -> None:
+    run_dir.close()
+    for one in (notices, gpus):
+        if one is not None:
+            one.close()
 
 
 def _warn_about_extras(path: str | os.PathLike[str]) -> None:

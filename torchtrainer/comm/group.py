@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from torchtrainer.errors import EngineError, InvalidArgumentError
-from torchtrainer.topology import LOOPBACK, Topology
+from torchtrainer.topology import LOOPBACK, Topology, attempt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -239,7 +239,7 @@ class MeetingPlace:
         if self._store is None:
             self._store = self._open(timeout)
         self._groups += 1
-        store: Store = PrefixStore(f"torchtrainer/{self._groups}", self._store)
+        store: Store = PrefixStore(f"torchtrainer/{attempt()}/{self._groups}", self._store)
         store.set_timeout(timeout)
         return store
 

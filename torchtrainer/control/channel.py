@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import zmq
 
-from torchtrainer.control.messages import Message, decode, encode
+from torchtrainer.control.wire import Message, decode, encode
 
 RECONNECT_MS = 5
 """How often a peer that is there before the host tries again, in milliseconds."""

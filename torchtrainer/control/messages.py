@@ -1,55 +1,22 @@
 """The messages that driver, host and workers exchange.
 
-A message is a frozen dataclass. On the wire it is one JSON frame, ``{"message": class name, fields...}``, and at most one binary
-frame, the field ``blob``. What a blob holds is said at each message; the receiver decides whether to open it. Nothing here
-unpickles anything.
+What a blob holds is said at each message; the receiver decides whether to open it. How they travel: `torchtrainer.control.wire`.
 
     driver --> host --> worker        Call, PrepareStop, StopAt, EndWorker
+               host --> worker        SnapshotAnswer, SnapshotDone
     driver --> host                   StartGroup, KillGroup, SignalWorkers, DumpStacks, Quit
-    worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Beat
+    worker --> host                   SnapshotWanted, SnapshotTaken
+    worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Beat, Heard
     host   --> driver                 EngineReady, EngineFailed, GroupFailed, WorkerStarted, WorkerExited, GroupGone,
-                                      Output, Stacks
+                                      Output, Stacks, CheckpointEnded
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
-M = TypeVar("M", bound="Message")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Message:
-    """Base of all messages."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForWorker(Message):
-    """A message that the host hands on to workers.
-
-    Attributes:
-        group: worker group.
-        rank: addressee; None: every rank.
-    """
-
-    group: str
-    rank: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class FromWorker(Message):
-    """A message that the host hands on to the driver.
-
-    Attributes:
-        group: worker group.
-        rank: sender.
-    """
-
-    group: str
-    rank: int
-
+from torchtrainer.control.wire import ForWorker, FromWorker, Message
 
 # driver to worker
 
@@ -65,17 +32,36 @@ class Call(ForWorker):
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareStop(ForWorker):
-    """At your next step boundary in this call, say where you are and hold."""
+    """At your next step boundary in this call, say where you are and hold. ``round``: counts such requests in a call."""
 
     call: int
+    round: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class StopAt(ForWorker):
-    """End the pass of this call at this boundary (batches completed in the call)."""
+    """At this boundary (batches completed in the call), save the state, end the pass, or both."""
 
     call: int
+    round: int
     boundary: int
+    stop: bool
+    save: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotAnswer(ForWorker):
+    """Whether this snapshot is to be taken; alike for all ranks."""
+
+    number: int
+    go: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotDone(ForWorker):
+    """The checkpoint of this snapshot is on disk, or will not be."""
+
+    number: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +89,7 @@ class StartGroup(Message):
         gpus: GPU index per rank, empty without GPUs.
         heartbeat_s: seconds between two heartbeats.
         progress_s: seconds between two progress reports of rank 0 during a call.
+        checkpoint: where and how states are kept, fields of `CheckpointOrders`; None: nothing is kept.
     """
 
     group: str
@@ -118,6 +105,7 @@ class StartGroup(Message):
     heartbeat_s: float = 1.0
     progress_s: float = 0.1
     hold_s: float = 60.0
+    checkpoint: dict[str, Any] | None = None
     blob: bytes = b""
 
 
@@ -182,12 +170,14 @@ class Reply(FromWorker):
         form: how ``blob`` is written: ``json``, ``pass`` (JSON of metrics and their weights), ``state`` (by ``torch.save``) or
             ``pickle`` (a value that the user's call returns as an object).
         stopped: the pass was ended at a boundary by `StopAt`.
+        snapshot: number of the latest snapshot that was taken; 0: none.
         step, epoch: progress after the call.
     """
 
     call: int
     form: str
     stopped: bool = False
+    snapshot: int = 0
     step: int = 0
     epoch: int = 0
     blob: bytes = b""
@@ -222,7 +212,45 @@ class Boundary(FromWorker):
     """Answer to `PrepareStop`: this rank holds after so many batches of the call."""
 
     call: int
+    round: int
     boundary: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heard(FromWorker):
+    """A signal that warns of a preemption came to this rank's process."""
+
+    signum: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotWanted(FromWorker):
+    """This rank is ready to copy its share of a snapshot.
+
+    Attributes:
+        number: of the snapshot, from 1; all ranks count alike.
+        must: wait for a checkpoint that is being written; else leave this one out.
+    """
+
+    number: int
+    must: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotTaken(FromWorker):
+    """This rank's share is copied.
+
+    Attributes:
+        number: of the snapshot.
+        meta: for the manifest.
+        stall_s: how long training stood still for it.
+        error: why it was not copied; empty if it was.
+    """
+
+    number: int
+    meta: dict[str, Any]
+    stall_s: float
+    error: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +278,34 @@ class Beat(FromWorker):
 
 
 # host to driver
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointEnded(Message):
+    """A snapshot was written, or could not be.
+
+    Attributes:
+        group: worker group.
+        number: of the snapshot.
+        step, epoch: of the state.
+        path: of the checkpoint; empty if there is none.
+        stall_s: how long training stood still for it.
+        seconds: how long it was written for.
+        size_bytes: of the state.
+        error: why there is no checkpoint.
+        problems: what else the user should know.
+    """
+
+    group: str
+    number: int
+    step: int
+    epoch: int = 0
+    path: str = ""
+    stall_s: float = 0.0
+    seconds: float = 0.0
+    size_bytes: int = 0
+    error: str = ""
+    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,41 +375,3 @@ class Stacks(FromWorker):
     """Python stacks of all threads of a rank."""
 
     text: str
-
-
-def _all_subclasses(cls: type[Message]) -> list[type[Message]]:
-    found: list[type[Message]] = []
-    for sub in cls.__subclasses__():
-        found += [sub, *_all_subclasses(sub)]
-    return found
-
-
-_KINDS: dict[str, type[Message]] = {cls.__name__: cls for cls in _all_subclasses(Message)}
-
-
-def encode(message: Message) -> list[bytes]:
-    """Writes a message as frames."""
-    header: dict[str, Any] = {"message": type(message).__name__}
-    frames: list[bytes] = []
-    for item in fields(message):
-        value = getattr(message, item.name)
-        if item.name == "blob":
-            frames.append(value)
-        else:
-            header[item.name] = value
-    return [json.dumps(header).encode(), *frames]
-
-
-def decode(frames: list[bytes]) -> Message:
-    """Reads a message from its frames.
-
-    Raises:
-        ValueError: the frames are not one of our messages.
-    """
-    header = json.loads(frames[0])
-    cls = _KINDS.get(header.pop("message", None))
-    if cls is None:
-        raise ValueError(f"unknown message {frames[0][:80]!r}")
-    if len(frames) > 1:
-        header["blob"] = frames[1]
-    return cls(**header)

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from torchtrainer.config import Timeouts
 from torchtrainer.control.channel import Dealer
-from torchtrainer.control.messages import EngineFailed, Message, Quit
+from torchtrainer.control.messages import EngineFailed, Quit
+from torchtrainer.control.wire import Message
 from torchtrainer.driver.states import HostLost
 from torchtrainer.process.guard import open_pidfd
 from torchtrainer.process.paths import EnginePaths
@@ -32,6 +33,9 @@ class HostConnection:
     Args:
         start_method: ``fork`` or ``exec``.
         timeouts: deadlines; ``cleanup_s`` is used here.
+
+    Attributes:
+        write_s: how long a checkpoint that is being written is waited for at the end.
     """
 
     def __init__(self, start_method: str, timeouts: Timeouts) -> None:
@@ -48,6 +52,7 @@ class HostConnection:
         self._inboxes: dict[str, deque[Incoming]] = {}
         self._lost: str | None = None
         self._closed = False
+        self.write_s = 0.0
         self.owner_pid = os.getpid()
 
     @property
@@ -105,7 +110,7 @@ class HostConnection:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
             try:
-                self._process.wait(self._timeouts.cleanup_s)
+                self._process.wait(max(self._timeouts.cleanup_s, self.write_s))  # it may still write a checkpoint
             except subprocess.TimeoutExpired:
                 self._process.kill()  # the kernel then kills the spawner, and with it the workers
                 self._process.wait()

@@ -9,10 +9,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torchtrainer.config import Timeouts
-from torchtrainer.control.messages import Beat, Output, Reply, StartGroup
+from torchtrainer.control.messages import Beat, CheckpointEnded, Heard, Output, Reply, StartGroup
 from torchtrainer.driver.causes import Cause
 from torchtrainer.driver.connection import POLL_S, HostConnection, Incoming
 from torchtrainer.driver.interrupts import HeldInterrupts
@@ -29,6 +29,7 @@ from torchtrainer.driver.states import (
     Machine,
     Raised,
     Returned,
+    SaveRequested,
     Send,
     StopRequested,
     Tick,
@@ -48,16 +49,23 @@ class Listener(Protocol):
     def on_output(self, output: Output) -> None:
         """Rank 0 wrote lines."""
 
+    def on_checkpoint(self, ended: CheckpointEnded) -> None:
+        """A checkpoint was written, or could not be."""
+
+    def on_heard(self, heard: Heard) -> None:
+        """A signal that warns of a preemption came to a rank."""
+
     def on_failure(self, cause: Cause, error: BaseException) -> None:
         """The group failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a call ended: replies in rank order, whether it was stopped early."""
+    """How a call ended: replies in rank order, whether it was stopped early, the latest snapshot."""
 
     replies: tuple[Reply, ...]
     stopped: bool
+    snapshot: int
 
 
 class Controller:
@@ -81,6 +89,7 @@ class Controller:
         timeouts: Timeouts,
         hang_timeout_s: float,
         listener: Listener,
+        save_every_s: float | Literal["auto"] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connection = connection
@@ -101,6 +110,7 @@ class Controller:
             timeouts=timeouts,
             hang_timeout_s=hang_timeout_s,
             now=clock(),
+            save_every_s=save_every_s,
         )
 
     @property
@@ -155,7 +165,31 @@ class Controller:
         self._doing = f"{method}()"
         self._outcome = None
         returned = self._await_outcome(CallRequested(method=method, blob=blob))
-        return Outcome(replies=returned.replies, stopped=any(reply.stopped for reply in returned.replies))
+        return Outcome(
+            replies=returned.replies,
+            stopped=any(reply.stopped for reply in returned.replies),
+            snapshot=max((reply.snapshot for reply in returned.replies), default=0),
+        )
+
+    def stop(self) -> None:
+        """Has the running call end at the next step boundary, with the state saved; from a callback of the listener."""
+        with HeldInterrupts(), self._turning:
+            self._handle(StopRequested(signum=None, save=True))
+
+    def save(self) -> None:
+        """Has the state saved at the next step boundary of the running call; from a callback of the listener."""
+        with HeldInterrupts(), self._turning:
+            self._handle(SaveRequested())
+
+    def await_checkpoint(self, snapshot: int, timeout_s: float) -> CheckpointEnded | None:
+        """Waits until a snapshot is on disk, or cannot be; None if it took too long."""
+        deadline = self._clock() + timeout_s
+        while not self.closed and self._clock() < deadline:
+            ended = self._machine.ended
+            if ended is not None and ended.number >= snapshot:
+                return ended
+            self._turn()
+        return None
 
     def end(self, force: bool = False) -> None:
         """Ends the group and waits until nothing of it is left. Idempotent."""
@@ -208,6 +242,10 @@ class Controller:
             self._listener.on_beat(message)
         elif isinstance(message, Output):
             self._listener.on_output(message)
+        elif isinstance(message, CheckpointEnded):
+            self._listener.on_checkpoint(message)
+        elif isinstance(message, Heard):
+            self._listener.on_heard(message)
 
     def _handle(self, event: Event) -> None:
         self._machine, actions = handle(self._machine, event, self._clock())

@@ -22,6 +22,7 @@ from torchtrainer.control.messages import (
     Beat,
     Boundary,
     Call,
+    CheckpointEnded,
     DumpStacks,
     EndWorker,
     EngineFailed,
@@ -29,19 +30,17 @@ from torchtrainer.control.messages import (
     GroupFailed,
     GroupGone,
     KillGroup,
-    PrepareStop,
     Reply,
     SignalWorkers,
     Stacks,
-    StopAt,
     WorkerExited,
     WorkerReady,
     WorkerStarted,
 )
+from torchtrainer.driver.agreement import ask, decide, save_is_due
 from torchtrainer.driver.causes import Cause, EngineLost, StartTimedOut, UserCodeFailed, WorkerDied, WorkerHung
-from torchtrainer.driver.policies import STEPPING_METHODS, Stop, after_failure, find_hung, root_cause
+from torchtrainer.driver.policies import STEPPING_METHODS, Stop, after_failure, find_hung, root_cause, save_interval_s
 from torchtrainer.driver.states import (
-    TO_THE_END,
     Action,
     Calling,
     CallRequested,
@@ -56,6 +55,7 @@ from torchtrainer.driver.states import (
     Machine,
     Raised,
     Returned,
+    SaveRequested,
     Send,
     Starting,
     StopRequested,
@@ -169,7 +169,17 @@ def on_boundary(machine: Machine, event: Boundary, now: float) -> Result:
     state = machine.state
     if not isinstance(state, Calling) or event.call != machine.call or state.boundaries is None:
         return machine, ()
-    return _decide_stop(machine, replace(state, boundaries={**state.boundaries, event.rank: event.boundary}))
+    if event.round != state.round:
+        return machine, ()
+    return decide(machine, replace(state, boundaries={**state.boundaries, event.rank: event.boundary}))
+
+
+def on_checkpoint_ended(machine: Machine, event: CheckpointEnded, now: float) -> Result:
+    """Sent when a snapshot was written, or could not be."""
+    machine = replace(machine, ended=event)
+    if machine.save_cheaply and event.stall_s:
+        machine = replace(machine, save_every_s=save_interval_s(event.stall_s, event.seconds))
+    return machine, ()
 
 
 def on_stacks(machine: Machine, event: Stacks, now: float) -> Result:
@@ -226,12 +236,21 @@ def on_call_requested(machine: Machine, event: CallRequested, now: float) -> Res
 def on_stop_requested(machine: Machine, event: StopRequested, now: float) -> Result:
     """Sent when the user interrupts a call."""
     state = machine.state
-    if not isinstance(state, Calling) or state.boundaries is not None:
+    if not isinstance(state, Calling) or state.stop:
         return machine, ()
     if state.method not in STEPPING_METHODS:
+        if event.signum is None:
+            return machine, ()
         return machine, (Send(message=SignalWorkers(group=machine.group, signum=event.signum)),)
-    prepare = PrepareStop(group=machine.group, call=machine.call)
-    return machine.to(replace(state, boundaries={})), (Send(message=prepare),)
+    return ask(machine, replace(state, stop=True, save=event.save), now)
+
+
+def on_save_requested(machine: Machine, event: SaveRequested, now: float) -> Result:
+    """Sent when the user's machine may go soon."""
+    state = machine.state
+    if not isinstance(state, Calling) or state.method not in STEPPING_METHODS or state.stop:
+        return machine, ()
+    return ask(machine, replace(state, save=True), now)
 
 
 def on_end_requested(machine: Machine, event: EndRequested, now: float) -> Result:
@@ -250,6 +269,8 @@ def on_tick(machine: Machine, event: Tick, now: float) -> Result:
     if isinstance(state, Starting | Calling):
         if state.settle_at is not None:
             return _settle(machine, state, now) if now >= state.settle_at else (machine, ())
+        if isinstance(state, Calling) and save_is_due(machine, state, now):
+            return ask(machine, replace(state, save=True), now)
         if isinstance(state, Starting):
             late = _late_start(machine, state, now)
             if late is not None:
@@ -272,6 +293,7 @@ _ON: dict[type, Callable[[Machine, Any, float], Result]] = {
     Failure: on_failure,
     WorkerExited: on_worker_exited,
     Boundary: on_boundary,
+    CheckpointEnded: on_checkpoint_ended,
     Stacks: on_stacks,
     GroupFailed: on_group_failed,
     GroupGone: on_group_gone,
@@ -279,6 +301,7 @@ _ON: dict[type, Callable[[Machine, Any, float], Result]] = {
     HostLost: on_host_lost,
     CallRequested: on_call_requested,
     StopRequested: on_stop_requested,
+    SaveRequested: on_save_requested,
     EndRequested: on_end_requested,
     Tick: on_tick,
 }
@@ -299,7 +322,7 @@ def _settle_or_wait(machine: Machine, state: Starting | Calling, now: float) -> 
     if len(_reported(machine, state)) == machine.world_size:
         return _settle(machine, state, now)
     if isinstance(state, Calling) and state.boundaries is not None:
-        return _decide_stop(machine, state)
+        return decide(machine, state)
     return machine.to(state), ()
 
 
@@ -316,17 +339,6 @@ def _settle(machine: Machine, state: Starting | Calling, now: float) -> Result:
     if isinstance(decision, Stop) or not isinstance(cause, UserCodeFailed) or isinstance(state, Starting):
         return _kill(machine.to(state), cause, now)
     return machine.to(Idle()), (Raised(cause=cause, usable=True),)
-
-
-def _decide_stop(machine: Machine, state: Calling) -> Result:
-    """Says where to stop once every rank holds or has come to the end."""
-    assert state.boundaries is not None
-    answered = set(state.boundaries) | {r.rank for r in state.replies}
-    if state.decided or len(answered) < machine.world_size or not state.boundaries:
-        return machine.to(state), ()
-    boundary = TO_THE_END if state.replies else max(state.boundaries.values())
-    stop = StopAt(group=machine.group, call=machine.call, boundary=boundary)
-    return machine.to(replace(state, decided=True)), (Send(message=stop),)
 
 
 def _late_start(machine: Machine, state: Starting, now: float) -> StartTimedOut | None:

@@ -8,11 +8,27 @@ from dataclasses import dataclass, replace
 from torchtrainer.control.messages import Failure
 from torchtrainer.driver.causes import Cause, UserCodeFailed, WorkerDied
 
+MIN_SAVE_EVERY_S = 10.0
+"""Shortest time between two checkpoints where it follows from what they cost."""
 STEPPING_METHODS = frozenset({"train", "validate"})
 """Calls that draw batches: they can be ended at a step boundary, and a rank that fails in one leaves the others waiting."""
 
 EXCHANGING = "backward"
 """The phase in which a rank waits for the others."""
+
+
+MAX_SAVING_SHARE = 0.01
+"""Largest part of the time for which training may stand still for checkpoints, where their number follows from that."""
+
+
+def save_interval_s(stall_s: float, write_s: float) -> float:
+    """Seconds between two checkpoints that cost no more than a hundredth, and of which only one is being written.
+
+    Args:
+        stall_s: how long training stood still for the latest one.
+        write_s: how long it was being written.
+    """
+    return max(MIN_SAVE_EVERY_S, stall_s / MAX_SAVING_SHARE, 2 * write_s)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,11 @@ class RunFiles:
         return self.root / "logs"
 
     @property
+    def shown_steps(self) -> Path:
+        """How far callbacks have seen the run."""
+        return self.root / "shown"
+
+    @property
     def history(self) -> Path:
         """One line per result."""
         return self.root / "history.jsonl"
@@ -34,6 +39,10 @@ class RunDirectory(RunFiles):
 
     root/
       lock            held while the run lives; holds the pid of its driver
+      run.json        which script and arguments made the run, and how it stands
+      calls.jsonl     one line per completed call; calls/ holds results that are no JSON
+      checkpoints/    see `torchtrainer.checkpoint.store`
+      shown           how far callbacks have seen the run
       history.jsonl   one line per train() or validate()
       logs/rank_<r>/  stdout.log, stderr.log, error.json, stacks.txt
 
@@ -115,6 +124,25 @@ class BorrowedRunDirectory(RunFiles):
         """Leaves everything to the owner."""
 
 
+def is_live(root: Path) -> bool:
+    """Whether a run in this directory is going on."""
+    if sys.platform == "win32":  # no advisory locks there
+        return False
+    import fcntl
+
+    try:
+        fd = os.open(root / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 def automatic_root(now: datetime) -> Path:
     """Where ``run_dir="auto"`` points: ``./runs/<script or notebook>/<time>``, a fresh directory for each run."""
     base = Path(RUNS) / program_name()
@@ -137,6 +165,12 @@ def program_name() -> str:
     return Path(script).stem if script else "interactive"
 
 
+def check_run_dir(run_dir: object) -> None:
+    """Raises an InvalidArgumentTypeError if this cannot be meant as a run directory."""
+    if run_dir is not None and not isinstance(run_dir, str | os.PathLike):
+        raise InvalidArgumentTypeError(f'run_dir must be a path, "auto" or None, got {run_dir!r}')
+
+
 def open_run_dir(run_dir: str | os.PathLike[str] | None) -> RunDirectory | BorrowedRunDirectory:
     """Opens the directory that the user asked for.
 
@@ -146,8 +180,7 @@ def open_run_dir(run_dir: str | os.PathLike[str] | None) -> RunDirectory | Borro
     Raises:
         RunDirectoryError: it cannot be used.
     """
-    if run_dir is not None and not isinstance(run_dir, str | os.PathLike):
-        raise InvalidArgumentTypeError(f'run_dir must be a path, "auto" or None, got {run_dir!r}')
+    check_run_dir(run_dir)
     if run_dir is None:
         return BorrowedRunDirectory(None)
     return RunDirectory(automatic_root(datetime.now()) if run_dir == "auto" else Path(run_dir))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from torchtrainer.config import Timeouts
-from torchtrainer.control.messages import Failure, Message, Reply
+from torchtrainer.control.messages import CheckpointEnded, Failure, Reply
+from torchtrainer.control.wire import Message
 from torchtrainer.driver.causes import Cause, WorkerDied, WorkerHung
-from torchtrainer.driver.policies import RankView
+from torchtrainer.driver.policies import MIN_SAVE_EVERY_S, RankView
 
 TO_THE_END = 1 << 62
 """A boundary that no pass reaches: go on to the end, since another rank has already got there."""
@@ -31,9 +32,20 @@ class CallRequested:
 
 @dataclass(frozen=True, kw_only=True)
 class StopRequested:
-    """The user wants the running call to end early; ``signum`` interrupts calls that have no step boundary."""
+    """The running call is to end early.
 
-    signum: int
+    Attributes:
+        signum: interrupts calls that have no step boundary; None: those go on to their end.
+        save: the state is saved where the call ends.
+    """
+
+    signum: int | None
+    save: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveRequested:
+    """The state is to be saved at the next step boundary of the running call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +62,7 @@ class HostLost:
     text: str
 
 
-Event = Message | Tick | CallRequested | StopRequested | EndRequested | HostLost
+Event = Message | Tick | CallRequested | StopRequested | SaveRequested | EndRequested | HostLost
 
 # Actions
 
@@ -101,7 +113,14 @@ class Idle:
 
 @dataclass(frozen=True, kw_only=True)
 class Calling:
-    """Ranks run a call. ``boundaries``: where ranks hold since a stop was asked for; None: it was not."""
+    """Ranks run a call.
+
+    Attributes:
+        boundaries: where ranks hold since a stop, or a save, was asked for; None: it was not, or it is done.
+        round: how often that was asked for.
+        stop, save: what was asked for.
+        decided: ranks were told where.
+    """
 
     method: str
     replies: tuple[Reply, ...] = ()
@@ -109,6 +128,9 @@ class Calling:
     deaths: tuple[WorkerDied, ...] = ()
     settle_at: float | None = None
     boundaries: dict[int, int] | None = None
+    round: int = 0
+    stop: bool = False
+    save: bool = False
     decided: bool = False
 
 
@@ -156,6 +178,10 @@ class Machine:
         hang_timeout_s: longest time without progress while building or stepping.
         call: number of the latest call; 0 is the start.
         facts: what rank 0 built.
+        save_every_s: seconds between two checkpoints; None: nobody asks for any.
+        save_cheaply: ``save_every_s`` follows what checkpoints cost.
+        saved_at: when the latest one was asked for.
+        ended: the latest checkpoint that was written, or could not be.
     """
 
     group: str
@@ -166,10 +192,24 @@ class Machine:
     views: tuple[RankView, ...]
     call: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
+    save_every_s: float | None = None
+    save_cheaply: bool = False
+    saved_at: float = 0.0
+    ended: CheckpointEnded | None = None
 
     @classmethod
-    def start(cls, *, group: str, world_size: int, timeouts: Timeouts, hang_timeout_s: float, now: float) -> Machine:
+    def start(
+        cls,
+        *,
+        group: str,
+        world_size: int,
+        timeouts: Timeouts,
+        hang_timeout_s: float,
+        now: float,
+        save_every_s: float | Literal["auto"] | None = None,
+    ) -> Machine:
         """A group that was just asked for."""
+        cheaply = save_every_s == "auto"
         views = tuple(RankView(rank=r, phase_since=now, heard_at=now) for r in range(world_size))
         return cls(
             group=group,
@@ -178,6 +218,9 @@ class Machine:
             hang_timeout_s=hang_timeout_s,
             state=Starting(since=now),
             views=views,
+            save_every_s=MIN_SAVE_EVERY_S if isinstance(save_every_s, str) else save_every_s,
+            save_cheaply=cheaply,
+            saved_at=now,
         )
 
     def see(self, rank: int, **changes: Any) -> Machine:

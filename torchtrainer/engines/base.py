@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torchtrainer.config import Timeouts, TrainSettings
+from torchtrainer.control.messages import CheckpointEnded
 from torchtrainer.driver.controller import Listener
 from torchtrainer.driver.policies import RankView
+from torchtrainer.engines.snapshots import CheckpointOrders
+from torchtrainer.preempt.notice import Notice
 from torchtrainer.spec import BuildSpec
 
 
@@ -24,6 +27,8 @@ class GroupPlan:
         logs_stay: whether that directory outlives the run.
         timeouts: deadlines of the engine.
         hang_timeout_s: longest time without progress.
+        checkpoint: where and how states are kept; None: nothing is kept.
+        save_every_s: seconds between two checkpoints; "auto": as few as cost less than a hundredth; None: only by steps.
     """
 
     spec: BuildSpec
@@ -34,6 +39,8 @@ class GroupPlan:
     logs_stay: bool
     timeouts: Timeouts = field(default_factory=Timeouts)
     hang_timeout_s: float = 1800.0
+    checkpoint: CheckpointOrders | None = None
+    save_every_s: float | Literal["auto"] | None = None
 
     @property
     def settings(self) -> TrainSettings:
@@ -43,10 +50,17 @@ class GroupPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class CallResult:
-    """Results of a call, one per rank in rank order; ``stopped``: the pass was ended early."""
+    """Results of a call, one per rank in rank order.
+
+    Attributes:
+        values: what the ranks returned.
+        stopped: the pass was ended early.
+        snapshot: number of the latest snapshot that was taken; 0: none.
+    """
 
     values: list[Any]
     stopped: bool = False
+    snapshot: int = 0
 
 
 class Group(Protocol):
@@ -62,6 +76,18 @@ class Group(Protocol):
 
     def call(self, method: str, **keywords: Any) -> CallResult:
         """Runs a method of `torchtrainer.worker.runtime.RankRuntime` on every rank."""
+
+    def stop(self) -> None:
+        """Has the running call end at the next step boundary, with the state saved; called while it runs."""
+
+    def save(self) -> None:
+        """Has the state saved at the next step boundary of the running call; called while it runs."""
+
+    def noticed(self, found: Notice | None) -> Notice | None:
+        """The notice that all ranks act upon, between two calls: where they are processes of their own, that of any of them."""
+
+    def await_checkpoint(self, snapshot: int, timeout_s: float) -> CheckpointEnded | None:
+        """Waits until a snapshot is on disk, or cannot be; None if it took too long."""
 
     def end(self, force: bool = False) -> None:
         """Ends the ranks. Idempotent."""

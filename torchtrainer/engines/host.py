@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from torchtrainer.control.channel import Router
@@ -24,26 +23,35 @@ from torchtrainer.control.messages import (
     EngineFailed,
     EngineReady,
     Failure,
-    ForWorker,
-    FromWorker,
     GroupFailed,
     GroupGone,
     Hello,
     KillGroup,
-    Message,
     Output,
     Quit,
     Reply,
     SignalWorkers,
+    SnapshotTaken,
+    SnapshotWanted,
     Stacks,
     StartGroup,
     WorkerExited,
     WorkerReady,
     WorkerStarted,
 )
-from torchtrainer.engines.groups import Group, child_spec, worker_name
+from torchtrainer.control.wire import ForWorker, FromWorker, Message
+from torchtrainer.engines.groups import WRITER, Group, child_spec, new_group, worker_name
+from torchtrainer.engines.preload import PRELOAD, PRELOADABLE
+from torchtrainer.engines.saving import Saving
 from torchtrainer.process.child import ChildSpec
-from torchtrainer.process.guard import kill_process_group, kill_session, open_pidfd, signal_process, unblock_signals
+from torchtrainer.process.guard import (
+    ignore_warnings,
+    kill_process_group,
+    kill_session,
+    open_pidfd,
+    signal_process,
+    unblock_signals,
+)
 from torchtrainer.process.logs import LogTail, last_text
 from torchtrainer.process.paths import EnginePaths, RankPaths, private_directory
 from torchtrainer.process.signals import STACK_DUMP_SIGNAL
@@ -67,19 +75,6 @@ EXIT_SETTLE_S = 0.01
 """How long after a worker's end its last messages are waited for."""
 STACK_DUMP_WAIT_S = 0.3
 """How long a worker gets to write its stacks before they are read."""
-PRELOAD = (
-    "torch",
-    "torch.distributed",
-    "torch.distributed.algorithms",
-    "torch.nn.parallel",
-    "torch.optim",
-    "torch.utils.data",
-    "torch._dynamo",
-    "torchtrainer.worker.main",
-)
-"""What every worker would import otherwise, lazily included: the first optimizer and DDP import ``torch._dynamo``."""
-PRELOADABLE = ("torch", "torchvision", "numpy", "PIL")
-"""Packages whose modules a spawner may import after seeing a worker do so: known to start no thread when imported."""
 
 
 class Host:
@@ -98,6 +93,7 @@ class Host:
         self._quit = False
         self._waiting: list[ChildSpec] | None = []  # until the starter is ready; sending earlier could block
         self._exits: list[tuple[float, ChildExited]] = []
+        self._saving = Saving(paths, start_child=self._start_child, to_rank=self._to_rank, to_driver=self._to_driver)
 
     # The loop
 
@@ -137,6 +133,9 @@ class Host:
     def _on_message(self, sender: bytes, message: Message) -> None:
         if isinstance(message, ForWorker):
             self._pass_to_workers(message)
+        elif isinstance(message, SnapshotWanted | SnapshotTaken):
+            if message.group in self._groups:
+                self._saving.on_message(self._groups[message.group], message)
         elif isinstance(message, FromWorker):
             self._pass_to_driver(message)
         elif isinstance(message, StartGroup):
@@ -187,8 +186,7 @@ class Host:
     # Groups
 
     def _start_group(self, message: StartGroup) -> None:
-        ranks = range(message.world_size)
-        group = Group(spec=replace(message, blob=b""), unborn=set(ranks), awaited=set(ranks))
+        group = new_group(message, self._paths)
         self._groups[message.group] = group
         try:
             private_directory(Path(message.log_dir))
@@ -197,8 +195,8 @@ class Host:
                 file.write(message.blob)
             for stream in ("stdout", "stderr"):
                 group.tails[stream] = LogTail(RankPaths.of(message.log_dir, 0).stream(stream))
-            for rank in ranks:
-                self._start_child(child_spec(message, rank, self._paths))
+            for rank in range(message.world_size):
+                self._start_child(child_spec(group, rank, self._paths))
         except OSError as error:  # no space, or no more processes: other groups go on
             self._to_driver(GroupFailed(group=message.group, text=str(error)))
 
@@ -228,6 +226,11 @@ class Host:
     def _forget_if_gone(self, name: str, group: Group) -> None:
         if group.pids or group.unborn:
             return
+        self._saving.write_if_due(group)
+        if group.snapshots is not None:
+            if group.snapshots.writing:
+                return
+            group.snapshots.close()
         self._forward_output(group, flush=True)
         for tail in group.tails.values():
             tail.close()
@@ -257,11 +260,34 @@ class Host:
         self._to_driver(EngineReady(host_pid=os.getpid(), spawner_pid=event.pid, import_s=event.import_s))
 
     def _on_starter_failed(self, event: StarterFailed) -> None:
-        self._to_driver(EngineFailed(text=event.text))
         for group in self._groups.values():
-            for pid in group.pids.values():
-                kill_session(pid)
-        self._groups.clear()  # the kernel ends workers with the spawner; their ids may soon be somebody else's
+            self._kill_and_forget(
+                group
+            )  # the kernel ends workers with the spawner; their ids may soon be somebody else's
+            if group.snapshots is not None and group.snapshots.writing:
+                group.snapshots.writing = 0  # its writer went with the spawner
+        self._exec_starter = ExecStarter()
+        self._saving.finish(self._groups.values(), self._turn_at_end)
+        self._groups.clear()
+        self._to_driver(EngineFailed(text=event.text))
+
+    # Snapshots
+
+    def _to_rank(self, name: str, rank: int, message: Message) -> None:
+        self._router.send(worker_name(name, rank).encode(), message)
+
+    def _turn_at_end(self) -> None:
+        """Waits a moment for writers to end; what else is said comes from ranks that were killed, or a driver that is gone."""
+        starters = [s for s in (self._starter, self._exec_starter) if s is not None]
+        self._router.wait([fd for starter in starters for fd in starter.fds()], EXIT_SETTLE_S)
+        while self._router.receive() is not None:
+            pass
+        for starter in starters:
+            for event in starter.events():
+                if isinstance(event, ChildStarted):
+                    self._on_child_started(event)
+                elif isinstance(event, ChildExited):
+                    self._on_child_exited(event)
 
     def _take_exits(self) -> None:
         now = time.monotonic()
@@ -272,7 +298,11 @@ class Host:
 
     def _on_child_started(self, event: ChildStarted) -> None:
         name, rank_text = event.key.rsplit("/", 1)
-        group, rank = self._groups[name], int(rank_text)
+        group = self._groups[name]
+        if rank_text == WRITER:
+            group.writer_pid = event.pid
+            return
+        rank = int(rank_text)
         group.unborn.discard(rank)
         group.pids[rank] = event.pid
         if group.killed:
@@ -281,6 +311,10 @@ class Host:
 
     def _on_child_exited(self, event: ChildExited) -> None:
         for name, group in list(self._groups.items()):
+            if event.pid == group.writer_pid:
+                self._saving.on_writer_exited(group)
+                self._forget_if_gone(name, group)
+                return
             rank = group.rank_of(event.pid)
             if rank is None:
                 continue
@@ -300,6 +334,13 @@ class Host:
                 )
             )
             self._forget_if_gone(name, group)
+
+    def _kill_and_forget(self, group: Group) -> None:
+        group.killed = True
+        for pid in group.pids.values():
+            kill_session(pid)
+        group.pids.clear()
+        group.unborn.clear()
 
     # Output and stacks
 
@@ -327,8 +368,11 @@ class Host:
 
     def _end_everything(self) -> None:
         for group in self._groups.values():
-            for pid in group.pids.values():
-                kill_session(pid)
+            self._kill_and_forget(group)
+        self._saving.finish(self._groups.values(), self._turn_at_end)
+        for group in self._groups.values():
+            if group.snapshots is not None:
+                group.snapshots.close()
         for starter in (self._starter, self._exec_starter):
             if starter is not None:
                 starter.close()
@@ -344,6 +388,7 @@ def main(arguments: list[str]) -> None:
     """
     root, driver_pid, start_method = arguments
     unblock_signals()
+    ignore_warnings()
     paths = EnginePaths(Path(root))
     try:
         Host(paths, int(driver_pid), sys.stdin.fileno(), start_method).run()

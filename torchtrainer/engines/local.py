@@ -7,10 +7,11 @@ import os
 import secrets
 import sys
 import weakref
+from dataclasses import asdict
 from typing import Any, Literal
 
 from torchtrainer.config import Timeouts
-from torchtrainer.control.messages import StartGroup
+from torchtrainer.control.messages import CheckpointEnded, StartGroup
 from torchtrainer.driver.connection import HostConnection
 from torchtrainer.driver.controller import Controller, Listener
 from torchtrainer.driver.decoding import decode_reply
@@ -18,6 +19,7 @@ from torchtrainer.driver.pickling import dumps
 from torchtrainer.driver.policies import RankView
 from torchtrainer.engines.base import CallResult, GroupPlan
 from torchtrainer.errors import InvalidArgumentError
+from torchtrainer.preempt.notice import Notice
 from torchtrainer.topology import current as current_topology
 
 StartMethod = Literal["auto", "fork", "exec"]
@@ -74,6 +76,7 @@ class LocalEngine:
             heartbeat_s=plan.timeouts.heartbeat_s,
             progress_s=plan.timeouts.progress_s,
             hold_s=plan.timeouts.hold_s,
+            checkpoint=None if plan.checkpoint is None else asdict(plan.checkpoint),
             blob=_pickled_spec(plan),
         )
         controller = Controller(
@@ -83,7 +86,10 @@ class LocalEngine:
             timeouts=plan.timeouts,
             hang_timeout_s=plan.hang_timeout_s,
             listener=listener,
+            save_every_s=plan.save_every_s if plan.checkpoint is not None else None,
         )
+        if plan.checkpoint is not None:
+            connection.write_s = max(connection.write_s, plan.checkpoint.write_s)
         try:
             controller.wait_until_ready()
         except BaseException:
@@ -122,7 +128,24 @@ class LocalGroup:
                 dumps(value, name)
             raise
         outcome = self._controller.call(method, blob)
-        return CallResult(values=[decode_reply(reply) for reply in outcome.replies], stopped=outcome.stopped)
+        values = [decode_reply(reply) for reply in outcome.replies]
+        return CallResult(values=values, stopped=outcome.stopped, snapshot=outcome.snapshot)
+
+    def stop(self) -> None:
+        """Has the running call end at the next step boundary, with the state saved."""
+        self._controller.stop()
+
+    def save(self) -> None:
+        """Has the state saved at the next step boundary of the running call."""
+        self._controller.save()
+
+    def noticed(self, found: Notice | None) -> Notice | None:
+        """What the driver found: the ranks look for none."""
+        return found
+
+    def await_checkpoint(self, snapshot: int, timeout_s: float) -> CheckpointEnded | None:
+        """Waits until a snapshot is on disk; None if it took too long."""
+        return self._controller.await_checkpoint(snapshot, timeout_s)
 
     def end(self, force: bool = False) -> None:
         """Ends the workers and waits until they are gone. Idempotent."""

@@ -15,7 +15,7 @@ COMMANDS = {
     "run": "start a script in several processes, with torchrun's options",
     "status": "show the state of a run",
     "doctor": "check versions, devices, fork safety, shared memory and time-outs",
-    "verify-resume": "run a script with and without interruptions and compare the bits (not in this version)",
+    "verify-resume": "run a script with and without interruptions and compare the bits",
 }
 """What each subcommand is for; one line of the help."""
 
@@ -61,12 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "run":
         return program.main(rest, Form.RUN)
     if command == "verify-resume":
-        print(
-            f"torchtrainer verify-resume is not in version {__version__} yet: this version does not resume runs, so there "
-            "is nothing to verify.",
-            file=sys.stderr,
-        )
-        return EXIT_USAGE
+        from torchtrainer.launcher import verify_resume
+
+        return verify_resume.main(rest)
     parser = argparse.ArgumentParser(prog=f"torchtrainer {command}", description=COMMANDS[command])
     if command == "status":
         from torchtrainer.launcher import status

@@ -104,12 +104,14 @@ class CheckpointEvent:
         epoch: passes over the training data that were started by then.
         path: directory or URL.
         seconds: from the decision to save to the verified checkpoint.
+        stall_s: for how long of that training stood still.
     """
 
     step: int
     epoch: int
     path: str
     seconds: float
+    stall_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

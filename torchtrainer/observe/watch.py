@@ -6,12 +6,14 @@ import sys
 import time
 from collections.abc import Callable
 
-from torchtrainer.control.messages import Beat, Output
+from torchtrainer.control.messages import Beat, CheckpointEnded, Heard, Output
 from torchtrainer.driver.causes import Cause
 from torchtrainer.driver.report import rank_of, short_cause
 from torchtrainer.observe.devices import CpuMeter, DeviceUse, GpuMonitor
-from torchtrainer.observe.events import Callbacks, FailureEvent, StepEvent
+from torchtrainer.observe.events import Callbacks, CheckpointEvent, FailureEvent, StepEvent
+from torchtrainer.observe.notices import notice
 from torchtrainer.observe.progress_bar import PassBar, StartBar
+from torchtrainer.observe.shown import Shown
 from torchtrainer.observe.status import FailureRecord
 
 GPU_SAMPLE_S = 1.0
@@ -26,6 +28,10 @@ class Watch:
         use_tqdm: draw progress bars.
         world_size: ranks; with several, lines of rank 0 are marked as such.
         gpus: reads GPU statistics; None without GPUs.
+        shown: which steps the callbacks have seen.
+        look: called several times a second while the driver waits.
+        on_saved: called with step and path of each checkpoint that is complete.
+        on_signal: called with a signal that came to a rank, as a warning of a preemption.
         clock, wall_clock: monotonic seconds, and seconds since 1970.
     """
 
@@ -36,6 +42,10 @@ class Watch:
         use_tqdm: bool,
         world_size: int,
         gpus: GpuMonitor | None,
+        shown: Shown | None = None,
+        look: Callable[[], None] = lambda: None,
+        on_saved: Callable[[int, str], None] = lambda *_: None,
+        on_signal: Callable[[int], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -43,6 +53,12 @@ class Watch:
         self._use_tqdm = use_tqdm
         self._prefix = "[rank 0] " if world_size > 1 else ""
         self._gpus = gpus
+        self._shown = shown or Shown(None)
+        self._call = 0
+        self._look = look
+        self._on_saved = on_saved
+        self._on_signal = on_signal
+        self._told: set[str] = set()
         self._clock = clock
         self._wall_clock = wall_clock
         self._pass_name: str | None = None
@@ -67,9 +83,15 @@ class Watch:
             self._start_bar.close()
             self._start_bar = None
 
-    def begin_pass(self, name: str) -> None:
-        """A pass begins, such as ``train epoch 3``."""
+    def begin_pass(self, name: str, call: int = 0) -> None:
+        """A pass begins.
+
+        Args:
+            name: of it, such as ``train epoch 3``.
+            call: place of the call among those of the trainer.
+        """
         self._pass_name = name
+        self._call = call
         self._rate_from = None
         self._meters.clear()
 
@@ -97,6 +119,29 @@ class Watch:
         """The driver still waits."""
         if self._start_bar is not None:
             self._start_bar.tick()
+        self._look()
+
+    def on_checkpoint(self, ended: CheckpointEnded) -> None:
+        """A checkpoint was written, or could not be; the same trouble is told once."""
+        for problem in (*ended.problems, *([ended.error] if ended.error else [])):
+            if problem not in self._told:
+                self._told.add(problem)
+                notice(f"checkpoint of step {ended.step}: {problem}")
+        if not ended.error:
+            self._on_saved(ended.step, ended.path)
+            self._callbacks.on_checkpoint(
+                CheckpointEvent(
+                    step=ended.step,
+                    epoch=ended.epoch,
+                    path=ended.path,
+                    seconds=ended.stall_s + ended.seconds,
+                    stall_s=ended.stall_s,
+                )
+            )
+
+    def on_heard(self, heard: Heard) -> None:
+        """A signal that warns of a preemption came to a rank."""
+        self._on_signal(heard.signum)
 
     def on_beat(self, beat: Beat) -> None:
         """A rank told where it is."""
@@ -152,7 +197,7 @@ class Watch:
             if self._bar is None:
                 self._bar = PassBar(self._pass_name or "", total=beat.batches)
             self._bar.update(event)
-        if beat.batch:
+        if beat.batch and self._shown.is_new(self._call, beat.batch):
             self._callbacks.on_step(event)
 
     def _rate(self, now: float, samples: int) -> float | None:

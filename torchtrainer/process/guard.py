@@ -30,6 +30,13 @@ def be_killed_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
+def ignore_warnings() -> None:
+    """Leaves signals that warn of an end to the processes that can save something: schedulers send them to all of a job."""
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def unblock_signals() -> None:
     """Takes back a signal mask that this process inherited: one that blocks SIGCHLD would hide every death from it."""
     if hasattr(signal, "pthread_sigmask"):

@@ -24,6 +24,8 @@ class EnginePaths:
       <group>.store      rendezvous file of a group's process group
       <group>.logs/      output of a group whose run keeps nothing
       <group>.mp/        what multiprocessing in the workers keeps for its own sockets; it would stay after a kill
+      <group>.written    what became of the latest snapshot
+      <group>.writer/    output of the processes that write checkpoints
     """
 
     root: Path
@@ -58,12 +60,22 @@ class EnginePaths:
         """Temporary directory of multiprocessing in a group's workers."""
         return self.root / f"{group}.mp"
 
+    def written(self, group: str) -> Path:
+        """What became of the latest snapshot of a group."""
+        return self.root / f"{group}.written"
+
+    def writer_logs(self, group: str) -> Path:
+        """Output of the processes that write a group's checkpoints."""
+        return self.root / f"{group}.writer"
+
     def forget(self, group: str) -> None:
         """Removes the files of a group."""
         self.spec(group).unlink(missing_ok=True)
         self.store(group).unlink(missing_ok=True)
         shutil.rmtree(self.logs(group), ignore_errors=True)
         shutil.rmtree(self.multiprocessing(group), ignore_errors=True)
+        self.written(group).unlink(missing_ok=True)
+        shutil.rmtree(self.writer_logs(group), ignore_errors=True)
 
     def remove(self) -> None:
         """Removes the directory with all that is in it."""

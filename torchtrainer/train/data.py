@@ -37,6 +37,7 @@ class RankLoader:
 
     Attributes:
         passes_started: passes that were started, those of an earlier process included.
+        any_world_size: a position in a pass means the same to any number of ranks.
 
     Raises:
         UnshardableLoaderError: the loader cannot be dealt out, or the ranks' loaders do not belong together.
@@ -72,6 +73,7 @@ class RankLoader:
         self._pass: Pass | None = None
         self._resume: dict[str, int] | None = None
         self._known: tuple[int | None, int | None] = self._passes.outline()
+        self.any_world_size = isinstance(self._passes, _DealtPasses)
 
     @property
     def in_pass(self) -> bool:

@@ -6,8 +6,8 @@ to stop is honoured, for the built-in loops and for a user's own alike.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +18,9 @@ from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, OperatorUseError
 from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankBatch, RankLoader
+from torchtrainer.train.hooks import batch_info, bind_hook
 from torchtrainer.train.metrics import AverageMeterCollection, plain
-from torchtrainer.train.progress import Progress, StepGate
+from torchtrainer.train.progress import Keeper, Progress, StepGate
 from torchtrainer.train.step import GradientShare
 from torchtrainer.train.timers import TimerCollection
 
@@ -42,11 +43,15 @@ class StepIterator:
         timers: measures the wait for data.
         share: weighs the gradients of steps with unequal shares; None: a validation, in which no steps are counted.
         on_step: called when a training step is complete.
+        keeper: saves the state at boundaries; None: nobody does.
+        resumed: where the call that this one goes on with was interrupted.
 
     Attributes:
         batches: steps that were completed in this call, those of a validation without samples for this rank included.
         samples: samples of this rank in them; a borrowed batch has none.
         passes_completed: passes that ended in this call.
+        passes_scheduled: those of them after which the schedulers were stepped.
+        first_batch: number of the first batch that is still to come, where an interrupted call goes on.
         current: the batch being worked on.
     """
 
@@ -61,10 +66,14 @@ class StepIterator:
         timers: TimerCollection,
         share: GradientShare | None,
         on_step: Callable[[], None],
+        keeper: Keeper | None = None,
+        resumed: Resumed | None = None,
     ) -> None:
         self.batches = 0
         self.samples = 0
         self.passes_completed = 0
+        self.passes_scheduled = 0
+        self.first_batch = 0
         self.current: RankBatch | None = None
         self._loader = loader
         self._missing = missing
@@ -75,9 +84,13 @@ class StepIterator:
         self._timers = timers
         self._share = share
         self._on_step = on_step
+        self._keeper = keeper
         self._over = False
         self._length = _length(loader, num_steps)
+        self._put_back: Callable[[], None] | None = None
         progress.batch, progress.batches, progress.samples = 0, self._length, 0
+        if resumed is not None:
+            self._resume(resumed)
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -100,6 +113,27 @@ class StepIterator:
         self._progress.enter(self._phase)
         return batch.data
 
+    def state_dict(self) -> dict[str, int]:
+        """Where the call stands at a step boundary, as plain numbers."""
+        return {
+            "batches": self.batches,
+            "samples": self.samples,
+            "passes_completed": self.passes_completed,
+            "passes_scheduled": self.passes_scheduled,
+            "samples_shown": self._progress.samples,
+        }
+
+    def _resume(self, resumed: Resumed) -> None:
+        at = resumed.steps
+        self.batches, self.samples = at["batches"], at["samples"]
+        self.passes_completed, self.passes_scheduled = at["passes_completed"], at["passes_scheduled"]
+        self._put_back = resumed.put_back
+        self.first_batch = self.batches
+        if self._num_steps is None and self._length is not None:
+            self._length += self.batches
+        self._progress.batch, self._progress.batches = self.batches, self._length
+        self._progress.samples = at["samples_shown"]
+
     def close(self, *, completed: bool) -> None:
         """Ends the call: the last batch counts if the hook came through, and gradients are left alone again."""
         self._over = True
@@ -112,7 +146,11 @@ class StepIterator:
     def _next_step(self) -> RankBatch:
         """Completes the step before, and turns to the batch of the next one, unless the call is over."""
         self._complete()
-        if self._finished() or self._gate.stop_requested(self.batches):
+        if self._put_back is not None:  # last of all: what the hook did before its first batch must not count twice
+            put_back, self._put_back = self._put_back, None
+            self.first_batch = 0
+            put_back()
+        if self._finished() or self._stop_here():
             self._over = True
             raise StopIteration
         self._progress.enter("data")
@@ -123,6 +161,13 @@ class StepIterator:
             raise StopIteration
         self.current = batch
         return batch
+
+    def _stop_here(self) -> bool:
+        stop = self._gate.stop_requested(self.batches)
+        if self._keeper is not None and (self._gate.save_wanted or self._keeper.due()):
+            self._progress.enter("save")
+            self._keeper.save(must=stop)
+        return stop
 
     def _finished(self) -> bool:
         if self._over:
@@ -165,6 +210,19 @@ class StepIterator:
             self.passes_completed += 1
             if self._num_steps is None and self.batches > 0:
                 return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """An interrupted call that a `StepIterator` goes on with.
+
+    Attributes:
+        steps: where it stood, from `StepIterator.state_dict`.
+        put_back: puts the state of the rank to where it was; called right before the first batch.
+    """
+
+    steps: Mapping[str, int]
+    put_back: Callable[[], None]
 
 
 class LoaderView:
@@ -216,33 +274,6 @@ def _length(loader: RankLoader | None, num_steps: int | None) -> int | None:
     return loader.batches_per_pass - (loader.batch_in_pass if loader.in_pass else 0)
 
 
-def bind_hook(hook: Callable[..., Any], offered: tuple[str, ...]) -> Callable[..., Any]:
-    """Makes a hook callable as ``bound(first, {name: value})``, whatever of ``offered`` its signature takes.
-
-    The first argument goes by position. The names in ``offered`` go by keyword where the hook has them; the first of them
-    goes by position to a second required parameter with a name of its own.
-    """
-    try:
-        parameters = list(inspect.signature(hook).parameters.values())
-    except (TypeError, ValueError):  # a callable written in C
-        return lambda first, values: hook(first, **values)
-    open_ended = any(one.kind is one.VAR_KEYWORD for one in parameters)
-    named = {one.name for one in parameters[1:] if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
-    own_name = None
-    if offered[0] not in named and len(parameters) > 1:
-        second = parameters[1]
-        positional = second.kind in (second.POSITIONAL_ONLY, second.POSITIONAL_OR_KEYWORD)
-        if positional and second.default is second.empty and second.name not in offered:
-            own_name = offered[0]
-    keywords = [name for name in offered if name != own_name and (open_ended or name in named)]
-
-    def bound(first: Any, values: Mapping[str, Any]) -> Any:
-        positional = (first,) if own_name is None else (first, values[own_name])
-        return hook(*positional, **{name: values[name] for name in keywords})
-
-    return bound
-
-
 def train_epoch(operator: TrainingOperator, iterator: Iterable[Any], info: Mapping[str, Any]) -> dict[str, Any]:
     """The built-in training loop; see `TrainingOperator.train_epoch`.
 
@@ -256,16 +287,15 @@ def train_epoch(operator: TrainingOperator, iterator: Iterable[Any], info: Mappi
     meters = internals(operator).meters = AverageMeterCollection()
     hook = bind_hook(operator.train_batch, ("batch_info",))
     steps, frequency = internals(operator).steps, operator.scheduler_step_freq
-    seen = steps.passes_completed if steps is not None else 0
-    for batch_idx, batch in enumerate(iterator):
+    for batch_idx, batch in enumerate(iterator, start=steps.first_batch if steps is not None else 0):
         if steps is not None and frequency == "epoch":
-            seen = _step_for_passes(operator, steps, seen)
+            _step_for_passes(operator, steps)
         stats = hook(batch, {"batch_info": batch_info(info, batch_idx, operator.global_step)})
         _measure(operator, meters, stats, "train_batch")
         if frequency == "batch":
             step_schedulers(operator)
     if steps is not None and frequency == "epoch":
-        _step_for_passes(operator, steps, seen)
+        _step_for_passes(operator, steps)
     return meters.summary()
 
 
@@ -276,15 +306,11 @@ def validate(operator: TrainingOperator, iterator: Iterable[Any], info: Mapping[
     meters = internals(operator).meters = AverageMeterCollection()
     hook = bind_hook(operator.validate_batch, ("batch_info",))
     with torch.no_grad():
-        for batch_idx, batch in enumerate(iterator):
+        steps = internals(operator).steps
+        for batch_idx, batch in enumerate(iterator, start=steps.first_batch if steps is not None else 0):
             stats = hook(batch, {"batch_info": batch_info(info, batch_idx, operator.global_step)})
             _measure(operator, meters, stats, "validate_batch")
     return meters.summary()
-
-
-def batch_info(info: Mapping[str, Any], batch_idx: int, global_step: int) -> dict[str, Any]:
-    """What a batch hook gets: the user's own keys; the names of the position are always ours."""
-    return {**info, "batch_idx": batch_idx, "global_step": global_step}
 
 
 def modules_of(operator: TrainingOperator) -> list[nn.Module]:
@@ -320,11 +346,11 @@ def schedulers_of(operator: TrainingOperator) -> list[Any]:
     return found
 
 
-def _step_for_passes(operator: TrainingOperator, steps: StepIterator, seen: int) -> int:
-    """Steps the schedulers once for every pass that was completed since ``seen``; returns the new count."""
-    for _ in range(steps.passes_completed - seen):
+def _step_for_passes(operator: TrainingOperator, steps: StepIterator) -> None:
+    """Steps the schedulers once for every pass that was completed and had no such step yet."""
+    while steps.passes_scheduled < steps.passes_completed:
         step_schedulers(operator)
-    return steps.passes_completed
+        steps.passes_scheduled += 1
 
 
 def _measure(operator: TrainingOperator, meters: AverageMeterCollection, stats: Any, hook: str) -> None:

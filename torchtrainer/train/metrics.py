@@ -85,6 +85,21 @@ class AverageMeter:
             self._sum = self._sum + term * n
             self.weight += n
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the meter knows, as data."""
+        return {
+            "last": plain(self.last),
+            "weight": self.weight,
+            "last_weight": self.last_weight,
+            "sum": plain(self._sum),
+            "averaged": self._averaged,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what another meter knew."""
+        self.last, self.weight, self.last_weight = state["last"], state["weight"], state["last_weight"]
+        self._sum, self._averaged = state["sum"], state["averaged"]
+
     @property
     def mean(self) -> Any:
         """The weighted mean as a Python number where that is possible; the latest value if nothing could be averaged."""
@@ -114,6 +129,20 @@ class AverageMeterCollection:
         for meter in self._meters.values():
             meter.last_weight = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the meters know, as data."""
+        return {
+            BATCH_COUNT: self.batch_count,
+            NUM_SAMPLES: self.num_samples,
+            "meters": {name: meter.state_dict() for name, meter in self._meters.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what other meters knew."""
+        self.batch_count, self.num_samples = state[BATCH_COUNT], state[NUM_SAMPLES]
+        for name, known in state["meters"].items():
+            self._meters.setdefault(name, AverageMeter()).load_state_dict(known)
+
     def summary(self) -> dict[str, Any]:
         """``batch_count``, ``num_samples``, then each metric's mean and ``last_<metric>``. Reads the device."""
         found: dict[str, Any] = {BATCH_COUNT: self.batch_count, NUM_SAMPLES: self.num_samples}
@@ -129,6 +158,22 @@ class AverageMeterCollection:
             found[name] = float(meter.weight)
             found[LAST + name] = float(meter.last_weight)
         return found
+
+
+def merge_meters(states: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The state of meters that saw what several saw: sums and weights added, the latest values those of the first."""
+    if not states:
+        return None
+    meters: dict[str, Any] = {}
+    for state in states:
+        for name, known in state["meters"].items():
+            if name not in meters:
+                meters[name] = dict(known)
+            elif known["averaged"]:
+                meters[name]["sum"] = meters[name]["sum"] + known["sum"]
+                meters[name]["weight"] += known["weight"]
+    samples = sum(state[NUM_SAMPLES] for state in states)
+    return {BATCH_COUNT: max(state[BATCH_COUNT] for state in states), NUM_SAMPLES: samples, "meters": meters}
 
 
 def reduce_results(results: Sequence[PassResult]) -> dict[str, Any]:

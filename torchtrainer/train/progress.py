@@ -53,9 +53,29 @@ class StepGate(Protocol):
             boundary: how many batches this rank has completed in this call.
         """
 
+    @property
+    def save_wanted(self) -> bool:
+        """Whether the state is to be saved at the boundary that was asked for last."""
+
+
+class Keeper(Protocol):
+    """Saves the state of a rank at step boundaries."""
+
+    def due(self) -> bool:
+        """Whether the state is to be saved here, because of the number of steps."""
+
+    def save(self, *, must: bool) -> None:
+        """Saves it; training goes on when the state is copied.
+
+        Args:
+            must: also if an earlier state is still being written; else this one is left out then.
+        """
+
 
 class OpenGate:
     """A gate that never stops a pass."""
+
+    save_wanted = False
 
     def stop_requested(self, boundary: int) -> bool:
         """Always False."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +55,27 @@ def set_rng_state(state: RngState) -> None:
     torch.set_rng_state(state.cpu)
     if state.cuda:
         torch.cuda.set_rng_state_all(state.cuda)
+
+
+def rng_to_data() -> dict[str, Any]:
+    """The present state of every generator as numbers, text and tensors, which loads with ``weights_only=True``."""
+    state = rng_state()
+    numpy = None
+    if state.numpy is not None:
+        kind, keys, *rest = state.numpy
+        numpy = [kind, torch.tensor(keys.tolist(), dtype=torch.int64), *rest]
+    return {"python": state.python, "numpy": numpy, "cpu": state.cpu, "cuda": state.cuda}
+
+
+def rng_from_data(data: Mapping[str, Any]) -> None:
+    """Puts every generator to where `rng_to_data` found it."""
+    numpy = data["numpy"]
+    if numpy is not None:
+        import numpy as np
+
+        kind, keys, *rest = numpy
+        numpy = (kind, np.asarray(keys.tolist(), dtype=np.uint32), *rest)
+    set_rng_state(RngState(python=data["python"], numpy=numpy, cpu=data["cpu"], cuda=list(data["cuda"])))
 
 
 @contextmanager

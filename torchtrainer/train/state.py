@@ -33,7 +33,13 @@ def detached(value: Any) -> Any:
 
 
 def capture(operator: TrainingOperator, passes_started: int) -> dict[str, Any]:
-    """The state dict of a trainer; keys as RaySGD's, and ``global_step``.
+    """A copy of `live_state`, on the CPU."""
+    copied: dict[str, Any] = detached(live_state(operator, passes_started))
+    return copied
+
+
+def live_state(operator: TrainingOperator, passes_started: int) -> dict[str, Any]:
+    """The state dict of a trainer; keys as RaySGD's, and ``global_step``. Its tensors are those of the training.
 
     Args:
         operator: the operator of any rank: all have the same state.
@@ -51,8 +57,7 @@ def capture(operator: TrainingOperator, passes_started: int) -> dict[str, Any]:
         state["schedulers"] = [scheduler.state_dict() for scheduler in components.schedulers]
     if internals(operator).amp.scaler.is_enabled():
         state["amp_native"] = internals(operator).amp.scaler.state_dict()
-    copied: dict[str, Any] = detached(state)
-    return copied
+    return state
 
 
 def restore(operator: TrainingOperator, state: Mapping[str, Any]) -> None:

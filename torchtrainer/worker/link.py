@@ -22,10 +22,12 @@ from torchtrainer.control.messages import (
     Call,
     EndWorker,
     Hello,
-    Message,
     PrepareStop,
+    SnapshotAnswer,
+    SnapshotDone,
     StopAt,
 )
+from torchtrainer.control.wire import Message
 from torchtrainer.observe.devices import read_process_use
 from torchtrainer.train.progress import Progress
 
@@ -45,33 +47,40 @@ class StopGate:
     def __init__(self, hold_s: float) -> None:
         self._hold_s = hold_s
         self._preparing = False
-        self._stop_at: int | None = None
+        self._orders: list[StopAt] = []
+        self._lock = threading.Lock()
         self._call = 0
+        self._round = 0
         self._passed = -1
         self._decided = threading.Event()
         self.stopped = False
-        self.announce: Any = None  # set by the link: called with (call, boundary)
+        self.save_wanted = False
+        self.announce: Any = None  # set by the link: called with (call, round, boundary)
 
     def begin(self, call: int) -> None:
         """From the link's thread, in order with what it hears of stops: a call begins; forgets earlier agreements."""
         self._preparing = False
-        self._stop_at = None
+        self._orders = []
         self._decided.clear()
-        self.stopped = False
+        self.stopped = self.save_wanted = False
         self._passed = -1
-        self._call = call
+        self._call, self._round = call, 0
 
-    def prepare(self, call: int) -> None:
-        """From the link's thread: a stop is wanted in this call."""
+    def prepare(self, call: int, round_: int) -> None:
+        """From the link's thread: a stop, or a save, is wanted in this call."""
         if call == self._call:
-            self._preparing = True  # before reading: the training thread writes where it is, then looks at this
-            self.announce(call, self._passed + 1)
+            with self._lock:
+                self._round = round_
+                self._decided.clear()
+                self._preparing = True  # before reading: the training thread writes where it is, then looks at this
+            self.announce(call, round_, self._passed + 1)
 
-    def stop_at(self, call: int, boundary: int) -> None:
-        """From the link's thread: the boundary on which the ranks agreed."""
-        if call == self._call:
-            self._stop_at = boundary
-            self._decided.set()
+    def decide(self, order: StopAt) -> None:
+        """From the link's thread: the boundary on which the ranks agreed, and what to do there."""
+        if order.call == self._call and order.round == self._round:
+            with self._lock:
+                self._orders.append(order)
+                self._decided.set()
 
     def stop_requested(self, boundary: int) -> bool:
         """See `StepGate`.
@@ -80,12 +89,19 @@ class StopGate:
             TimeoutError: the driver did not answer.
         """
         self._passed = boundary
+        self.save_wanted = False
         if not self._preparing:
             return False
-        if self._stop_at is None and not self._decided.wait(self._hold_s):
+        if not self._decided.wait(self._hold_s):
             raise TimeoutError(f"held at a step boundary for {self._hold_s} s (hold_s) and nobody said where to stop")
-        assert self._stop_at is not None
-        self.stopped = boundary >= self._stop_at
+        with self._lock:
+            reached = [order for order in self._orders if order.boundary <= boundary]
+            self._orders = [order for order in self._orders if order.boundary > boundary]
+            self._preparing = (
+                bool(self._orders) or not self._decided.is_set()
+            )  # asked again meanwhile: hold at the next
+        self.save_wanted = any(order.save for order in reached)
+        self.stopped = any(order.stop for order in reached)
         return self.stopped
 
 
@@ -104,7 +120,10 @@ class Link:
         self._parent = os.getppid()
         self.call = 0
         self.beat_every_s = 1.0
-        gate.announce = lambda call, boundary: self.send(Boundary(group=group, rank=rank, call=call, boundary=boundary))
+        gate.announce = lambda call, round_, boundary: self.send(
+            Boundary(group=group, rank=rank, call=call, round=round_, boundary=boundary)
+        )
+        self._snapshots: queue.SimpleQueue[SnapshotAnswer | SnapshotDone] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(socket, name), name="torchtrainer-link", daemon=True)
         self.send(Hello(group=group, rank=rank, pid=os.getpid()))
         self._thread.start()
@@ -119,6 +138,14 @@ class Link:
         """Hands a message over to the link's thread."""
         self._outbox.append(message)
         os.write(self._wake_write, b"\0")
+
+    def next_snapshot_message(self, timeout_s: float) -> SnapshotAnswer | SnapshotDone:
+        """Waits for what the host says about a snapshot.
+
+        Raises:
+            queue.Empty: it said nothing.
+        """
+        return self._snapshots.get(timeout=timeout_s)
 
     def send_beat(self) -> None:
         """Says where this rank is now, so that even a short call shows its last step."""
@@ -166,9 +193,11 @@ class Link:
             self._gate.begin(message.call)
             self._calls.put(message)
         elif isinstance(message, PrepareStop):
-            self._gate.prepare(message.call)
+            self._gate.prepare(message.call, message.round)
         elif isinstance(message, StopAt):
-            self._gate.stop_at(message.call, message.boundary)
+            self._gate.decide(message)
+        elif isinstance(message, SnapshotAnswer | SnapshotDone):
+            self._snapshots.put(message)
         elif isinstance(message, EndWorker):
             self._calls.put(None)
 

@@ -6,6 +6,7 @@ This module is imported by the spawner before it forks, so that workers find it,
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import traceback
@@ -19,7 +20,7 @@ import cloudpickle
 import torch
 
 from torchtrainer.comm.group import open_group
-from torchtrainer.control.messages import Call, Failure, Reply, WorkerReady
+from torchtrainer.control.messages import Call, Failure, Heard, Reply, WorkerReady
 from torchtrainer.process.child import flush_output
 from torchtrainer.process.error_file import write_error_file
 from torchtrainer.process.paths import RankPaths
@@ -28,6 +29,7 @@ from torchtrainer.train.progress import Progress
 from torchtrainer.worker.encoding import encode_result
 from torchtrainer.worker.link import Link, StopGate
 from torchtrainer.worker.runtime import RankRuntime, run_initialization_hook
+from torchtrainer.worker.saver import RegionSaver
 
 EXIT_FAILED = 1
 FIRST_RANK_METHODS = frozenset({"get_model", "state_dict", "facts"})
@@ -53,6 +55,7 @@ class WorkerArguments:
     heartbeat_s: float
     progress_s: float
     hold_s: float
+    checkpoint: dict[str, Any] | None = None
 
 
 def main(arguments: dict[str, Any]) -> int:
@@ -81,8 +84,26 @@ class Worker:
             gate=self.gate,
         )
         self.link.beat_every_s = arguments.heartbeat_s
+        self.saver = self._make_saver(arguments.checkpoint) if arguments.checkpoint is not None else None
         self._interruptible = False
         signal.signal(signal.SIGINT, self._on_interrupt)
+        self._pid = os.getpid()
+        for name in (arguments.checkpoint or {}).get("signals", ()):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._on_notice)
+
+    def _make_saver(self, orders: dict[str, Any]) -> RegionSaver:
+        arguments = self.arguments
+        return RegionSaver(
+            group=arguments.group,
+            rank=arguments.rank,
+            world_size=arguments.world_size,
+            region=orders["region"],
+            asynchronous=orders["asynchronous"],
+            wait_s=max(orders["write_s"], arguments.hold_s),
+            send=self.link.send,
+            receive=self.link.next_snapshot_message,
+        )
 
     def run(self) -> int:
         """Builds the rank and serves calls until there are no more."""
@@ -142,6 +163,8 @@ class Worker:
             local_rank=arguments.rank,
             progress=self.progress,
             gate=self.gate,
+            saver=self.saver,
+            every_steps=arguments.checkpoint["every_steps"] if arguments.checkpoint is not None else None,
         )
 
     def _serve(self, runtime: RankRuntime, call: Call) -> None:
@@ -153,6 +176,12 @@ class Worker:
         self._interruptible = True
         try:
             value = getattr(runtime, call.method)(**keywords)
+        except Exception:
+            # The state is saved and the process about to leave. A loop of the user's own that did not expect its batches to
+            # end has nothing to tell: it runs again.
+            if not (self.gate.stopped and self.gate.save_wanted):
+                raise
+            value = None
         finally:
             self._interruptible = False
         if self.arguments.rank and call.method in FIRST_RANK_METHODS:
@@ -168,11 +197,17 @@ class Worker:
                 call=call.call,
                 form=form,
                 stopped=self.gate.stopped,
+                snapshot=self.saver.taken if self.saver is not None else 0,
                 step=self.progress.step,
                 epoch=self.progress.epoch,
                 blob=blob,
             )
         )
+
+    def _on_notice(self, signum: int, frame: FrameType | None) -> None:
+        """Hands a warning of a preemption on to the driver, which has all ranks stop; a loader's process leaves it to us."""
+        if os.getpid() == self._pid:
+            self.link.send(Heard(group=self.arguments.group, rank=self.arguments.rank, signum=signum))
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
         """Interrupts the running call, once; between calls there is nothing to interrupt."""

@@ -18,11 +18,14 @@ from torchtrainer.spec import BuildSpec, rank_config
 from torchtrainer.train.build import build_operator
 from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankLoader
-from torchtrainer.train.loop import StepIterator, bind_hook, schedulers_of
+from torchtrainer.train.hooks import bind_hook
+from torchtrainer.train.loop import StepIterator, schedulers_of
 from torchtrainer.train.metrics import PassResult, plain
 from torchtrainer.train.progress import Progress, StepGate
 from torchtrainer.train.state import capture, restore
 from torchtrainer.train.step import GradientClock, GradientShare
+from torchtrainer.worker.digests import step_iterator
+from torchtrainer.worker.keeper import RankKeeper, Saver
 
 _NO_LOADER = (
     "Training Operator does not have any registered {name} loader. Please register one with "
@@ -46,6 +49,8 @@ class RankRuntime:
         local_rank: place of the rank on its machine.
         progress: where the rank shows what it is doing.
         gate: asked at every step boundary whether to go on.
+        saver: takes the rank's state to where it is durable; None: nothing is kept.
+        every_steps: optimizer steps between two checkpoints; None: only when somebody asks.
 
     Attributes:
         operator: the user's operator.
@@ -60,6 +65,8 @@ class RankRuntime:
         local_rank: int,
         progress: Progress,
         gate: StepGate,
+        saver: Saver | None = None,
+        every_steps: int | None = None,
     ) -> None:
         self._collective = collective
         self._progress = progress
@@ -75,6 +82,8 @@ class RankRuntime:
         )
         self.operator: TrainingOperator = build_operator(spec, context)
         self._check_samples()
+        self._keeper = RankKeeper(self.operator, saver, every_steps)
+        self._new_steps = step_iterator(self.operator, self._keeper)
         progress.enter("idle")
 
     def facts(self) -> dict[str, Any]:
@@ -96,7 +105,12 @@ class RankRuntime:
         }
 
     def train(
-        self, *, num_steps: int | None = None, profile: bool = False, info: dict[str, Any] | None = None
+        self,
+        *,
+        num_steps: int | None = None,
+        profile: bool = False,
+        info: dict[str, Any] | None = None,
+        mark: dict[str, Any] | None = None,
     ) -> PassResult:
         """Runs the operator's ``train_epoch`` once.
 
@@ -104,12 +118,16 @@ class RankRuntime:
             num_steps: batches per rank; None: to the end of the pass.
             profile: measure the parts of a step.
             info: the user's own values for the hooks.
+            mark: which call of the script this is, for checkpoints that are taken in it.
 
         Raises:
             InvalidArgumentTypeError: ``train_epoch`` did not return a dict, or one with the key ``epoch``.
         """
         loader = self._loader("train")
-        epoch_idx = loader.passes_started - loader.in_pass if loader is not None else 0
+        epoch_idx = self._keeper.epoch_idx_of_resumed(
+            loader.passes_started - loader.in_pass if loader is not None else 0
+        )
+        self._keeper.mark, self._keeper.epoch_idx = mark or {}, epoch_idx
         with self._pass(loader, "train", num_steps, profile) as steps:
             with self.operator.timers.record("train_epoch"):
                 returned = self._call("train_epoch", steps, info, num_steps, epoch_idx)
@@ -127,11 +145,17 @@ class RankRuntime:
         return self._result(returned, steps, epoch, profile)
 
     def validate(
-        self, *, num_steps: int | None = None, profile: bool = False, info: dict[str, Any] | None = None
+        self,
+        *,
+        num_steps: int | None = None,
+        profile: bool = False,
+        info: dict[str, Any] | None = None,
+        mark: dict[str, Any] | None = None,
     ) -> PassResult:
         """Runs the operator's ``validate`` once; arguments as for `train`. Models are left in the mode they were in."""
         train = self._loader("train")
         epoch_idx = max(train.passes_started - 1, 0) if train is not None else 0
+        self._keeper.mark, self._keeper.epoch_idx = mark or {}, epoch_idx
         with (
             self._evaluation(),
             self._pass(self._loader("validation"), "validation", num_steps, profile) as steps,
@@ -194,6 +218,19 @@ class RankRuntime:
             )
         self._progress.epoch, self._progress.step = epoch, self.operator.global_step
 
+    def save_complete(self, *, mark: dict[str, Any]) -> None:
+        """Saves the complete state between two calls, and returns when it is copied.
+
+        Args:
+            mark: the call that comes next.
+        """
+        self._keeper.mark = mark
+        self._keeper.save(must=True)
+
+    def restore_complete(self, *, path: str) -> None:
+        """Goes to where a checkpoint is; see `RankKeeper.restore`."""
+        self._keeper.restore(path)
+
     def close(self) -> None:
         """Ends the loaders' worker processes."""
         for loader in internals(self.operator).loaders.values():
@@ -223,7 +260,7 @@ class RankRuntime:
     ) -> Iterator[StepIterator]:
         """The iterator of one call, in place while the hook runs and taken down whatever happens in it."""
         operator, inside = self.operator, internals(self.operator)
-        steps = StepIterator(
+        steps = self._new_steps(
             loader,
             missing=_NO_LOADER.format(name=name),
             num_steps=num_steps,
@@ -232,6 +269,8 @@ class RankRuntime:
             timers=operator.timers,
             share=GradientShare(self._trainable, self._collective.world_size) if name == "train" else None,
             on_step=self._count_step,
+            keeper=self._keeper if self._keeper.active else None,
+            resumed=self._keeper.take_resumed(),
         )
         inside.steps, inside.meters = steps, None
         if profile:
@@ -256,6 +295,7 @@ class RankRuntime:
         """No exchange between the ranks, which may have unequal numbers of batches; modes are put back at the end."""
         components = internals(self.operator).components
         modes = {one: one.training for model in (components.models if components else []) for one in model.modules()}
+        self._keeper.note_modes()
         syncing = self._follow_first_rank()
         try:
             for model in syncing:
@@ -266,6 +306,7 @@ class RankRuntime:
                 model.require_forward_param_sync = True
             for module, training in modes.items():
                 module.training = training
+            self._keeper.modes = None
 
     def _follow_first_rank(self) -> list[Any]:
         """Gives every rank the buffers of rank 0, such as batch-norm statistics, as DDP does before each forward.

@@ -1,0 +1,306 @@
+"""The calls of one trainer in the order of the script: replayed where they were done before, else made, and ended for a notice.
+
+Nothing here knows what a call does. The trainer asks before each one whether its result is known; if it is not, the ranks are
+first brought to where the script is.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torchtrainer.checkpoint.journal import Journal, Recorded
+from torchtrainer.checkpoint.verified import Checkpoint
+from torchtrainer.config import Timeouts
+from torchtrainer.driver.policies import STEPPING_METHODS
+from torchtrainer.engines.base import CallResult, Group
+from torchtrainer.errors import Preempted
+from torchtrainer.observe.notices import notice as tell
+from torchtrainer.planning import RunPlan
+from torchtrainer.preempt.notice import Notice
+from torchtrainer.preempt.slurm import requeue
+from torchtrainer.preempt.watch import NoticeWatch
+from torchtrainer.process.leaving import keep_exit_code
+from torchtrainer.resume import OpenRun, in_notebook
+from torchtrainer.topology import current
+
+EXIT_PREEMPTED = 75
+"""Stopped with the state saved: start the same command again."""
+EXIT_TERMINATED = 143
+"""Stopped without a saved state, as a process that SIGTERM ended."""
+STATE = "state.pt"
+MOVING_METHODS = STEPPING_METHODS | {"update_scheduler", "load_state_dict"}
+"""Calls that change the state."""
+SETTING_METHODS = frozenset({"apply_worker", "apply_operator"})
+"""Calls that may change what is in no state, such as which parameters are trained: made again when a run is gone on with."""
+
+
+def spell(method: str, **arguments: Any) -> str:
+    """A call as the user would write it; arguments that are None are left out."""
+    given = (f"{name}={value!r}" for name, value in arguments.items() if value is not None)
+    return f"{method}({', '.join(given)})"
+
+
+def spell_function(method: str, fn: Callable[..., Any]) -> str:
+    """The same for a call that takes a function."""
+    return f"{method}({getattr(fn, '__qualname__', type(fn).__name__)})"
+
+
+def first(values: list[Any]) -> Any:
+    """What rank 0 returned."""
+    return values[0]
+
+
+def nothing(values: list[Any]) -> None:  # the ranks return None
+    """For calls without a result."""
+
+
+def models_of(model: Any) -> list[dict[str, Any]]:
+    """State dicts of a model, or of a list of models."""
+    return [one.state_dict() for one in (model if isinstance(model, list) else [model])]
+
+
+def load_models(model: Any, states: list[dict[str, Any]]) -> None:
+    """Loads what `models_of` gave."""
+    for one, state in zip(model if isinstance(model, list) else [model], states, strict=True):
+        one.load_state_dict(state)
+
+
+def watch_notices(run: RunPlan, opened: OpenRun) -> NoticeWatch | None:
+    """Begins to watch for warnings of a preemption; None for a run that keeps nothing, which could not be saved.
+
+    In a notebook signals are left alone: they are the kernel's.
+    """
+    if opened.checkpoints is None:
+        return None
+    config = replace(run.preemption, signals=()) if in_notebook() else run.preemption
+    notices = NoticeWatch(config, os.environ, metadata=run.watches_machine, say=tell)
+    notices.start()
+    return notices
+
+
+class Calls:
+    """Replays, makes and ends the calls of a trainer. Used from the user's thread.
+
+    Args:
+        journal: what was called before.
+        checkpoint: the state to go on from; None: from the beginning.
+        notices: warnings of a preemption; None: nobody watches.
+        timeouts: ``write_s``, ``preempt_s``.
+        requeue: have Slurm start the job again.
+        on_preempted: notes that the run stops with its state saved.
+        speaks: this process tells the user what all ranks do alike; under a launcher rank 0 does.
+    """
+
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        checkpoint: Checkpoint | None,
+        notices: NoticeWatch | None,
+        timeouts: Timeouts,
+        requeue: bool,
+        on_preempted: Callable[[], None],
+        speaks: bool = True,
+    ) -> None:
+        self.journal = journal
+        self._checkpoint = checkpoint
+        self._from = int(checkpoint.meta["index"]) if checkpoint is not None else 0
+        self._behind: list[tuple[str, str, dict[str, Any]]] = []
+        self._caught_up = checkpoint is None and not journal.replaying
+        self._notices = notices
+        self._timeouts = timeouts
+        self._requeue = requeue
+        self._on_preempted = on_preempted
+        self._speaks = speaks
+        self._group: Group | None = None
+        self._calling = self._leaving = False
+        self._stopping_since: float | None = None
+        self._hinted = False
+        self.saved_step: int | None = checkpoint.step if checkpoint is not None else None
+        self.saved_in: str | None = None
+
+    def attach(self, group: Group) -> None:
+        """The ranks are there."""
+        self._group = group
+
+    # Calls
+
+    def recorded(self, text: str, method: str, **keywords: Any) -> Recorded | None:
+        """The result of the next call if it is known; else the ranks are where the script is when this returns.
+
+        Args:
+            text: the call, as the user would write it.
+            method, keywords: what the ranks are asked to do for it; the keywords of `run`.
+
+        Raises:
+            CallMismatchError: the script asks for something else than it did before.
+            Preempted: a notice came.
+        """
+        under_way = self._checkpoint.meta.get("call") if self._checkpoint is not None else None
+        expected = under_way if self.journal.index == self._from else None
+        known = self.journal.expect(text, expected)
+        if known is not None:
+            if not self._caught_up:
+                self._behind.append((text, method, keywords))
+            return known
+        self.catch_up()
+        self.leave_if_noticed()
+        return None
+
+    def run(self, method: str, text: str = "", **keywords: Any) -> CallResult:
+        """Makes a call on every rank.
+
+        Raises:
+            Preempted: a notice came, and the call was stopped for it.
+        """
+        if method in STEPPING_METHODS:
+            keywords["mark"] = {"index": self.journal.index, "call": text}
+        self._calling = True
+        try:
+            if self._stopping_since is not None:  # noticed by the thread that looks, between two calls
+                self._living().stop()
+            result = self._living().call(method, **keywords)
+        finally:
+            self._calling = False
+        if result.stopped and (found := self._agreed()) is not None:
+            self._leave(found, result.snapshot)
+        return result
+
+    def done(self, text: str, result: Any, *, step: int, epoch: int) -> None:
+        """Remembers a call that has been completed."""
+        lost = self.journal.add(text, result, step=step, epoch=epoch)
+        if lost is not None:
+            tell(f"the result of {text} is {lost}, which cannot be recorded: this run could not be resumed beyond it")
+
+    def catch_up(self) -> None:
+        """Brings the ranks to where the script is: by the checkpoint, and by the calls after it."""
+        if self._caught_up:
+            return
+        self._caught_up = True
+        behind, self._behind = self._behind, []
+        for index, (text, method, keywords) in enumerate(behind):
+            if index == self._from:
+                self._restore()
+            if method in SETTING_METHODS or (index >= self._from and method in MOVING_METHODS):
+                marked = {"mark": {"index": index, "call": text}} if method in STEPPING_METHODS else {}
+                self._living().call(method, **keywords, **marked)
+        if len(behind) <= self._from:
+            self._restore()
+
+    def _restore(self) -> None:
+        if self._checkpoint is not None:
+            self._living().call("restore_complete", path=str(self._checkpoint.file(STATE)))
+
+    def _living(self) -> Group:
+        assert self._group is not None
+        return self._group
+
+    # Notices
+
+    def look(self) -> None:
+        """Looks for a notice while the ranks work, several times a second; the running call is then stopped.
+
+        In the user's thread where that only waits for the ranks; in one beside it where it is a rank itself.
+
+        Raises:
+            Preempted: there is no time left, or the user does not want to wait.
+        """
+        if self._notices is None or self._group is None:
+            return
+        found = self._notices.pending()
+        if found is None:
+            return
+        if self._notices.urgent:
+            self._end(EXIT_TERMINATED, f"{found.source} came again: left at once")
+        if self._leaving:
+            return
+        if not found.must_stop:
+            self._save_for(found)
+        elif self._stopping_since is None:
+            self._stopping_since = time.monotonic()
+            if self._calling:
+                self._living().stop()
+        elif self._seconds_left(found) <= 0:
+            self._end(self._code(), f"{found.text}: no step boundary was reached within preempt_s; {self._saved()}")
+
+    def leave_if_noticed(self) -> None:
+        """Between two calls: saves the state and leaves, if there is a notice.
+
+        Raises:
+            Preempted: there is one.
+        """
+        found = self._agreed()
+        if self._notices is None or found is None:
+            return
+        if self._notices.urgent:
+            self._end(EXIT_TERMINATED, f"{found.source} came again: left at once")
+        if not found.must_stop or self._group is None:
+            return
+        self._stopping_since = self._stopping_since or time.monotonic()
+        if not self._caught_up:
+            self._end(self._code(), f"{found.text}; {self._saved()}")
+        mark = {"index": self.journal.index, "call": None}
+        self._leave(found, self._living().call("save_complete", mark=mark).snapshot)
+
+    def heard(self, signum: int) -> None:
+        """A signal that warns of a preemption came to a rank."""
+        if self._notices is not None:
+            self._notices.hear(signum)
+
+    def noted(self, step: int, path: str) -> None:
+        """A checkpoint is on disk."""
+        self.saved_step, self.saved_in = step, path
+
+    def _agreed(self) -> Notice | None:
+        """The notice that all ranks act upon alike, whichever of their processes it came to."""
+        if self._notices is None or self._group is None:
+            return None
+        return self._group.noticed(self._notices.pending())
+
+    def _leave(self, found: Notice, snapshot: int) -> None:
+        assert self._notices is not None
+        self._leaving = True
+        self._stopping_since = self._stopping_since or time.monotonic()
+        ended = self._living().await_checkpoint(snapshot, min(self._timeouts.write_s, self._seconds_left(found)))
+        if ended is not None and not ended.error:
+            self.noted(ended.step, ended.path)
+            self._notices.acknowledge()
+        self._end(self._code(), f"{found.text}; {self._saved()}", told=self._speaks)
+
+    def _end(self, code: int, text: str, *, told: bool = True) -> None:
+        if code == EXIT_PREEMPTED:
+            if current() is not None:
+                keep_exit_code(code)
+            self._on_preempted()
+            if self._requeue:
+                said = requeue(os.environ)
+                text = f"{text}; {said}" if said else text
+        if told:
+            tell(text)
+        raise Preempted(code, text)
+
+    def _code(self) -> int:
+        return EXIT_TERMINATED if self.saved_step is None else EXIT_PREEMPTED
+
+    def _saved(self) -> str:
+        if self.saved_step is None:
+            return "nothing was saved yet"
+        return f"the state after step {self.saved_step} is saved: start the same command again to go on"
+
+    def _seconds_left(self, found: Notice) -> float:
+        left = found.seconds_left()
+        if left is not None:
+            return left
+        since = self._stopping_since or time.monotonic()
+        return max(0.0, since + self._timeouts.preempt_s - time.monotonic())
+
+    def _save_for(self, hint: Notice) -> None:
+        if not self._hinted:
+            self._hinted = True
+            tell(f"{hint.text}: a checkpoint is saved, and the run goes on")
+            if self._calling:
+                self._living().save()

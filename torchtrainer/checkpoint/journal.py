@@ -1,0 +1,187 @@
+"""The calls that a script made, with their results: what lets the same script, started again, go on where it was.
+
+Each completed call is appended, so that a script that runs again gets recorded results until it asks for something that was
+not done yet. A line is JSON; a result that JSON cannot hold bit for bit is a file beside it, in the form of ``torch.save``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchtrainer.errors import CallMismatchError, RunDirectoryError
+from torchtrainer.process.paths import private_directory
+from torchtrainer.process.whole_file import replace_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """A call that was completed.
+
+    Attributes:
+        index: its place among the calls of the trainer, from 0.
+        call: as the user would write it, such as ``train(num_steps=3)``.
+        result: what it returned.
+        step, epoch: progress after it.
+    """
+
+    index: int
+    call: str
+    result: Any
+    step: int
+    epoch: int
+
+
+class Journal:
+    """The calls of one trainer. Used from the user's thread, by one process; the others of a launch hold copies.
+
+    Args:
+        root: directory of the run.
+        records: what is known already, as `read` gives it.
+        writes: this process keeps the journal; else it only follows it.
+    """
+
+    def __init__(self, root: Path, records: list[dict[str, Any]], *, writes: bool) -> None:
+        self._root = root
+        self._records = records
+        self._writes = writes
+        self._index = 0
+
+    @staticmethod
+    def read(root: Path) -> list[dict[str, Any]]:
+        """The lines of a journal, oldest first; a last one that a crash tore is left out.
+
+        Raises:
+            RunDirectoryError: a line is not what was written.
+        """
+        try:
+            content = _journal(root).read_bytes()
+        except FileNotFoundError:
+            return []
+        whole = content[: content.rfind(b"\n") + 1].splitlines()
+        try:
+            return [json.loads(line) for line in whole]
+        except ValueError as error:
+            raise RunDirectoryError(
+                f"{_journal(root)} is not what was written ({error}): the run in {root} cannot be resumed; pass resume=False "
+                "to start anew, or another run_dir"
+            ) from error
+
+    @property
+    def index(self) -> int:
+        """Place of the next call."""
+        return self._index
+
+    @property
+    def replaying(self) -> bool:
+        """Whether the next call was completed before."""
+        return self._index < len(self._records)
+
+    def expect(self, call: str, under_way: str | None = None) -> Recorded | None:
+        """The record of the next call, if it was completed before.
+
+        Args:
+            call: what the script asks for.
+            under_way: what was recorded as the call in progress at this place, if that is known.
+
+        Raises:
+            CallMismatchError: the script asks for something else than it did before.
+        """
+        if not self.replaying:
+            self._compare(call, under_way)
+            return None
+        record = self._records[self._index]
+        self._compare(call, record["call"])
+        recorded = Recorded(
+            index=self._index,
+            call=call,
+            result=self._result_of(record),
+            step=record["step"],
+            epoch=record["epoch"],
+        )
+        self._index += 1
+        return recorded
+
+    def add(self, call: str, result: Any, *, step: int, epoch: int) -> str | None:
+        """Appends a call that has just been completed; in a copy it only counts.
+
+        Returns:
+            Why the result could not be kept, so that the script cannot be resumed beyond this call; None if it was.
+        """
+        index, self._index = self._index, self._index + 1
+        record: dict[str, Any] = {"call": call, "step": step, "epoch": epoch}
+        reason = None
+        if self._writes:
+            if is_json(result):
+                record["result"] = result
+            else:
+                reason = self._keep(result, index)
+                record["kept" if reason is None else "lost"] = reason or True
+            _append(_journal(self._root), json.dumps(record) + "\n")
+        self._records.append(record)
+        return reason
+
+    def _compare(self, asked: str, recorded: str | None) -> None:
+        if recorded is not None and asked != recorded:
+            raise CallMismatchError(
+                f"the script asks for {asked} as call {self._index + 1} of this trainer, where the run that it would resume "
+                f"had {recorded}: put the script back as it was, or pass resume=False to start anew (the run is in {self._root})"
+            )
+
+    def _keep(self, result: Any, index: int) -> str | None:
+        import torch
+
+        buffer = io.BytesIO()
+        try:
+            torch.save(result, buffer)
+            torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+        except Exception as error:
+            return f"a {type(result).__name__} ({str(error).splitlines()[0]})"
+        path = _kept(self._root, index)
+        private_directory(path.parent)
+        replace_file(path, buffer.getvalue())
+        return None
+
+    def _result_of(self, record: dict[str, Any]) -> Any:
+        if "lost" in record:
+            raise RunDirectoryError(
+                f"the run cannot be resumed: {record['call']} returned {record['lost']}, which could not be recorded. Return "
+                "numbers, text, tensors, or lists and dicts of them, and pass resume=False to start anew"
+            )
+        if "kept" not in record:
+            return record.get("result")
+        import torch
+
+        return torch.load(_kept(self._root, self._index), map_location="cpu", weights_only=True)
+
+
+def is_json(value: Any) -> bool:
+    """Whether JSON brings a value back as it is: floats keep their bits, NaN and infinities included."""
+    if value is None or type(value) in (bool, int, float, str):
+        return True
+    if type(value) is list:
+        return all(is_json(one) for one in value)
+    return type(value) is dict and all(type(key) is str and is_json(one) for key, one in value.items())
+
+
+def _journal(root: Path) -> Path:
+    return root / "calls.jsonl"
+
+
+def _kept(root: Path, index: int) -> Path:
+    return root / "calls" / f"{index}.pt"
+
+
+def _append(path: Path, line: str) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+    with os.fdopen(fd, "r+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        content = os.pread(fd, end, 0) if end else b""
+        file.truncate(content.rfind(b"\n") + 1)  # a line that a crash tore
+        file.seek(0, os.SEEK_END)
+        file.write(line.encode())
+        os.fsync(fd)

@@ -1,0 +1,137 @@
+"""The writer: a process of its own that turns one snapshot into one checkpoint, while the training goes on.
+
+Forked from the spawner, so that it starts in milliseconds, and gone when the checkpoint is on disk and verified. It reads the
+regions that the host holds, and outlives the ranks and the driver.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from torchtrainer.checkpoint.snapshot import assemble
+from torchtrainer.checkpoint.store import Checkpoint, CheckpointStore
+from torchtrainer.errors import TorchTrainerError
+from torchtrainer.process.whole_file import replace_file
+
+STATE = "state.pt"
+"""The file of a checkpoint that holds the whole state, in the form of ``torch.save``."""
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+EXIT_WRITE_FAILED = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriterArguments:
+    """What the host tells a writer.
+
+    Attributes:
+        regions: of the ranks' shares, by rank.
+        number: of the snapshot.
+        root: directory of the checkpoints.
+        keep: how many verified ones stay.
+        generation: of the run.
+        meta: kept in the manifest: position and what else is known without opening the state.
+        result_path: where the outcome goes, as JSON.
+    """
+
+    regions: list[str]
+    number: int
+    root: str
+    keep: int
+    generation: int
+    meta: dict[str, Any]
+    result_path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What became of a snapshot.
+
+    Attributes:
+        path: of the checkpoint; empty if there is none.
+        seconds: that it took.
+        size_bytes: of the state.
+        error: why there is no checkpoint; empty if there is one.
+        problems: what else the user should know, such as a damaged checkpoint that was set aside.
+    """
+
+    path: str = ""
+    seconds: float = 0.0
+    size_bytes: int = 0
+    error: str = ""
+    problems: tuple[str, ...] = ()
+
+
+def main(arguments: dict[str, Any]) -> int:
+    """Writes one checkpoint; entry of the writer process. Returns its exit code."""
+    for name in STOP_SIGNALS:  # the state is saved because somebody wants the processes to stop
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    order = WriterArguments(**arguments)
+    problems: list[str] = []
+    started = time.monotonic()
+    try:
+        state = assemble(order.regions, order.number)
+        checkpoint = write_state(_store(order, problems), state, order.meta)
+        outcome = Written(
+            path=str(checkpoint.path),
+            seconds=time.monotonic() - started,
+            size_bytes=checkpoint.file(STATE).stat().st_size,
+            problems=tuple(problems),
+        )
+    except (TorchTrainerError, OSError) as error:
+        outcome = Written(error=str(error), problems=tuple(problems))
+    except Exception:
+        outcome = Written(error=traceback.format_exc(), problems=tuple(problems))
+    replace_file(Path(order.result_path), json.dumps(asdict(outcome)).encode())
+    return EXIT_WRITE_FAILED if outcome.error else 0
+
+
+def write_state(store: CheckpointStore, state: Mapping[str, Any], meta: Mapping[str, Any]) -> Checkpoint:
+    """Writes a whole state as a checkpoint.
+
+    Args:
+        store: where to.
+        state: ``shared`` and ``ranks``.
+        meta: for the manifest; its ``step`` names the checkpoint.
+
+    Raises:
+        CheckpointWriteError: the disk did not take it.
+    """
+
+    def save(file: BinaryIO) -> None:
+        torch.save(dict(state), file)
+
+    return store.write(int(meta["step"]), meta, {STATE: save}, reserve_bytes=_size_bytes(state))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Reads what `write_state` wrote. Nothing in it is run.
+
+    Args:
+        path: of the state's file, in a checkpoint that verified.
+    """
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return state
+
+
+def _store(order: WriterArguments, problems: list[str]) -> CheckpointStore:
+    return CheckpointStore(Path(order.root), keep=order.keep, generation=order.generation, on_problem=problems.append)
+
+
+def _size_bytes(tree: Any) -> int:
+    if isinstance(tree, torch.Tensor):
+        return tree.nbytes
+    if isinstance(tree, Mapping):
+        return sum(_size_bytes(one) for one in tree.values())
+    if isinstance(tree, list | tuple):
+        return sum(_size_bytes(one) for one in tree)
+    return 0

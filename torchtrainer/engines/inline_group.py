@@ -1,0 +1,281 @@
+"""The rank of this process, under a launcher or with ``use_local``: built here, called here, and saved with the other ranks."""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torchtrainer.control.messages import Beat, CheckpointEnded
+from torchtrainer.driver.controller import Listener
+from torchtrainer.driver.policies import MIN_SAVE_EVERY_S, STEPPING_METHODS, RankView, save_interval_s
+from torchtrainer.engines.base import CallResult, GroupPlan
+from torchtrainer.errors import InvalidArgumentTypeError
+from torchtrainer.observe.devices import read_process_use
+from torchtrainer.preempt.notice import Notice, is_more_urgent
+from torchtrainer.train.metrics import PassResult
+
+if TYPE_CHECKING:
+    import torch
+
+    from torchtrainer.comm.group import Collective
+    from torchtrainer.engines.inline_agreement import Agreement
+    from torchtrainer.engines.inline_gate import InlineGate
+    from torchtrainer.engines.inline_saver import GatheringSaver
+    from torchtrainer.worker.runtime import RankRuntime
+
+OWN_RESULT_METHODS = frozenset({"get_model", "state_dict", "load_state_dict", "update_scheduler"})
+"""Calls whose result is alike on all ranks, or None: each process takes its own."""
+
+
+class InlineGroup:
+    """The rank of this process, and through collectives the results of the others.
+
+    Args:
+        plan: what the rank is built from.
+        collective: the ranks.
+        local_rank: place of the rank on its machine.
+        listener: of the trainer in this process; that of rank 0 sees the progress of its rank.
+        gather: results of the other ranks are wanted.
+    """
+
+    def __init__(
+        self, plan: GroupPlan, collective: Collective, *, local_rank: int, listener: Listener, gather: bool
+    ) -> None:
+        import torch
+
+        from torchtrainer.train.progress import Progress
+        from torchtrainer.worker.runtime import RankRuntime, run_initialization_hook
+
+        self.world_size = collective.world_size
+        self._collective = collective
+        self._gather = gather
+        self._listener = listener
+        self._progress = Progress()
+        self._save_every_s = plan.save_every_s
+        self._saver: GatheringSaver | None = None
+        self._agreement: Agreement | None = None
+        device = device_of(plan.gpus, local_rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if gather:
+            torch.set_num_threads(plan.threads)
+        run_initialization_hook(plan.spec)
+        orders = plan.checkpoint
+        self._runtime: RankRuntime | None = RankRuntime(
+            plan.spec,
+            collective=collective,
+            device=device,
+            local_rank=local_rank,
+            progress=self._progress,
+            gate=self._gate(plan),
+            saver=self._saver,
+            every_steps=orders.every_steps if orders is not None else None,
+        )
+        self._device = str(device)
+
+    def _gate(self, plan: GroupPlan) -> InlineGate:
+        """The gate of the rank; if states are kept, with what it takes to agree and to save."""
+        from torchtrainer.comm.talk import open_talk
+        from torchtrainer.engines.inline_agreement import Agreement
+        from torchtrainer.engines.inline_gate import InlineGate, StepCounter
+        from torchtrainer.engines.inline_saver import GatheringSaver
+        from torchtrainer.train.progress import OpenGate
+
+        if plan.checkpoint is not None:
+            self._agreement = Agreement(
+                open_talk(self._collective),
+                rank=self._collective.rank,
+                world_size=self.world_size,
+                hold_s=plan.timeouts.hold_s,
+                look=lambda: self._listener.on_waiting("this rank trains"),
+                save_every_s=self._interval_s,
+            )
+            gate = self._agreement.gate
+            self._saver = GatheringSaver(self._collective, plan.checkpoint, stopping=lambda: gate.stopped)
+        self._counter = StepCounter.of_launch(os.environ) if self._gather else None
+        return InlineGate(
+            self._progress,
+            self._agreement.gate if self._agreement is not None else OpenGate(),
+            report=self._report if self._collective.rank == 0 else None,
+            every_s=plan.timeouts.progress_s,
+            counter=self._counter,
+        )
+
+    @property
+    def views(self) -> tuple[RankView, ...]:
+        """This process's rank."""
+        at = self._progress
+        return (
+            RankView(
+                rank=self._collective.rank,
+                pid=os.getpid(),
+                phase=at.phase,
+                phase_since=at.phase_since,
+                heard_at=time.monotonic(),
+                spoke=True,
+                step=at.step,
+                epoch=at.epoch,
+                batch=at.batch,
+                device=self._device,
+                cpu_s=time.process_time(),
+            ),
+        )
+
+    @property
+    def operator(self) -> Any:
+        """The operator of this process's rank."""
+        return None if self._runtime is None else self._runtime.operator
+
+    # Calls
+
+    def call(self, method: str, **keywords: Any) -> CallResult:
+        """Runs a method on this process's rank, and gathers the results of all."""
+        assert self._runtime is not None
+        value, stopped = self._run(getattr(self._runtime, method), method in STEPPING_METHODS, keywords)
+        if method in STEPPING_METHODS and self._collective.rank == 0:
+            self._report()
+        self._progress.enter("idle")
+        snapshot = self._saver.taken if self._saver is not None else 0
+        if not self._gather:
+            return CallResult(values=[value], stopped=stopped, snapshot=snapshot)
+        if method in OWN_RESULT_METHODS:
+            return CallResult(values=[value] * self.world_size)
+        return CallResult(values=self._gathered(method, value), stopped=stopped, snapshot=snapshot)
+
+    def _run(self, method: Callable[..., Any], stepping: bool, keywords: Mapping[str, Any]) -> tuple[Any, bool]:
+        """What this rank returns, and whether it was stopped before its end."""
+        if not stepping or self._agreement is None:
+            return method(**keywords), False
+        self._agreement.begin()
+        try:
+            return method(**keywords), self._agreement.gate.stopped
+        finally:
+            self._agreement.end()
+            if self._counter is not None:
+                self._counter.show(0)  # what comes now, and validations, take as long as they take
+
+    def _gathered(self, method: str, value: Any) -> list[Any]:
+        """Values of all ranks. Peers are not authenticated, so only data travels: no pickle is opened."""
+        import torch
+
+        form = value
+        if isinstance(value, PassResult):
+            form = {"metrics": value.metrics, "weights": value.weights}
+        buffer = io.BytesIO()
+        try:
+            torch.save(form, buffer)
+            torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+        except Exception as error:
+            raise InvalidArgumentTypeError(
+                f"{method}() returned a {type(value).__name__}, which cannot travel between processes that a launcher "
+                "started: return numbers, text, tensors, or lists and dicts of them"
+            ) from error
+        blobs = self._collective.gather_tensors(buffer.getvalue())
+        values = [torch.load(io.BytesIO(blob), weights_only=True) for blob in blobs]
+        return [PassResult(**v) for v in values] if isinstance(value, PassResult) else values
+
+    def wait_for_all(self) -> None:
+        """Waits until every rank is here."""
+        self._collective.barrier()
+
+    # Notices and checkpoints
+
+    def stop(self) -> None:
+        """Has the running call of all ranks end at the next step boundary, with the state saved; in any thread."""
+        if self._agreement is not None:
+            self._agreement.wish(stop=True)
+
+    def save(self) -> None:
+        """Has the state saved at the next step boundary of the running call; in any thread."""
+        if self._agreement is not None:
+            self._agreement.wish(stop=False)
+
+    def noticed(self, found: Notice | None) -> Notice | None:
+        """The most urgent notice that any rank has; a collective call.
+
+        Args:
+            found: by this rank.
+        """
+        mine = found and [found.source, found.seconds_left(), found.must_stop, found.text]
+        now = time.monotonic()
+        best = None
+        for told in self._collective.all_gather(mine):
+            if told is None:
+                continue
+            source, left_s, must_stop, text = told
+            deadline = None if left_s is None else now + left_s
+            one = Notice(source=source, deadline=deadline, must_stop=must_stop, text=text)
+            best = one if best is None or is_more_urgent(one, best) else best
+        return best
+
+    def await_checkpoint(self, snapshot: int, timeout_s: float) -> CheckpointEnded | None:
+        """Waits until a state is on disk, or cannot be; a collective call with one answer. None if it took too long."""
+        if self._saver is None:
+            return None
+        ended = self._saver.finish(timeout_s)
+        self._tell_checkpoints()
+        return ended if ended is not None and ended.number >= snapshot else None
+
+    def end(self, force: bool = False) -> None:
+        """Closes the rank and leaves the group, unless forced together with the other ranks. Idempotent."""
+        runtime, self._runtime = self._runtime, None
+        if runtime is None:
+            return
+        if self._agreement is not None:
+            self._agreement.close()
+        if self._saver is not None:
+            self._saver.close()
+            self._tell_checkpoints()
+        runtime.close()
+        if not force:
+            self._collective.barrier()  # a rank that leaves early would cut off what the others still receive
+        self._collective.close()
+        # DDP holds the group in reference cycles. It has to go while the interpreter is whole: its threads give tensors
+        # back, and if that happens while Python is dismantled, torch aborts the process.
+        del runtime
+        gc.collect()
+
+    def _interval_s(self) -> float | None:
+        """Seconds between two checkpoints, as things are now."""
+        if self._save_every_s != "auto":
+            return self._save_every_s
+        ended = self._saver.ended if self._saver is not None else None
+        return MIN_SAVE_EVERY_S if ended is None else save_interval_s(ended.stall_s, ended.seconds)
+
+    def _tell_checkpoints(self) -> None:
+        for ended in self._saver.news() if self._saver is not None else ():
+            self._listener.on_checkpoint(ended)
+
+    def _report(self) -> None:
+        """Shows the listener where the rank stands."""
+        at = self._progress
+        use = read_process_use(os.getpid())
+        self._tell_checkpoints()
+        self._listener.on_beat(
+            Beat(
+                group="",
+                rank=0,
+                call=1,
+                phase=at.phase,
+                phase_age_s=time.monotonic() - at.phase_since,
+                epoch=at.epoch,
+                step=at.step,
+                batch=at.batch,
+                batches=at.batches,
+                samples=at.samples,
+                loss=None if at.loss is None else float(at.loss),
+                rss_bytes=(use and use.rss_bytes) or 0,
+                cpu_s=use.cpu_s if use else 0.0,
+            )
+        )
+
+
+def device_of(gpus: tuple[int, ...], local_rank: int) -> torch.device:
+    """Where a rank trains: on its GPU, if the ranks of its machine have any."""
+    import torch
+
+    return torch.device("cuda", gpus[local_rank]) if gpus else torch.device("cpu")

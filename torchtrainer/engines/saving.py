@@ -1,0 +1,99 @@
+"""The host's part in checkpoints: answers ranks that want to copy, starts writers, and tells what became of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from torchtrainer.control.messages import CheckpointEnded, SnapshotAnswer, SnapshotDone, SnapshotTaken, SnapshotWanted
+from torchtrainer.control.wire import Message
+from torchtrainer.engines.groups import Group, writer_spec
+from torchtrainer.engines.snapshots import read_outcome
+from torchtrainer.process.child import ChildSpec
+from torchtrainer.process.paths import EnginePaths, private_directory
+
+
+class Saving:
+    """Has snapshots of any group written. Used by the host's only thread.
+
+    Args:
+        paths: the host's files.
+        start_child: starts a process.
+        to_rank: sends to a rank of a group.
+        to_driver: sends to the driver.
+    """
+
+    def __init__(
+        self,
+        paths: EnginePaths,
+        *,
+        start_child: Callable[[ChildSpec], None],
+        to_rank: Callable[[str, int, Message], None],
+        to_driver: Callable[[Message], None],
+    ) -> None:
+        self._paths = paths
+        self._start_child = start_child
+        self._to_rank = to_rank
+        self._to_driver = to_driver
+
+    def on_message(self, group: Group, message: SnapshotWanted | SnapshotTaken) -> None:
+        """A rank wants to copy its share, or has."""
+        snapshots = group.snapshots
+        if snapshots is None:
+            return
+        if isinstance(message, SnapshotWanted):
+            self._answer(group, snapshots.want(message))
+            return
+        failed = snapshots.copied(message)
+        if failed is not None:
+            self._tell_ended(group, failed)
+        self.write_if_due(group)
+
+    def write_if_due(self, group: Group) -> None:
+        """Starts the writer of a snapshot that is whole; when no rank is left, also of one that nobody spoke of."""
+        snapshots = group.snapshots
+        number = snapshots.due(ranks_left=bool(group.pids)) if snapshots is not None else 0
+        if snapshots is None or not number:
+            return
+        snapshots.begin(number)
+        name = group.spec.group
+        self._paths.written(name).unlink(missing_ok=True)
+        try:
+            private_directory(self._paths.writer_logs(name))
+            self._start_child(writer_spec(group, number, self._paths))
+        except OSError as error:  # no space, or no more processes
+            self._tell_ended(group, snapshots.end({"error": f"its writer could not be started: {error}"}, name))
+
+    def on_writer_exited(self, group: Group) -> None:
+        """The writer of a group is gone."""
+        snapshots, name = group.snapshots, group.spec.group
+        group.writer_pid = None
+        assert snapshots is not None
+        self._tell_ended(group, snapshots.end(read_outcome(self._paths.written(name)), name))
+        self.write_if_due(group)
+        self._answer(group, snapshots.answers(name))
+
+    def finish(self, groups: Iterable[Group], turn: Callable[[], None]) -> None:
+        """Has everything written that was copied whole; for when nobody is left who could copy it again.
+
+        Args:
+            groups: without ranks.
+            turn: waits a moment for processes that end, and calls `on_writer_exited` for writers.
+        """
+        groups = [group for group in groups if group.snapshots is not None]
+        for group in groups:
+            self.write_if_due(group)
+        limit_s = max((one.snapshots.orders.write_s for one in groups if one.snapshots is not None), default=0.0)
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline and any(one.snapshots and one.snapshots.writing for one in groups):
+            turn()
+
+    def _answer(self, group: Group, answers: list[tuple[int, SnapshotAnswer]]) -> None:
+        for rank, answer in answers:
+            self._to_rank(group.spec.group, rank, answer)
+
+    def _tell_ended(self, group: Group, ended: CheckpointEnded) -> None:
+        name = group.spec.group
+        for rank in group.pids:
+            self._to_rank(name, rank, SnapshotDone(group=name, rank=rank, number=ended.number))
+        self._to_driver(ended)

@@ -1,0 +1,42 @@
+"""How far the steps of a run were shown to its callbacks, over all starts of the script: none is shown twice."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from pathlib import Path
+
+_PLACE = struct.Struct("<qq")
+
+
+class Shown:
+    """The last step that was shown. Written at each step that is, so that it survives a kill; for the user's thread.
+
+    Args:
+        path: of the file, in the run directory; None: nothing is kept.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._memory: mmap.mmap | bytearray = bytearray(_PLACE.size)
+        if path is None:
+            return
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        try:
+            os.ftruncate(fd, _PLACE.size)
+            self._memory = mmap.mmap(fd, _PLACE.size)
+        finally:
+            os.close(fd)
+
+    def is_new(self, call: int, batch: int) -> bool:
+        """Whether a step was not shown yet; from then on it was.
+
+        Args:
+            call: place of the call among those of the trainer, from 0.
+            batch: batches that were completed in it.
+        """
+        place = (call + 1, batch)  # a new file is all zeros: nothing was shown
+        if place <= _PLACE.unpack_from(self._memory, 0):
+            return False
+        _PLACE.pack_into(self._memory, 0, *place)
+        return True

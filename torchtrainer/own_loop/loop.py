@@ -1,0 +1,257 @@
+"""One script's own loop on one rank: its run directory, its notices, its checkpoints and its loaders.
+
+Rank 0 owns the directory and writes; every call but `OwnLoop.should_stop` is a collective one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import io
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchtrainer.calls import EXIT_PREEMPTED, EXIT_TERMINATED, STATE
+from torchtrainer.checkpoint.store import CheckpointStore, next_generation
+from torchtrainer.checkpoint.verified import verify
+from torchtrainer.checkpoint.writer import read_state
+from torchtrainer.comm.talk import attached, open_talk
+from torchtrainer.config import PreemptionConfig, Timeouts
+from torchtrainer.driver.run_dir import RUNS, RunDirectory, program_name
+from torchtrainer.engines.inline_agreement import Agreement
+from torchtrainer.engines.inline_gate import StepCounter
+from torchtrainer.engines.inline_saver import GatheringSaver, why_unsafe
+from torchtrainer.engines.inline_share import share_from_first
+from torchtrainer.engines.snapshots import CheckpointOrders
+from torchtrainer.errors import (
+    CheckpointWriteError,
+    EngineError,
+    InvalidArgumentError,
+    InvalidArgumentTypeError,
+    Preempted,
+    ResumeError,
+)
+from torchtrainer.observe.notices import notice
+from torchtrainer.own_loop.loader import OwnLoader
+from torchtrainer.preempt.watch import NoticeWatch
+from torchtrainer.process.leaving import keep_exit_code
+from torchtrainer.resume import seen_here
+from torchtrainer.topology import WORKER_MARK, current
+from torchtrainer.train.rng import rng_from_data, rng_to_data
+from torchtrainer.train.state import detached
+
+RUN_DIR = "TORCHTRAINER_RUN_DIR"
+"""Environment variable: where checkpoints of a script's own loop live, unless the script says so itself."""
+
+
+class OwnLoop:
+    """What a rank of a script with its own loop keeps. One per process, used by the thread that trains.
+
+    Args:
+        run_dir: directory of the run; None: that of the environment, else ``./runs/<script>``.
+        keep: how many checkpoints stay.
+        preemption: where warnings come from.
+
+    Raises:
+        RunDirectoryError: the directory cannot be used.
+        EngineError: the ranks have formed no process group, or this is a worker of a trainer.
+    """
+
+    def __init__(self, *, run_dir: str | os.PathLike[str] | None, keep: int, preemption: PreemptionConfig) -> None:
+        if WORKER_MARK in os.environ:
+            raise EngineError(
+                "torchtrainer.session saves and stops scripts with a loop of their own; this is a worker of a TorchTrainer, "
+                "which does so by itself: leave the call out"
+            )
+        self._collective = attached()
+        self._first = self._collective.rank == 0
+        self._directory: RunDirectory | None = None
+        root = Path(run_dir or os.environ.get(RUN_DIR) or Path(RUNS) / program_name())
+        opened = share_from_first(self._collective, lambda: self._open(root, keep), dict, _seen_here)
+        self._checkpoint = verify(Path(opened["checkpoint"])) if opened["checkpoint"] else None
+        self._write_s = Timeouts().write_s
+        self._saver = GatheringSaver(
+            self._collective,
+            CheckpointOrders(
+                root=opened["root"],
+                keep=keep,
+                generation=opened["generation"],
+                every_steps=None,
+                asynchronous=True,
+                write_s=self._write_s,
+            ),
+        )
+        self._watch(preemption)
+        self._loaders: list[OwnLoader] = []
+        self._positions: list[Mapping[str, int]] = []
+        self._positions_ranks = 0
+        self._counter = StepCounter.of_launch(os.environ)
+        self._asked = 0
+        self._steps_before = 0
+        self._stopping = False
+        atexit.register(self.close)
+
+    def _watch(self, preemption: PreemptionConfig) -> None:
+        """Begins to look for warnings, and to agree on them."""
+        launched = current()
+        self._notices = NoticeWatch(
+            preemption, os.environ, metadata=launched is None or launched.local_rank == 0, say=notice
+        )
+        self._agreement = Agreement(
+            open_talk(self._collective),
+            rank=self._collective.rank,
+            world_size=self._collective.world_size,
+            hold_s=Timeouts().hold_s,
+            look=self._look,
+        )
+        self._notices.start()
+        self._agreement.begin()
+
+    def _open(self, root: Path, keep: int) -> dict[str, Any]:
+        """On rank 0: takes the directory, and finds what is there to go on with. JSON data."""
+        self._directory = RunDirectory(root)
+        checkpoints = self._directory.root / "checkpoints"
+        generation = next_generation(checkpoints)
+        newest = None
+        if checkpoints.is_dir():
+            newest = CheckpointStore(checkpoints, keep=keep, generation=generation, on_problem=notice).newest()
+        return {
+            "root": str(checkpoints),
+            "generation": generation,
+            "checkpoint": None if newest is None else str(newest.path),
+        }
+
+    # Stopping
+
+    def should_stop(self) -> bool:
+        """Whether the ranks agreed to stop at this step; see `torchtrainer.session.should_stop`."""
+        if self._stopping:
+            return True
+        self._asked += 1
+        if self._counter is not None:
+            self._counter.show(self._steps_before + self._asked)
+        self._stopping = self._agreement.gate.stop_requested(self._asked)
+        return self._stopping
+
+    def _look(self) -> None:
+        """In the agreement's thread."""
+        found = self._notices.pending()
+        if found is None or not found.must_stop:
+            return
+        if self._notices.urgent:
+            notice(f"{found.source} came again: left at once")
+            raise Preempted(EXIT_TERMINATED, found.text)
+        if not self._agreement.gate.stopped:
+            self._agreement.wish(stop=True)
+
+    # Checkpoints
+
+    def save(self, state: Any, step: int) -> str:
+        """Saves the state of all ranks; see `torchtrainer.session.save_checkpoint`."""
+        if type(step) is not int or step < 0:
+            raise InvalidArgumentError(f"step must be a whole number of at least 0, got {step!r}")
+        problem = why_unsafe(state)
+        data = b""
+        if problem is None:
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            data = buffer.getvalue()
+        answers = self._collective.all_gather([problem, hashlib.sha256(data).hexdigest()])
+        for rank, (found, _) in enumerate(answers):
+            if found is not None:
+                raise InvalidArgumentTypeError(f"save_checkpoint, rank {rank}: {found}")
+        mine: dict[str, Any] = {"rng": rng_to_data(), "loaders": [one.of_rank.state_dict() for one in self._loaders]}
+        if answers[self._collective.rank][1] != answers[0][1]:  # most scripts have the same state on all ranks
+            mine["own"] = state
+        meta = {"step": step, "world_size": self._collective.world_size, "loop": "own"}
+        self._saver.save({"state": state}, mine, set(), meta, must=True)
+        ended = self._saver.finish(self._write_s)
+        if ended is None:
+            raise CheckpointWriteError(
+                f"the checkpoint of step {step} was not on disk after {self._write_s:g} s (write_s): the disk may have become "
+                "slow; older checkpoints are intact"
+            )
+        if ended.error:
+            raise CheckpointWriteError(ended.error)
+        for text in ended.problems if self._first else ():
+            notice(text)
+        if self._stopping:
+            keep_exit_code(EXIT_PREEMPTED)
+        return ended.path
+
+    def latest(self) -> Any:
+        """The state to go on from; see `torchtrainer.session.latest_checkpoint`."""
+        if self._checkpoint is None:
+            return None
+        checkpoint, rank = self._checkpoint, self._collective.rank
+        if checkpoint.meta.get("loop") != "own":
+            raise ResumeError(
+                f"{checkpoint.path} was saved by a TorchTrainer: use a run_dir of its own for this script"
+            )
+        saved = read_state(checkpoint.file(STATE))
+        ranks = saved["ranks"]
+        self._check_ranks(ranks)
+        self._steps_before = checkpoint.step
+        mine = ranks[rank] if rank < len(ranks) else ranks[0]
+        self._positions, self._positions_ranks = mine["loaders"], len(ranks)
+        for number in range(min(len(self._loaders), len(self._positions))):
+            self._put_back(number)
+        if rank < len(ranks):
+            rng_from_data(detached(mine["rng"]))
+        if self._first:
+            age_s = max(0.0, time.time() - checkpoint.path.stat().st_mtime)
+            notice(f"resuming {checkpoint.path.parents[1]} (state of step {checkpoint.step}, saved {age_s:.0f} s ago)")
+        return detached(mine["own"] if "own" in mine else saved["shared"]["state"])
+
+    def _check_ranks(self, ranks: list[Any]) -> None:
+        here = self._collective.world_size
+        if len(ranks) != here and any("own" in one for one in ranks):
+            raise ResumeError(
+                f"the checkpoint is of {len(ranks)} ranks with states that differ, which {here} ranks cannot take over: start "
+                f"{len(ranks)} ranks, or pass another run_dir to session.configure"
+            )
+
+    # Loaders
+
+    def loader(self, loader: Any, *, seed: int, training: bool) -> OwnLoader:
+        """A resumable loader; see `torchtrainer.session.loader`."""
+        number = len(self._loaders)
+        made = OwnLoader(
+            loader, self._collective, seed=seed, training=training, name=f"session.loader number {number + 1}"
+        )
+        self._loaders.append(made)
+        if number < len(self._positions):
+            self._put_back(number)
+        return made
+
+    def _put_back(self, number: int) -> None:
+        loader, position = self._loaders[number].of_rank, self._positions[number]
+        if self._positions_ranks != self._collective.world_size and position["samples"] and not loader.any_world_size:
+            raise ResumeError(
+                f"loader {number + 1} is a stream that was left in the middle of a pass, which only {self._positions_ranks} "
+                "ranks can go on with: start as many, or pass another run_dir to session.configure"
+            )
+        loader.load_state_dict(dict(position))
+
+    def close(self) -> None:
+        """Finishes what is being written, and lets go of the directory and of signals. Idempotent."""
+        atexit.unregister(self.close)
+        self._agreement.close()
+        self._saver.close()
+        self._notices.close()
+        for one in self._loaders:
+            one.of_rank.close()
+        if self._directory is not None:
+            self._directory.close()
+
+
+def _seen_here(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What rank 0 found, on another rank, which must be able to read it too."""
+    if told["checkpoint"] is not None:
+        seen_here(told["checkpoint"])
+    return dict(told)

@@ -1,0 +1,326 @@
+"""Opens the directory of a run: a fresh one, or that of a run to go on with, with all that is known of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from torchtrainer.checkpoint.journal import Journal
+from torchtrainer.checkpoint.store import CheckpointStore, next_generation
+from torchtrainer.checkpoint.verified import Checkpoint, verify
+from torchtrainer.config import CheckpointConfig, Timeouts
+from torchtrainer.driver.run_dir import (
+    RUNS,
+    BorrowedRunDirectory,
+    RunDirectory,
+    automatic_root,
+    check_run_dir,
+    is_live,
+    open_run_dir,
+    program_name,
+)
+from torchtrainer.driver.run_record import (
+    RESUMABLE,
+    RunRecord,
+    RunState,
+    ScriptRun,
+    digests,
+    find_previous,
+    others_unfinished,
+    readable_config,
+)
+from torchtrainer.engines.snapshots import CheckpointOrders
+from torchtrainer.errors import CheckpointError, ResumeError
+from torchtrainer.observe.digest_log import VERIFY_RUNS
+from torchtrainer.observe.notices import notice
+from torchtrainer.spec import BuildSpec
+from torchtrainer.version import __version__
+
+FRESH = "pass resume=False to start anew"
+
+
+@dataclass(kw_only=True)
+class OpenRun:
+    """A run whose directory is open.
+
+    Attributes:
+        directory: its files.
+        record: what the directory says of it; None: nothing is kept, or another process keeps it.
+        records: the calls that were made before.
+        checkpoint: the state to go on from.
+        checkpoints: where they are kept; None: nowhere.
+        generation: of this life of the run.
+    """
+
+    directory: RunDirectory | BorrowedRunDirectory
+    record: RunRecord | None = None
+    records: list[dict[str, Any]]
+    checkpoint: Checkpoint | None = None
+    checkpoints: Path | None = None
+    generation: int = 1
+
+    @property
+    def keeps(self) -> bool:
+        """Whether this process writes what is kept of the run."""
+        return self.record is not None
+
+    def orders(self, config: CheckpointConfig, timeouts: Timeouts, signals: Sequence[str]) -> CheckpointOrders | None:
+        """Where and how the states of the run are kept."""
+        if self.checkpoints is None:
+            return None
+        return CheckpointOrders(
+            root=str(self.checkpoints),
+            keep=config.keep,
+            generation=self.generation,
+            every_steps=config.every_steps,
+            asynchronous=config.asynchronous,
+            write_s=timeouts.write_s,
+            signals=list(signals),
+        )
+
+    def note_end(self) -> None:
+        """The run is over; if nobody said how, it came to its end."""
+        if self.record is not None and self.record.state == "running":
+            self.note("finished", step=self.record.step, epoch=self.record.epoch)
+
+    def note(self, state: RunState, *, step: int, epoch: int) -> None:
+        """Writes how the run stands. A disk that does not take it does not end the run."""
+        if self.record is None or self.record.state == state == "running":
+            return
+        self.record = RunRecord(**{**vars(self.record), "state": state, "step": step, "epoch": epoch})
+        try:
+            self.record.write(self.directory.root)
+        except OSError as error:
+            notice(f"{self.directory.root} cannot be written to ({error}): the run may not be found again by resume")
+
+
+_script_runs: list[ScriptRun] = []
+"""This start of the script, made when first needed: which of its trainers goes on with which is a matter of their order."""
+
+
+def this_script_run() -> ScriptRun:
+    """The start of the script that this process is."""
+    if not _script_runs:
+        _script_runs.append(ScriptRun.new())
+    return _script_runs[0]
+
+
+def open_run(
+    run_dir: str | os.PathLike[str] | None,
+    *,
+    resume: bool | str,
+    config: CheckpointConfig,
+    spec: BuildSpec,
+    world_size: int,
+) -> OpenRun:
+    """Finds or makes the directory of a run, and reads what is there to go on with.
+
+    Args:
+        run_dir, resume, config: as `TorchTrainer` takes them.
+        spec: what the ranks are built from.
+        world_size: ranks.
+
+    Raises:
+        RunDirectoryError: the directory cannot be used.
+        ResumeError: ``resume=True``, and there is nothing to go on with, or something else.
+    """
+    check_run_dir(run_dir)
+    if run_dir is None:
+        if resume is True:
+            raise ResumeError("resume=True needs a run_dir, got run_dir=None")
+        return OpenRun(directory=open_run_dir(None), records=[])
+    wanted = _wanted(spec, world_size)
+    path, previous = _choose(run_dir, resume, wanted)
+    directory = open_run_dir(path)
+    assert isinstance(directory, RunDirectory)
+    try:
+        opened = OpenRun(directory=directory, record=wanted, records=[], checkpoints=_checkpoints(config, directory))
+        if previous is not None:
+            _take_over(opened, previous, config)
+        if opened.record is not None:
+            opened.record.write(directory.root)
+    except BaseException:
+        directory.close()
+        raise
+    return opened
+
+
+def _wanted(spec: BuildSpec, world_size: int) -> RunRecord:
+    run = this_script_run()
+    parts = {
+        name: value for name, value in vars(spec).items() if value is not None and name not in ("config", "settings")
+    }
+    settings = spec.settings
+    parts["seed"] = settings.seed
+    parts["precision"] = settings.precision
+    return RunRecord(
+        script_run=run.name,
+        ordinal=run.next_ordinal(),
+        state="running",
+        pid=os.getpid(),
+        started_s=time.time(),
+        notebook=in_notebook(),
+        parts=digests(parts),
+        config=readable_config(spec.config),
+        world_size=world_size,
+        version=__version__,
+    )
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    return "ipykernel" in sys.modules
+
+
+def _choose(run_dir: str | os.PathLike[str], resume: bool | str, wanted: RunRecord) -> tuple[Path, RunRecord | None]:
+    """Where the run lives, and the record of the run that it goes on with."""
+    if run_dir == "auto":
+        found = None
+        if resume is not False and not (wanted.notebook and resume == "auto"):
+            runs = _kept_below(Path(RUNS) / program_name())
+            found = find_previous(runs, wanted, live=is_live, auto=resume == "auto")
+        fresh = _kept_below(automatic_root(datetime.now()))  # which looked for a free name in ./runs only
+        return _judge(found, resume, wanted, _beside(fresh) if fresh.exists() else fresh)
+    path = _kept_below(Path(run_dir))
+    record = RunRecord.read(path)
+    found = None if record is None else (path, record)
+    return _judge(found, resume, wanted, path if record is None or is_live(path) else _beside(path))
+
+
+def _kept_below(path: Path) -> Path:
+    """A path of the user's; while ``torchtrainer verify-resume`` tries a script out, one in a directory of its own."""
+    root = os.environ.get(VERIFY_RUNS)
+    return path if root is None else Path(root, *path.absolute().parts[1:])
+
+
+def _judge(
+    found: tuple[Path, RunRecord] | None, resume: bool | str, wanted: RunRecord, fresh: Path
+) -> tuple[Path, RunRecord | None]:
+    if found is None:
+        if resume is True:
+            raise ResumeError(f"resume=True, but there is no run to go on with in {fresh.parent}: {FRESH}")
+        return fresh, None
+    path, record = found
+    if resume is False:
+        return fresh, None
+    difference = record.difference(wanted)
+    if resume is True:
+        if difference is not None:
+            raise ResumeError(f"the run in {path} cannot be gone on with: {difference}. Put it back, or {FRESH}")
+        return path, record
+    why = _why_not(path, record, wanted, difference)
+    if why is None:
+        return path, record
+    notice(f"{path} is left as it is, as {why}; this run goes to {fresh} (resume=True goes on with the old one)")
+    return fresh, None
+
+
+def _why_not(path: Path, record: RunRecord, wanted: RunRecord, difference: str | None) -> str | None:
+    """Why ``resume="auto"`` does not go on with a run, or None."""
+    if record.notebook or wanted.notebook:
+        return "runs of notebooks are gone on with only if you say so"
+    if difference is not None:
+        return difference
+    if record.state not in RESUMABLE and not others_unfinished(path, record):
+        return f"it {_ENDED[record.state]}"
+    return None
+
+
+_ENDED = {"finished": "has finished", "interrupted": "was ended with Ctrl-C"}
+
+
+def _beside(path: Path) -> Path:
+    number = 2
+    while (candidate := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return candidate
+
+
+def _checkpoints(config: CheckpointConfig, directory: RunDirectory) -> Path:
+    return directory.root / "checkpoints" if config.path is None else _kept_below(Path(config.path)).absolute()
+
+
+def _take_over(opened: OpenRun, previous: RunRecord, config: CheckpointConfig) -> None:
+    """Reads the journal and the newest checkpoint that fits it; the run goes on under the next generation."""
+    assert opened.checkpoints is not None
+    assert opened.record is not None
+    root = opened.directory.root
+    opened.records = Journal.read(root)
+    this_script_run().name = previous.script_run
+    opened.record = RunRecord(**{**vars(opened.record), "script_run": previous.script_run})
+    opened.generation = next_generation(opened.checkpoints)
+    if opened.checkpoints.is_dir():
+        store = CheckpointStore(opened.checkpoints, keep=config.keep, generation=opened.generation, on_problem=notice)
+        opened.checkpoint = store.newest()
+    if opened.checkpoint is not None and opened.checkpoint.meta["index"] > len(opened.records):
+        raise ResumeError(
+            f"the run in {root} has a checkpoint of call {opened.checkpoint.meta['index'] + 1}, but only "
+            f"{len(opened.records)} recorded calls: calls.jsonl was cut or replaced; {FRESH}"
+        )
+    _tell(opened)
+
+
+def _tell(opened: OpenRun) -> None:
+    checkpoint, calls = opened.checkpoint, len(opened.records)
+    if checkpoint is None and not calls:
+        return
+    done = f"{calls} call{'s' if calls != 1 else ''} done"
+    if checkpoint is None:
+        where = done
+    else:
+        age_s = time.time() - checkpoint.path.stat().st_mtime
+        where = f"{done}, state after step {checkpoint.step} saved {_ago(age_s)} ago"
+    notice(f"resuming {opened.directory.root} ({where}); {FRESH}")
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def known(opened: OpenRun) -> dict[str, Any]:
+    """What the other ranks of a launch have to know of the run that rank 0 opened; JSON data."""
+    return {
+        "root": opened.directory.shown,
+        "records": opened.records,
+        "checkpoint": str(opened.checkpoint.path) if opened.checkpoint is not None else None,
+        "checkpoints": str(opened.checkpoints) if opened.checkpoints is not None else None,
+        "generation": opened.generation,
+    }
+
+
+def seen_here(path: str) -> Path:
+    """Path of a checkpoint that rank 0 found, in the process of another rank, which is to read it too.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    if not Path(path).is_dir():
+        raise CheckpointError(
+            f"rank 0 found the checkpoint {path}, which this machine does not see: run_dir must be on a file system that all "
+            "machines share"
+        )
+    return Path(path)
+
+
+def borrowed(told: Mapping[str, Any]) -> OpenRun:
+    """The run that rank 0 opened, on another rank, which keeps nothing itself.
+
+    Args:
+        told: by `known`.
+    """
+    return OpenRun(
+        directory=BorrowedRunDirectory(told["root"]),
+        records=told["records"],
+        checkpoint=verify(seen_here(told["checkpoint"])) if told["checkpoint"] else None,
+        checkpoints=Path(told["checkpoints"]) if told["checkpoints"] else None,
+        generation=told["generation"],
+    )
