@@ -327,10 +327,10 @@ KINDS: dict[str, Options] = {
     "workers": {"config": {"loader_workers": 2, "schedule": "epoch"}, "trainer": {"precision": "bf16"}},
     "persistent": {"config": {"loader_workers": 2, "persistent": True, "schedule": "batch"}, "script": "steps"},
     "batch": {"config": {"operator": "batch", "schedule": "epoch"}},
-    "epoch": {"config": {"operator": "epoch"}, "trainer": {"precision": "bf16"}},
+    "epoch": {"config": {"operator": "epoch", "loader_workers": 2}, "script": "steps"},
     "accumulate": {"config": {"operator": "accumulate"}, "script": "steps"},
     "steps": {"config": {"schedule": "epoch"}, "script": "steps"},
-    "fit": {"script": "fit", "config": {"schedule": "epoch"}},
+    "fit": {"script": "fit", "config": {"operator": "epoch"}, "trainer": {"precision": "bf16"}},
     "early": {"script": "early", "config": {"operator": "batch"}},
     "two": {"script": "two"},
     "saves": {"script": "saves", "config": {"schedule": "batch"}},
@@ -478,9 +478,9 @@ def assert_same(run: Run, undisturbed: Run, *, redone: bool, cut_off: bool = Fal
     Args:
         run, undisturbed: both came to their end.
         redone: steps may have been made again, with the same samples.
-        cut_off: the driver may have been killed when a call was recorded, and not yet told of.
+        cut_off: a signal from outside may have come when a call was recorded and not yet told of, or after the last one.
     """
-    assert run.programs[-1].process.returncode == 0, explained(run)
+    assert run.programs[-1].process.returncode == 0 or cut_off, explained(run)
     expected = results_of(undisturbed.programs[-1])
     assert results_of(run.programs[-1]) == expected, explained(run)
     for program in run.programs[:-1]:  # a script sees the same results in each start, as far as it came

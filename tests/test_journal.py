@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,7 +166,14 @@ def test_the_trainers_of_a_script_are_gone_on_with_together(tmp_path) -> None:
 
 def test_a_live_run_is_left_alone(tmp_path) -> None:
     write(tmp_path, "one", record())
-    assert find_previous(tmp_path, record("b"), live=lambda _: True, auto=True) is None
+    another = replace(record("b"), pid=2)
+    assert find_previous(tmp_path, another, live=lambda _: True, auto=True) is None
+
+
+def test_a_trainer_of_this_process_is_not_a_live_run_of_another(tmp_path) -> None:
+    write(tmp_path, "1", record("a", 1))
+    write(tmp_path, "2", record("a", 2, "preempted"))
+    assert find_previous(tmp_path, record("a", 2), live=lambda path: path.name == "1", auto=True) is not None
 
 
 def test_a_record_of_a_newer_version_is_named(tmp_path) -> None:

@@ -40,6 +40,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"observe"}),
     frozenset({"worker"}),
     frozenset({"engines"}),
+    frozenset({"run_places"}),
     frozenset({"resume"}),
     frozenset({"planning"}),
     frozenset({"calls"}),

@@ -79,12 +79,11 @@ def flip_a_bit(path: Path) -> None:
 CASES = [
     ("workers", [("train", 6, "WORKERS"), ("validate", 1, "TERM")]),
     ("persistent", [("train", 9, "KILL")]),
-    ("epoch", [("train", 6, "TERM")]),
     ("accumulate", [("train", 3, "TERM"), ("train", 8, "TERM")]),
     ("early", [("train", 14, "TERM"), ("script", 2, "TERM")]),
     ("two", [("train", 5, "TERM"), ("train", 14, "KILL")]),
     ("saves", [("train", 20, "KILL")]),
-    ("fit", [("validate", 1, "KILL")]),
+    ("fit", [("train", 6, "TERM"), ("validate", 2, "KILL")]),
     ("alone", [("epoch_end", 1, "KILL"), ("validate_end", 2, "TERM")]),
 ]
 

@@ -48,6 +48,8 @@ def disturb(where, count):
 class Disturbed(TrainingOperator):
     def train_batch(self, batch, batch_info):
         disturb("train", self.global_step)
+        if HOW and os.path.exists("disturbed"):
+            time.sleep(0.1)  # steps as long as those of a large model: the pass does not end before the ranks agree
         return super().train_batch(batch, batch_info)
 
     def validate_batch(self, batch, batch_info):

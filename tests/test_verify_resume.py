@@ -163,7 +163,7 @@ runs.mkdir(exist_ok=True)
 (runs / "run.json").touch()
 saved = runs / "saved"
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-orders, writer = Orders.read(logs), DigestWriter(logs, 0, {"operator": "Any", "own_hooks": []})
+orders, writer = Orders.read(logs), DigestWriter(logs, 1, 0, {"operator": "Any", "own_hooks": []})
 for step in range(int(saved.read_text()) if saved.exists() and how != "anew" else 0, 9):
     place = Place(call=0, batch=step)
     details = Details(state={"step": str(step)})
@@ -366,7 +366,7 @@ def test_missing_script_exits_2(capsys):
 def write_log(directory, batches, *, rank=0, data="same", call="train()", weight="w"):
     """A log with one boundary per batch count; values that depend on the batch, but for those that are given."""
     directory.mkdir(exist_ok=True)
-    writer = DigestWriter(directory, rank, {"operator": "Any", "own_hooks": []})
+    writer = DigestWriter(directory, 1, rank, {"operator": "Any", "own_hooks": []})
     for batch in batches:
         state = {"models[0].weight": f"{weight}{batch}", "rng.cpu": "r"}
         writer.add(
@@ -416,7 +416,7 @@ def test_trainer_that_differs_first_is_named_where_they_take_turns(tmp_path):
     for directory, weight in (("reference", "w"), ("one", "v")):
         (tmp_path / directory).mkdir()
         facts = {"operator": "Any", "own_hooks": []}
-        first, second = (DigestWriter(tmp_path / directory, 0, facts) for _ in range(2))
+        first, second = (DigestWriter(tmp_path / directory, trainer, 0, facts) for trainer in (1, 2))
         for writer in (second, first):
             state = {"models[0].weight": weight}
             place = Place(call=0, batch=1)

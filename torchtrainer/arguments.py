@@ -158,10 +158,6 @@ def check_not_yet(
         raise InvalidArgumentTypeError(f"checkpoint must be a CheckpointConfig, got {checkpoint!r}")
     if not isinstance(preemption, PreemptionConfig):
         raise InvalidArgumentTypeError(f"preemption must be a PreemptionConfig, got {preemption!r}")
-    if checkpoint.path is not None and "://" in checkpoint.path:
-        raise NotAvailableError(
-            f"CheckpointConfig(path={checkpoint.path!r}): checkpoints at a URL {NOT_YET}; give a directory"
-        )
     if not isinstance(failure, FailureConfig):
         raise InvalidArgumentTypeError(
             f"failure must be a FailureConfig, such as FailureConfig(hang_timeout_s=60), got {failure!r}"

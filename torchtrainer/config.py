@@ -38,7 +38,8 @@ class CheckpointConfig:
         every_seconds: seconds between two checkpoints; "auto": as often as costs less than a hundredth of the time; None: by
             steps only.
         keep: how many verified checkpoints stay; at least 2 do.
-        path: directory or fsspec URL; None: inside the run directory.
+        path: directory in which each run has its own, or an fsspec URL to which checkpoints are copied; None: inside the run
+            directory.
         asynchronous: write in the background.
     """
 

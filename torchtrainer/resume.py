@@ -11,7 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from torchtrainer.checkpoint.journal import Journal
+from torchtrainer.checkpoint.journal import Journal, put_call_files
+from torchtrainer.checkpoint.remote import RemoteStore
 from torchtrainer.checkpoint.store import CheckpointStore, next_generation
 from torchtrainer.checkpoint.verified import Checkpoint, verify
 from torchtrainer.config import CheckpointConfig, Timeouts
@@ -26,6 +27,7 @@ from torchtrainer.driver.run_dir import (
     program_name,
 )
 from torchtrainer.driver.run_record import (
+    RECORD,
     RESUMABLE,
     RunRecord,
     RunState,
@@ -36,9 +38,9 @@ from torchtrainer.driver.run_record import (
     readable_config,
 )
 from torchtrainer.engines.snapshots import CheckpointOrders
-from torchtrainer.errors import CheckpointError, ResumeError
-from torchtrainer.observe.digest_log import VERIFY_RUNS
+from torchtrainer.errors import CheckpointDamagedError, CheckpointError, ResumeError
 from torchtrainer.observe.notices import notice
+from torchtrainer.run_places import beside, checkpoints_of, kept_below, remote_url
 from torchtrainer.spec import BuildSpec
 from torchtrainer.version import __version__
 
@@ -56,6 +58,7 @@ class OpenRun:
         checkpoint: the state to go on from.
         checkpoints: where they are kept; None: nowhere.
         generation: of this life of the run.
+        remote: where copies of the checkpoints are; None: nowhere.
     """
 
     directory: RunDirectory | BorrowedRunDirectory
@@ -64,6 +67,7 @@ class OpenRun:
     checkpoint: Checkpoint | None = None
     checkpoints: Path | None = None
     generation: int = 1
+    remote: RemoteStore | None = None
 
     @property
     def keeps(self) -> bool:
@@ -81,8 +85,22 @@ class OpenRun:
             every_steps=config.every_steps,
             asynchronous=config.asynchronous,
             write_s=timeouts.write_s,
+            run_dir=str(self.directory.root),
+            remote=remote_url(config, self.directory.root),
             signals=list(signals),
         )
+
+    def write_record(self) -> None:
+        """Writes what the directory says of the run, here and where copies are.
+
+        Raises:
+            OSError, CheckpointWriteError: it could not be written.
+        """
+        if self.record is None:
+            return
+        self.record.write(self.directory.root)
+        if self.remote is not None:
+            self.remote.put_note(RECORD, (self.directory.root / RECORD).read_bytes())
 
     def note_end(self) -> None:
         """The run is over; if nobody said how, it came to its end."""
@@ -95,8 +113,8 @@ class OpenRun:
             return
         self.record = RunRecord(**{**vars(self.record), "state": state, "step": step, "epoch": epoch})
         try:
-            self.record.write(self.directory.root)
-        except OSError as error:
+            self.write_record()
+        except (OSError, CheckpointError) as error:
             notice(f"{self.directory.root} cannot be written to ({error}): the run may not be found again by resume")
 
 
@@ -137,14 +155,18 @@ def open_run(
         return OpenRun(directory=open_run_dir(None), records=[])
     wanted = _wanted(spec, world_size)
     path, previous = _choose(run_dir, resume, wanted)
+    if previous is None and resume is not False:
+        path, previous = _choose_remote(config, run_dir, path, wanted)
     directory = open_run_dir(path)
     assert isinstance(directory, RunDirectory)
     try:
-        opened = OpenRun(directory=directory, record=wanted, records=[], checkpoints=_checkpoints(config, directory))
+        opened = OpenRun(
+            directory=directory, record=wanted, records=[], checkpoints=checkpoints_of(config, directory.root)
+        )
+        _find_generation(opened, config)
         if previous is not None:
             _take_over(opened, previous, config)
-        if opened.record is not None:
-            opened.record.write(directory.root)
+        opened.write_record()
     except BaseException:
         directory.close()
         raise
@@ -183,20 +205,14 @@ def _choose(run_dir: str | os.PathLike[str], resume: bool | str, wanted: RunReco
     if run_dir == "auto":
         found = None
         if resume is not False and not (wanted.notebook and resume == "auto"):
-            runs = _kept_below(Path(RUNS) / program_name())
+            runs = kept_below(Path(RUNS) / program_name())
             found = find_previous(runs, wanted, live=is_live, auto=resume == "auto")
-        fresh = _kept_below(automatic_root(datetime.now()))  # which looked for a free name in ./runs only
-        return _judge(found, resume, wanted, _beside(fresh) if fresh.exists() else fresh)
-    path = _kept_below(Path(run_dir))
+        fresh = kept_below(automatic_root(datetime.now()))  # which looked for a free name in ./runs only
+        return _judge(found, resume, wanted, beside(fresh) if fresh.exists() else fresh)
+    path = kept_below(Path(run_dir))
     record = RunRecord.read(path)
     found = None if record is None else (path, record)
-    return _judge(found, resume, wanted, path if record is None or is_live(path) else _beside(path))
-
-
-def _kept_below(path: Path) -> Path:
-    """A path of the user's; while ``torchtrainer verify-resume`` tries a script out, one in a directory of its own."""
-    root = os.environ.get(VERIFY_RUNS)
-    return path if root is None else Path(root, *path.absolute().parts[1:])
+    return _judge(found, resume, wanted, path if record is None or is_live(path) else beside(path))
 
 
 def _judge(
@@ -235,15 +251,44 @@ def _why_not(path: Path, record: RunRecord, wanted: RunRecord, difference: str |
 _ENDED = {"finished": "has finished", "interrupted": "was ended with Ctrl-C"}
 
 
-def _beside(path: Path) -> Path:
-    number = 2
-    while (candidate := path.with_name(f"{path.name}-{number}")).exists():
-        number += 1
-    return candidate
+def _choose_remote(
+    config: CheckpointConfig, run_dir: str | os.PathLike[str], fresh: Path, wanted: RunRecord
+) -> tuple[Path, RunRecord | None]:
+    """A run that was cut off on another machine, whose disk is gone, if its checkpoints were copied."""
+    if config.path is None or remote_url(config, fresh) is None or wanted.notebook:
+        return fresh, None
+    roots = [fresh]
+    if run_dir == "auto":
+        below = RemoteStore(
+            f"{config.path.rstrip('/')}/{fresh.absolute().parent.name}", keep=config.keep, on_problem=notice
+        )
+        roots = [fresh.with_name(name) for name in reversed(below.children())]
+    for root in roots:
+        url = remote_url(config, root)
+        told = RemoteStore(url, keep=config.keep, on_problem=notice).read_note(RECORD) if url is not None else None
+        if told is None:
+            continue
+        record = RunRecord.parse(told.decode(), str(url))
+        if record.ordinal != wanted.ordinal or root.exists():
+            continue
+        difference = record.difference(wanted)
+        if difference is None and record.state in RESUMABLE:
+            return root, record
+        why = difference or f"it {_ENDED.get(record.state, 'goes on')}"
+        if run_dir == "auto":
+            return fresh, None
+        raise ResumeError(f"{url} holds another run, and {why}: {FRESH} there, or give another run_dir")
+    return fresh, None
 
 
-def _checkpoints(config: CheckpointConfig, directory: RunDirectory) -> Path:
-    return directory.root / "checkpoints" if config.path is None else _kept_below(Path(config.path)).absolute()
+def _find_generation(opened: OpenRun, config: CheckpointConfig) -> None:
+    """The run writes under a generation that nobody had before, here or where copies are."""
+    assert opened.checkpoints is not None
+    opened.generation = next_generation(opened.checkpoints)
+    url = remote_url(config, opened.directory.root)
+    if url is not None:
+        opened.remote = RemoteStore(url, keep=config.keep, on_problem=notice)
+        opened.generation = max(opened.generation, opened.remote.next_generation())
 
 
 def _take_over(opened: OpenRun, previous: RunRecord, config: CheckpointConfig) -> None:
@@ -254,16 +299,33 @@ def _take_over(opened: OpenRun, previous: RunRecord, config: CheckpointConfig) -
     opened.records = Journal.read(root)
     this_script_run().name = previous.script_run
     opened.record = RunRecord(**{**vars(opened.record), "script_run": previous.script_run})
-    opened.generation = next_generation(opened.checkpoints)
-    if opened.checkpoints.is_dir():
+    if opened.checkpoints.is_dir() or opened.remote is not None:
         store = CheckpointStore(opened.checkpoints, keep=config.keep, generation=opened.generation, on_problem=notice)
         opened.checkpoint = store.newest()
+        _take_copy(opened, store)
     if opened.checkpoint is not None and opened.checkpoint.meta["index"] > len(opened.records):
         raise ResumeError(
             f"the run in {root} has a checkpoint of call {opened.checkpoint.meta['index'] + 1}, but only "
             f"{len(opened.records)} recorded calls: calls.jsonl was cut or replaced; {FRESH}"
         )
     _tell(opened)
+
+
+def _take_copy(opened: OpenRun, store: CheckpointStore) -> None:
+    """Fetches the newest copy, with the calls that were recorded by then, if it is newer than what is here."""
+    if opened.remote is None:
+        return
+    for copy in opened.remote.all():
+        if opened.checkpoint is not None and copy.manifest.identity <= opened.checkpoint.manifest.identity:
+            return
+        try:
+            opened.checkpoint = opened.remote.download(copy, store)
+        except CheckpointDamagedError as error:
+            notice(f"a copy in {opened.remote.url} is damaged and is not used: {error}")
+            continue
+        put_call_files(opened.directory.root, opened.checkpoint)
+        opened.records = Journal.read(opened.directory.root)
+        return
 
 
 def _tell(opened: OpenRun) -> None:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from torchtrainer.checkpoint.verified import Checkpoint
 from torchtrainer.errors import CallMismatchError, RunDirectoryError
 from torchtrainer.process.paths import private_directory
 from torchtrainer.process.whole_file import replace_file
@@ -166,6 +169,30 @@ def is_json(value: Any) -> bool:
     if type(value) is list:
         return all(is_json(one) for one in value)
     return type(value) is dict and all(type(key) is str and is_json(one) for key, one in value.items())
+
+
+def call_files(root: Path) -> dict[str, Callable[[BinaryIO], object]]:
+    """The files of a journal by names without directories, each with what fills a file with a copy of it."""
+    return {
+        "-".join(path.relative_to(root).parts): partial(_copy, path)
+        for path in (_journal(root), *sorted(_kept(root, 0).parent.glob("*.pt")))
+        if path.exists()
+    }
+
+
+def put_call_files(root: Path, checkpoint: Checkpoint) -> None:
+    """Puts a journal that came with a checkpoint where it belongs."""
+    for name in checkpoint.manifest.files:
+        head, dash, tail = name.partition("-")
+        if name == _journal(root).name:
+            replace_file(_journal(root), checkpoint.file(name).read_bytes())
+        elif dash and head == _kept(root, 0).parent.name:
+            path = private_directory(root / head) / tail
+            replace_file(path, checkpoint.file(name).read_bytes())
+
+
+def _copy(path: Path, file: BinaryIO) -> None:
+    file.write(path.read_bytes())
 
 
 def _journal(root: Path) -> Path:

@@ -157,6 +157,46 @@ class RemoteStore:
         fill = {name: partial(self._copy, f"{remote.prefix}/{name}") for name in remote.manifest.files}
         return into.adopt(remote.manifest, fill)
 
+    def read_note(self, name: str) -> bytes | None:
+        """A small object beside the copies; None: there is none.
+
+        Raises:
+            CheckpointError: the store cannot be read.
+        """
+        try:
+            content: bytes = self._files.cat_file(f"{self._base}/{name}")
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            raise CheckpointError(f"{name} cannot be read from {self.url}: {_said(error)}") from error
+        return content
+
+    def put_note(self, name: str, content: bytes) -> None:
+        """Puts a small object beside the copies, in the place of an older one.
+
+        Raises:
+            CheckpointWriteError: the store did not take it.
+        """
+        try:
+            self._files.makedirs(self._base, exist_ok=True)
+            self._files.pipe_file(f"{self._base}/{name}", content)
+        except Exception as error:
+            raise CheckpointWriteError(f"{name} could not be put to {self.url}: {_said(error)}") from error
+
+    def children(self) -> list[str]:
+        """Names of what is below the URL, sorted.
+
+        Raises:
+            CheckpointError: the store cannot be read.
+        """
+        try:
+            self._files.invalidate_cache()
+            return sorted(str(path).rstrip("/").rpartition("/")[2] for path in self._files.ls(self._base, detail=False))
+        except FileNotFoundError:
+            return []
+        except Exception as error:
+            raise CheckpointError(f"{self.url} cannot be listed: {_said(error)}") from error
+
     def _put(self, checkpoint: Checkpoint, prefix: str) -> None:
         files = checkpoint.manifest.files
         self._files.makedirs(prefix, exist_ok=True)

@@ -71,7 +71,9 @@ class Region:
         """
         common, own = _Tree(shared, SHARED), _Tree(mine, RANK)
         signature = [(one.data_ptr(), one.dtype, one.shape) for one in common.tensors]
-        signature += [(0, one.dtype, one.shape) for one in own.tensors]  # new ones each time, such as states of generators
+        signature += [
+            (0, one.dtype, one.shape) for one in own.tensors
+        ]  # new ones each time, such as states of generators
         if self._layout is None or self._layout.signature != signature:
             owners = deal(common.tensors, movable, self._world_size)
             held = [index for index, owner in enumerate(owners) if owner == self._rank]

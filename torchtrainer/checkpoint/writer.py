@@ -10,16 +10,18 @@ import json
 import signal
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from torchtrainer.checkpoint.journal import call_files
+from torchtrainer.checkpoint.remote import RemoteStore
 from torchtrainer.checkpoint.snapshot import assemble
 from torchtrainer.checkpoint.store import Checkpoint, CheckpointStore
-from torchtrainer.errors import TorchTrainerError
+from torchtrainer.errors import CheckpointError, TorchTrainerError
 from torchtrainer.process.whole_file import replace_file
 
 STATE = "state.pt"
@@ -40,6 +42,8 @@ class WriterArguments:
         generation: of the run.
         meta: kept in the manifest: position and what else is known without opening the state.
         result_path: where the outcome goes, as JSON.
+        remote: URL to which the checkpoint is copied, with the record of the calls; None: nowhere.
+        run_dir: of the run.
     """
 
     regions: list[str]
@@ -49,6 +53,8 @@ class WriterArguments:
     generation: int
     meta: dict[str, Any]
     result_path: str
+    remote: str | None
+    run_dir: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +86,9 @@ def main(arguments: dict[str, Any]) -> int:
     started = time.monotonic()
     try:
         state = assemble(order.regions, order.number)
-        checkpoint = write_state(_store(order, problems), state, order.meta)
+        checkpoint = write_state(_store(order, problems), state, order.meta, with_calls=_calls_of(order))
+        if order.remote is not None:
+            copy_to(order.remote, checkpoint, keep=order.keep, on_problem=problems.append)
         outcome = Written(
             path=str(checkpoint.path),
             seconds=time.monotonic() - started,
@@ -95,13 +103,16 @@ def main(arguments: dict[str, Any]) -> int:
     return EXIT_WRITE_FAILED if outcome.error else 0
 
 
-def write_state(store: CheckpointStore, state: Mapping[str, Any], meta: Mapping[str, Any]) -> Checkpoint:
+def write_state(
+    store: CheckpointStore, state: Mapping[str, Any], meta: Mapping[str, Any], *, with_calls: Path | None = None
+) -> Checkpoint:
     """Writes a whole state as a checkpoint.
 
     Args:
         store: where to.
         state: ``shared`` and ``ranks``.
         meta: for the manifest; its ``step`` names the checkpoint.
+        with_calls: directory of a run whose recorded calls go with the state, to where the directory is not.
 
     Raises:
         CheckpointWriteError: the disk did not take it.
@@ -110,7 +121,16 @@ def write_state(store: CheckpointStore, state: Mapping[str, Any], meta: Mapping[
     def save(file: BinaryIO) -> None:
         torch.save(dict(state), file)
 
-    return store.write(int(meta["step"]), meta, {STATE: save}, reserve_bytes=_size_bytes(state))
+    files = {STATE: save, **(call_files(with_calls) if with_calls is not None else {})}
+    return store.write(int(meta["step"]), meta, files, reserve_bytes=_size_bytes(state))
+
+
+def copy_to(url: str, checkpoint: Checkpoint, *, keep: int, on_problem: Callable[[str], None]) -> None:
+    """Copies a checkpoint to a URL; that it could not be is told, and the one that is here counts."""
+    try:
+        RemoteStore(url, keep=keep, on_problem=on_problem).upload(checkpoint)
+    except (CheckpointError, ImportError) as error:
+        on_problem(str(error))
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -121,6 +141,10 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return state
+
+
+def _calls_of(order: WriterArguments) -> Path | None:
+    return Path(order.run_dir) if order.remote is not None else None
 
 
 def _store(order: WriterArguments, problems: list[str]) -> CheckpointStore:

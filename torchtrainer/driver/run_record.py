@@ -76,18 +76,33 @@ class RunRecord:
             RunDirectoryError: it is of a newer version, or not what was written.
         """
         try:
-            told = json.loads((root / RECORD).read_text())
+            text = (root / RECORD).read_text()
+        except FileNotFoundError:
+            return None
+        return cls.parse(text, str(root))
+
+    @classmethod
+    def parse(cls, text: str, root: str) -> RunRecord:
+        """A record out of its text.
+
+        Args:
+            text: what `write` wrote.
+            root: the run directory, for errors.
+
+        Raises:
+            RunDirectoryError: it is of a newer version, or not what was written.
+        """
+        try:
+            told = json.loads(text)
             if told["format"] > FORMAT:
                 raise RunDirectoryError(
                     f"run_dir {root} was made by torchtrainer {told.get('version')}, whose records (format {told['format']}) "
                     f"this version does not know (up to {FORMAT}): use that version, or pass another run_dir"
                 )
             return cls(**{one.name: told[one.name] for one in fields(cls)})
-        except FileNotFoundError:
-            return None
         except (ValueError, KeyError, TypeError) as error:
             raise RunDirectoryError(
-                f"{root / RECORD} is not what was written ({type(error).__name__}: {error}): remove the directory, or pass "
+                f"{root}/{RECORD} is not what was written ({type(error).__name__}: {error}): remove the directory, or pass "
                 "another run_dir"
             ) from error
 
@@ -208,7 +223,7 @@ def find_previous(
     Args:
         runs: directory with one directory per run.
         wanted: the trainer that is being made.
-        live: whether a run directory is in use.
+        live: whether a run directory is in use; other trainers of this process, which are gone on with too, do not count.
         auto: only a run that was cut off, or that another one of the same start followed; else the latest, however it ended.
     """
     found = list(_records(runs))
@@ -217,7 +232,8 @@ def find_previous(
     latest = max(found, key=lambda pair: pair[1].started_s)[1].script_run
     together = [pair for pair in found if pair[1].script_run == latest]
     if auto and (
-        not any(record.state in RESUMABLE for _, record in together) or any(live(path) for path, _ in together)
+        not any(record.state in RESUMABLE for _, record in together)
+        or any(live(path) for path, record in together if record.pid != wanted.pid)
     ):
         return None
     mine = [pair for pair in together if pair[1].ordinal == wanted.ordinal]

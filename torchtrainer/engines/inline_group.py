@@ -200,6 +200,8 @@ class InlineGroup:
         Args:
             found: by this rank.
         """
+        if self._runtime is None:  # the trainer was shut down: whoever calls it is told so
+            return found
         mine = found and [found.source, found.seconds_left(), found.must_stop, found.text]
         now = time.monotonic()
         best = None

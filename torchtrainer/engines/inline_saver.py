@@ -21,7 +21,7 @@ import torch
 
 from torchtrainer.checkpoint.snapshot import gathered
 from torchtrainer.checkpoint.store import CheckpointStore
-from torchtrainer.checkpoint.writer import STATE, write_state
+from torchtrainer.checkpoint.writer import STATE, copy_to, write_state
 from torchtrainer.comm.group import Collective
 from torchtrainer.comm.talk import gather_to_first
 from torchtrainer.control.messages import CheckpointEnded
@@ -153,7 +153,10 @@ class GatheringSaver:
                     generation=orders.generation,
                     on_problem=self._problems.append,
                 )
-            checkpoint = write_state(self._store, state, meta)
+            with_calls = Path(orders.run_dir) if orders.remote is not None else None
+            checkpoint = write_state(self._store, state, meta, with_calls=with_calls)
+            if orders.remote is not None:
+                copy_to(orders.remote, checkpoint, keep=orders.keep, on_problem=self._problems.append)
             size_bytes = checkpoint.file(STATE).stat().st_size
             ended = replace(ended, path=str(checkpoint.path), size_bytes=size_bytes)
         except (TorchTrainerError, OSError) as error:

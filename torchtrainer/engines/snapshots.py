@@ -29,6 +29,8 @@ class CheckpointOrders:
         every_steps: optimizer steps between two checkpoints, or None.
         asynchronous: training goes on while a checkpoint is written.
         write_s: longest time that writing one may take while somebody waits for it.
+        run_dir: of the run.
+        remote: URL to which checkpoints are copied; None: nowhere.
         signals: names of those that warn of a preemption; ranks hand them on to the driver.
     """
 
@@ -38,6 +40,8 @@ class CheckpointOrders:
     every_steps: int | None
     asynchronous: bool
     write_s: float
+    run_dir: str = ""
+    remote: str | None = None
     signals: list[str] = field(default_factory=list)
 
 
@@ -153,7 +157,7 @@ class Snapshots:
             "number": number,
             "meta": self._meta(number),
             "result_path": str(result_path),
-            **{name: orders[name] for name in ("root", "keep", "generation")},
+            **{name: orders[name] for name in ("root", "keep", "generation", "remote", "run_dir")},
         }
 
     def close(self) -> None:

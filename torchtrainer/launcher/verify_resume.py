@@ -105,7 +105,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"{COMMAND}: nothing to verify: {error}", file=sys.stderr)
         return EXIT_USAGE
     except (VerificationError, StartTimeoutError) as error:
-        print(f"failed: {error}")
+        kept = bool(verification.starts)
+        print(f"failed: {error}" + (f"\nlogs: {work}" if kept else ""))
         return EXIT_DIFFERENT
     except KeyboardInterrupt:
         print(f"{COMMAND}: ended with Ctrl-C", file=sys.stderr)

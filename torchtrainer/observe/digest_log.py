@@ -25,8 +25,6 @@ VERIFY_RUNS = "TORCHTRAINER_VERIFY_RUNS"
 ORDERS = "orders.json"
 HELD = "held"
 """File that a rank makes in the directory of the logs when it holds."""
-MAX_TRAINERS = 1000
-"""Most trainers of one start of a script."""
 TAIL_BYTES = 1 << 20
 """Where the last lines of a file are looked for."""
 _COLUMNS = 9
@@ -105,6 +103,11 @@ def value_path(directory: Path, trainer: int, rank: int) -> Path:
     return directory / f"trainer-{trainer}-rank-{rank}.value.pt"
 
 
+def next_trainer(directory: Path) -> int:
+    """The number of the trainer that is being made: as many as have a rank 0 were made before. Rank 0 asks."""
+    return len(list(directory.glob("trainer-*-rank-0.log"))) + 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One line of a log.
@@ -146,24 +149,13 @@ class DigestWriter:
 
     Args:
         directory: of the logs.
-        rank: whose log.
+        trainer, rank: whose log; it must not be there.
         facts: JSON data for the first line.
-
-    Attributes:
-        trainer: whose rank it is: trainers of a start are counted by the files that are there.
     """
 
-    def __init__(self, directory: Path, rank: int, facts: Mapping[str, Any]) -> None:
-        for trainer in range(1, MAX_TRAINERS + 1):
-            try:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
-                self._fd = os.open(log_path(directory, trainer, rank), flags, 0o600)
-            except FileExistsError:
-                continue
-            self.trainer = trainer
-            break
-        else:
-            raise FileExistsError(f"{directory} holds the logs of {MAX_TRAINERS} trainers (MAX_TRAINERS)")
+    def __init__(self, directory: Path, trainer: int, rank: int, facts: Mapping[str, Any]) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
+        self._fd = os.open(log_path(directory, trainer, rank), flags, 0o600)
         os.write(self._fd, json.dumps(facts).encode() + b"\n")
 
     def add(self, place: Place, *, step: int, whole: str, data: str, call: str, details: Details) -> None:

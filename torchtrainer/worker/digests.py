@@ -28,6 +28,7 @@ from torchtrainer.observe.digest_log import (
     Spot,
     differing,
     log_path,
+    next_trainer,
     value_path,
 )
 from torchtrainer.train.complete_state import rank_state, shared_state
@@ -108,13 +109,15 @@ class StateLog:
         self._directory = directory
         self._operator = operator
         self._keeper = keeper
-        self._rank = internals(operator).context.collective.rank
+        collective = internals(operator).context.collective
+        self._rank = collective.rank
+        self._trainer = int(collective.all_gather(next_trainer(directory))[0])
         self._orders = Orders.read(directory)
         facts = {"operator": type(operator).__name__, "own_hooks": _own_hooks(operator)}
-        self._writer = DigestWriter(directory, self._rank, facts)
+        self._writer = DigestWriter(directory, self._trainer, self._rank, facts)
         self._reference: DigestFile | None = None
         if self._orders.reference is not None:
-            path = log_path(Path(self._orders.reference), self._writer.trainer, self._rank)
+            path = log_path(Path(self._orders.reference), self._trainer, self._rank)
             self._reference = DigestFile(path) if path.exists() else None
 
     def note(self, batch: int, data: str, *, end: bool = False) -> None:
@@ -137,7 +140,7 @@ class StateLog:
 
     def holds_at(self, batch: int) -> bool:
         """Whether the orders are to hold here."""
-        return self._orders.hold == Spot(trainer=self._writer.trainer, place=self._place(batch))
+        return self._orders.hold == Spot(trainer=self._trainer, place=self._place(batch))
 
     def hold(self, stopping: Callable[[], bool]) -> None:
         """Waits until the process is ended, a stop is under way, or the orders are withdrawn."""
@@ -151,7 +154,7 @@ class StateLog:
 
     def _keep_ordered(self, place: Place, values: Mapping[str, Any]) -> None:
         wanted = self._orders.keep
-        if wanted == Spot(trainer=self._writer.trainer, place=place) and self._orders.keep_name in values:
+        if wanted == Spot(trainer=self._trainer, place=place) and self._orders.keep_name in values:
             self._keep(values[self._orders.keep_name])
 
     def _keep_first_difference(
@@ -169,7 +172,7 @@ class StateLog:
 
     def _keep(self, value: Any) -> None:
         if isinstance(value, torch.Tensor | int | float):
-            torch.save(value, value_path(self._directory, self._writer.trainer, self._rank))
+            torch.save(value, value_path(self._directory, self._trainer, self._rank))
 
 
 def complete_state(operator: TrainingOperator, modes: Sequence[bool] | None) -> dict[str, Any]:
