@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from datetime import datetime
 from pathlib import Path
 
@@ -81,6 +82,12 @@ class RunDirectory(RunFiles):
             os.close(self._lock_fd)
             self._lock_fd = None
 
+    def close_copy(self) -> None:
+        """In a forked process: closes its copy of the lock, which the owner keeps."""
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
     def _lock(self) -> None:
         if sys.platform == "win32":  # no advisory locks there
             return
@@ -102,6 +109,21 @@ class RunDirectory(RunFiles):
         os.ftruncate(fd, 0)
         os.write(fd, f"{os.getpid()}\n".encode())
         self._lock_fd = fd
+        _locked.add(self)
+
+
+_locked: weakref.WeakSet[RunDirectory] = weakref.WeakSet()
+"""Directories whose lock this process holds."""
+
+
+def _let_go_in_child() -> None:
+    """In a forked process, such as that of a data loader: it may outlive this one, and the lock would with it."""
+    for directory in list(_locked):
+        directory.close_copy()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 class BorrowedRunDirectory(RunFiles):

@@ -77,7 +77,7 @@ class RunRecord:
         """
         try:
             text = (root / RECORD).read_text()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         return cls.parse(text, str(root))
 
