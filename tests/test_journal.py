@@ -138,27 +138,20 @@ def test_a_record_comes_back(tmp_path) -> None:
     assert RunRecord.read(tmp_path / "nothing") is None
 
 
-@pytest.mark.parametrize(
-    ("state", "found"), [("running", 1), ("failed", 1), ("preempted", 1), ("finished", 0), ("interrupted", 0)]
-)
-def test_auto_goes_on_with_what_was_cut_off(tmp_path, state, found) -> None:
-    write(tmp_path, "one", record(state=state))
-    chosen = find_previous(tmp_path, record("b"), live=never, auto=True)
-    assert (chosen is not None) == bool(found)
-    assert find_previous(tmp_path, record("b"), live=never, auto=False) is not None
-
-
 def test_the_latest_start_of_the_script_counts(tmp_path) -> None:
-    write(tmp_path, "old", record("old", state="preempted", started_s=1.0))
-    assert find_previous(tmp_path, record("b"), live=never, auto=True) is not None
-    write(tmp_path, "new", record("new", state="finished", started_s=2.0))
-    assert find_previous(tmp_path, record("b"), live=never, auto=True) is None
+    assert find_previous(tmp_path, record("b"), live=never) is None
+    old = write(tmp_path, "old", record("old", state="preempted", started_s=1.0))
+    new = write(tmp_path, "new", record("new", state="finished", started_s=2.0))
+    found = find_previous(tmp_path, record("b"), live=never)
+    assert found is not None
+    assert found[0] == new
+    assert not others_unfinished(old, record("old", state="preempted"))
 
 
 def test_the_trainers_of_a_script_are_gone_on_with_together(tmp_path) -> None:
     first = write(tmp_path, "1", record("a", 1, "finished", 1.0))
     second = write(tmp_path, "2", record("a", 2, "preempted", 2.0))
-    found = [find_previous(tmp_path, record("b", ordinal), live=never, auto=True) for ordinal in (1, 2, 3)]
+    found = [find_previous(tmp_path, record("b", ordinal), live=never) for ordinal in (1, 2, 3)]
     assert [pair and pair[0] for pair in found] == [first, second, None]
     assert others_unfinished(first, record("a", 1, "finished"))
     assert not others_unfinished(second, record("a", 2, "preempted"))
@@ -167,13 +160,13 @@ def test_the_trainers_of_a_script_are_gone_on_with_together(tmp_path) -> None:
 def test_a_live_run_is_left_alone(tmp_path) -> None:
     write(tmp_path, "one", record())
     another = replace(record("b"), pid=2)
-    assert find_previous(tmp_path, another, live=lambda _: True, auto=True) is None
+    assert find_previous(tmp_path, another, live=lambda _: True) is None
 
 
 def test_a_trainer_of_this_process_is_not_a_live_run_of_another(tmp_path) -> None:
     write(tmp_path, "1", record("a", 1))
     write(tmp_path, "2", record("a", 2, "preempted"))
-    assert find_previous(tmp_path, record("a", 2), live=lambda path: path.name == "1", auto=True) is not None
+    assert find_previous(tmp_path, record("a", 2), live=lambda path: path.name == "1") is not None
 
 
 def test_a_record_of_a_newer_version_is_named(tmp_path) -> None:

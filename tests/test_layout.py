@@ -53,7 +53,19 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"__init__", "__main__"}),
 )
 
-FREE_OF_TORCH = ("__init__", "trainer", "calls", "resume", "driver", "control", "process", "preempt", "launcher", "run", "launch")
+FREE_OF_TORCH = (
+    "__init__",
+    "trainer",
+    "calls",
+    "resume",
+    "driver",
+    "control",
+    "process",
+    "preempt",
+    "launcher",
+    "run",
+    "launch",
+)
 ONLY_IMPORTERS = {"torch.distributed": {"comm", "elastic"}, "zmq": {"control"}}
 
 

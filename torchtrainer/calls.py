@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -91,7 +92,7 @@ class Calls:
         notices: warnings of a preemption; None: nobody watches.
         timeouts: ``write_s``, ``preempt_s``.
         requeue: have Slurm start the job again.
-        on_preempted: notes that the run stops with its state saved.
+        on_error: notes an error, `Preempted` among them, that leaves a call.
         speaks: this process tells the user what all ranks do alike; under a launcher rank 0 does.
     """
 
@@ -103,7 +104,7 @@ class Calls:
         notices: NoticeWatch | None,
         timeouts: Timeouts,
         requeue: bool,
-        on_preempted: Callable[[], None],
+        on_error: Callable[[type[BaseException]], None],
         speaks: bool = True,
     ) -> None:
         self.journal = journal
@@ -114,10 +115,10 @@ class Calls:
         self._notices = notices
         self._timeouts = timeouts
         self._requeue = requeue
-        self._on_preempted = on_preempted
+        self._on_error = on_error
         self._speaks = speaks
         self._group: Group | None = None
-        self._calling = self._leaving = False
+        self._calling = self._leaving = self._ended = False
         self._stopping_since: float | None = None
         self._hinted = False
         self.saved_step: int | None = checkpoint.step if checkpoint is not None else None
@@ -142,13 +143,14 @@ class Calls:
         """
         under_way = self._checkpoint.meta.get("call") if self._checkpoint is not None else None
         expected = under_way if self.journal.index == self._from else None
-        known = self.journal.expect(text, expected)
-        if known is not None:
-            if not self._caught_up:
-                self._behind.append((text, method, keywords))
-            return known
-        self.catch_up()
-        self.leave_if_noticed()
+        with self._noting_errors():
+            known = self.journal.expect(text, expected)
+            if known is not None:
+                if not self._caught_up:
+                    self._behind.append((text, method, keywords))
+                return known
+            self.leave_if_noticed()  # before the state is restored: a call that is half done is gone on with by the call alone
+            self.catch_up()
         return None
 
     def run(self, method: str, text: str = "", **keywords: Any) -> CallResult:
@@ -157,8 +159,20 @@ class Calls:
         Raises:
             Preempted: a notice came, and the call was stopped for it.
         """
+        with self._noting_errors():
+            return self._make(self.journal.index, text, method, keywords)
+
+    @contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self._on_error(type(error))
+            raise
+
+    def _make(self, index: int, text: str, method: str, keywords: dict[str, Any]) -> CallResult:
         if method in STEPPING_METHODS:
-            keywords["mark"] = {"index": self.journal.index, "call": text}
+            keywords = {**keywords, "mark": {"index": index, "call": text}}
         self._calling = True
         try:
             if self._stopping_since is not None:  # noticed by the thread that looks, between two calls
@@ -174,7 +188,7 @@ class Calls:
         """Remembers a call that has been completed."""
         lost = self.journal.add(text, result, step=step, epoch=epoch)
         if lost is not None:
-            tell(f"the result of {text} is {lost}, which cannot be recorded: this run could not be resumed beyond it")
+            tell(f"the result of {text} is not recorded, as {lost}. This run could not be resumed beyond it")
 
     def catch_up(self) -> None:
         """Brings the ranks to where the script is: by the checkpoint, and by the calls after it."""
@@ -186,8 +200,7 @@ class Calls:
             if index == self._from:
                 self._restore()
             if method in SETTING_METHODS or (index >= self._from and method in MOVING_METHODS):
-                marked = {"mark": {"index": index, "call": text}} if method in STEPPING_METHODS else {}
-                self._living().call(method, **keywords, **marked)
+                self._make(index, text, method, keywords)
         if len(behind) <= self._from:
             self._restore()
 
@@ -209,7 +222,7 @@ class Calls:
         Raises:
             Preempted: there is no time left, or the user does not want to wait.
         """
-        if self._notices is None or self._group is None:
+        if self._notices is None or self._ended:
             return
         found = self._notices.pending()
         if found is None:
@@ -217,6 +230,10 @@ class Calls:
         if self._notices.urgent:
             self._end(EXIT_TERMINATED, f"{found.source} came again: left at once")
         if self._leaving:
+            return
+        if self._group is None:  # the ranks are being built
+            if found.must_stop:
+                self._end(self._code(), f"{found.text}; {self._saved()}")
             return
         if not found.must_stop:
             self._save_for(found)
@@ -272,10 +289,10 @@ class Calls:
         self._end(self._code(), f"{found.text}; {self._saved()}", told=self._speaks)
 
     def _end(self, code: int, text: str, *, told: bool = True) -> None:
+        self._ended = True
         if code == EXIT_PREEMPTED:
             if current() is not None:
                 keep_exit_code(code)
-            self._on_preempted()
             if self._requeue:
                 said = requeue(os.environ)
                 text = f"{text}; {said}" if said else text

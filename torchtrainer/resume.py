@@ -105,7 +105,7 @@ class OpenRun:
     def note_end(self) -> None:
         """The run is over; if nobody said how, it came to its end."""
         if self.record is not None and self.record.state == "running":
-            self.note("finished", step=self.record.step, epoch=self.record.epoch)
+            self.note(_how_it_ends(), step=self.record.step, epoch=self.record.epoch)
 
     def note(self, state: RunState, *, step: int, epoch: int) -> None:
         """Writes how the run stands. A disk that does not take it does not end the run."""
@@ -116,6 +116,14 @@ class OpenRun:
             self.write_record()
         except (OSError, CheckpointError) as error:
             notice(f"{self.directory.root} cannot be written to ({error}): the run may not be found again by resume")
+
+
+def _how_it_ends() -> RunState:
+    """How a script ends that said nothing: by an exception that nobody caught, or by coming to its end."""
+    uncaught: type[BaseException] | None = getattr(sys, "last_type", None)
+    if uncaught is None:
+        return "finished"
+    return "interrupted" if issubclass(uncaught, KeyboardInterrupt) else "failed"
 
 
 _script_runs: list[ScriptRun] = []
@@ -206,13 +214,15 @@ def _choose(run_dir: str | os.PathLike[str], resume: bool | str, wanted: RunReco
         found = None
         if resume is not False and not (wanted.notebook and resume == "auto"):
             runs = kept_below(Path(RUNS) / program_name())
-            found = find_previous(runs, wanted, live=is_live, auto=resume == "auto")
+            found = find_previous(runs, wanted, live=is_live)
         fresh = kept_below(automatic_root(datetime.now()))  # which looked for a free name in ./runs only
         return _judge(found, resume, wanted, beside(fresh) if fresh.exists() else fresh)
     path = kept_below(Path(run_dir))
+    if is_live(path):  # opening it says by whom
+        return path, None
     record = RunRecord.read(path)
     found = None if record is None else (path, record)
-    return _judge(found, resume, wanted, path if record is None or is_live(path) else beside(path))
+    return _judge(found, resume, wanted, path if record is None else beside(path))
 
 
 def _judge(
@@ -233,7 +243,8 @@ def _judge(
     why = _why_not(path, record, wanted, difference)
     if why is None:
         return path, record
-    notice(f"{path} is left as it is, as {why}; this run goes to {fresh} (resume=True goes on with the old one)")
+    how = "resume=True goes on with the old one" if difference is None else "put that back to go on with the old one"
+    notice(f"{path} is left as it is, as {why}; this run goes to {fresh} ({how})")
     return fresh, None
 
 

@@ -10,7 +10,6 @@ import socket
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -144,6 +143,7 @@ class TorchTrainer:
         self._run = run.open_run(run_dir, resume)
         self._run_dir = self._run.directory
         self._history = HistoryFile(self._run_dir.history)
+        self._history_lost = False
         self._notices = watch_notices(run, self._run)
         self._calls = Calls(
             journal=Journal(self._run_dir.root, self._run.records, writes=self._run.keeps),
@@ -151,7 +151,7 @@ class TorchTrainer:
             notices=self._notices,
             timeouts=Timeouts(),
             requeue=run.preemption.requeue,
-            on_preempted=partial(self._note, "preempted"),
+            on_error=self._note_error,
             speaks=run.is_main,
         )
         self._gpu_monitor = GpuMonitor(os.environ) if run.gpus else None
@@ -467,7 +467,12 @@ class TorchTrainer:
         return self._group
 
     def _call(self, method: str, **keywords: Any) -> list[Any]:
-        return self._living_group().call(method, **keywords).values
+        group = self._living_group()
+        try:
+            return group.call(method, **keywords).values
+        except BaseException as error:
+            self._note_error(type(error))
+            raise
 
     def _remembered(self, call: str, method: str, pick: Callable[[list[Any]], Any], **keywords: Any) -> Any:
         """A call whose result, picked from those of the ranks, is recorded for a later start of the script."""
@@ -487,6 +492,9 @@ class TorchTrainer:
     def _done(self, call: str, result: Any) -> None:
         self._calls.done(call, result, step=self._step, epoch=self._epoch)
 
+    def _note_error(self, kind: type[BaseException]) -> None:
+        self._note(END_STATES[_reason(kind)])
+
     def _note(self, state: RunState) -> None:
         self._run.note(state, step=self._step, epoch=self._epoch)
 
@@ -503,7 +511,7 @@ class TorchTrainer:
             result = self._calls.run(method, call, num_steps=num_steps, profile=profile, info=info)
         except BaseException as error:
             self._note_position(group)
-            self._note(END_STATES[_reason(type(error))])
+            self._note_error(type(error))
             raise
         finally:
             self._watch.end_pass()
@@ -519,14 +527,19 @@ class TorchTrainer:
         if not self._is_main or not self._run_dir.durable:
             return
         profile = metrics.get("profile") if isinstance(metrics, dict) else None
-        self._history.append(
-            kind,
-            epoch=self._epoch,
-            step=self._step,
-            metrics=metrics,
-            devices=self._watch.device_use(),
-            phases=profile,
-        )
+        try:
+            self._history.append(
+                kind,
+                epoch=self._epoch,
+                step=self._step,
+                metrics=metrics,
+                devices=self._watch.device_use(),
+                phases=profile,
+            )
+        except OSError as error:  # a full disk does not end a training
+            if not self._history_lost:
+                self._history_lost = True
+                notice(f"{self._run_dir.history} misses results from epoch {self._epoch} on: {error}")
 
 
 def spell_pass(method: str, num_steps: int | None, profile: bool, reduce: bool, info: dict[str, Any] | None) -> str:

@@ -117,15 +117,25 @@ class Journal:
         """
         index, self._index = self._index, self._index + 1
         record: dict[str, Any] = {"call": call, "step": step, "epoch": epoch}
-        reason = None
+        reason: str | None = None
         if self._writes:
-            if is_json(result):
-                record["result"] = result
-            else:
-                reason = self._keep(result, index)
-                record["kept" if reason is None else "lost"] = reason or True
-            _append(_journal(self._root), json.dumps(record) + "\n")
+            try:
+                reason = self._write(record, result, index)
+            except OSError as error:
+                self._writes = False  # calls after a gap would be taken for others
+                reason = f"it could not be written to {self._root}: {error}"
         self._records.append(record)
+        return reason
+
+    def _write(self, record: dict[str, Any], result: Any, index: int) -> str | None:
+        reason = None
+        if is_json(result):
+            record["result"] = result
+        else:
+            lost = self._keep(result, index)
+            record["kept" if lost is None else "lost"] = lost or True
+            reason = None if lost is None else f"it is {lost}"
+        _append(_journal(self._root), json.dumps(record) + "\n")
         return reason
 
     def _compare(self, asked: str, recorded: str | None) -> None:
@@ -159,7 +169,14 @@ class Journal:
             return record.get("result")
         import torch
 
-        return torch.load(_kept(self._root, self._index), map_location="cpu", weights_only=True)
+        path = _kept(self._root, self._index)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise RunDirectoryError(
+                f"the run cannot be resumed: {path} is not what was written ({str(error).splitlines()[0]}). Nothing in it was "
+                "run; pass resume=False to start anew"
+            ) from error
 
 
 def is_json(value: Any) -> bool:

@@ -138,8 +138,17 @@ def read_state(path: Path) -> dict[str, Any]:
 
     Args:
         path: of the state's file, in a checkpoint that verified.
+
+    Raises:
+        CheckpointError: it is not what was written.
     """
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is not what torchtrainer writes ({str(error).splitlines()[0]}). Nothing in it was run. Remove {path.parent}, "
+            "or pass resume=False to start anew"
+        ) from error
     return state
 
 

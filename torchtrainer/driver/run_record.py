@@ -215,26 +215,23 @@ _SHORT = 200
 """Characters of a config value that are kept."""
 
 
-def find_previous(
-    runs: Path, wanted: RunRecord, *, live: Callable[[Path], bool], auto: bool
-) -> tuple[Path, RunRecord] | None:
-    """The run that a trainer goes on with, among those of its script.
+def find_previous(runs: Path, wanted: RunRecord, *, live: Callable[[Path], bool]) -> tuple[Path, RunRecord] | None:
+    """The run that a trainer would go on with, among those of its script: of the latest start, however it ended.
 
     Args:
         runs: directory with one directory per run.
         wanted: the trainer that is being made.
         live: whether a run directory is in use; other trainers of this process, which are gone on with too, do not count.
-        auto: only a run that was cut off, or that another one of the same start followed; else the latest, however it ended.
+
+    Returns:
+        None: there is none, or the latest start is still going on.
     """
     found = list(_records(runs))
     if not found:
         return None
     latest = max(found, key=lambda pair: pair[1].started_s)[1].script_run
     together = [pair for pair in found if pair[1].script_run == latest]
-    if auto and (
-        not any(record.state in RESUMABLE for _, record in together)
-        or any(live(path) for path, record in together if record.pid != wanted.pid)
-    ):
+    if any(live(path) for path, record in together if record.pid != wanted.pid):
         return None
     mine = [pair for pair in together if pair[1].ordinal == wanted.ordinal]
     return max(mine, key=lambda pair: pair[1].started_s, default=None)

@@ -44,14 +44,7 @@ from torchtrainer.engines.groups import WRITER, Group, child_spec, new_group, wo
 from torchtrainer.engines.preload import PRELOAD, PRELOADABLE
 from torchtrainer.engines.saving import Saving
 from torchtrainer.process.child import ChildSpec
-from torchtrainer.process.guard import (
-    ignore_warnings,
-    kill_process_group,
-    kill_session,
-    open_pidfd,
-    signal_process,
-    unblock_signals,
-)
+from torchtrainer.process.guard import kill_process_group, kill_session, open_pidfd, settle_signals, signal_process
 from torchtrainer.process.logs import LogTail, last_text
 from torchtrainer.process.paths import EnginePaths, RankPaths, private_directory
 from torchtrainer.process.signals import STACK_DUMP_SIGNAL
@@ -264,9 +257,8 @@ class Host:
             self._kill_and_forget(
                 group
             )  # the kernel ends workers with the spawner; their ids may soon be somebody else's
-            if group.snapshots is not None and group.snapshots.writing:
-                group.snapshots.writing = 0  # its writer went with the spawner
         self._exec_starter = ExecStarter()
+        self._saving.begin_again(self._groups.values())
         self._saving.finish(self._groups.values(), self._turn_at_end)
         self._groups.clear()
         self._to_driver(EngineFailed(text=event.text))
@@ -278,6 +270,9 @@ class Host:
 
     def _turn_at_end(self) -> None:
         """Waits a moment for writers to end; what else is said comes from ranks that were killed, or a driver that is gone."""
+        noted, self._exits = self._exits, []
+        for _, exited in noted:
+            self._on_child_exited(exited)
         starters = [s for s in (self._starter, self._exec_starter) if s is not None]
         self._router.wait([fd for starter in starters for fd in starter.fds()], EXIT_SETTLE_S)
         while self._router.receive() is not None:
@@ -288,6 +283,9 @@ class Host:
                     self._on_child_started(event)
                 elif isinstance(event, ChildExited):
                     self._on_child_exited(event)
+                elif isinstance(event, StarterFailed):
+                    self._exec_starter = self._exec_starter or ExecStarter()
+                    self._saving.begin_again(self._groups.values())
 
     def _take_exits(self) -> None:
         now = time.monotonic()
@@ -387,8 +385,7 @@ def main(arguments: list[str]) -> None:
         arguments: private directory, pid of the driver, start method. Standard input is a pipe that the driver holds open.
     """
     root, driver_pid, start_method = arguments
-    unblock_signals()
-    ignore_warnings()
+    settle_signals()
     paths = EnginePaths(Path(root))
     try:
         Host(paths, int(driver_pid), sys.stdin.fileno(), start_method).run()

@@ -28,6 +28,7 @@ from torchtrainer.control.messages import CheckpointEnded
 from torchtrainer.engines.snapshots import CheckpointOrders
 from torchtrainer.errors import TorchTrainerError
 from torchtrainer.train.state import detached
+from torchtrainer.worker.keeper import Collected
 
 
 class GatheringSaver:
@@ -58,11 +59,13 @@ class GatheringSaver:
         self._problems: list[str] = []
         self._thread: threading.Thread | None = None
 
-    def save(self, shared: Any, mine: Any, movable: set[int], meta: Mapping[str, Any], *, must: bool) -> None:
+    def save(self, collect: Callable[[], Collected], *, must: bool) -> None:
         """See `torchtrainer.worker.keeper.Saver`; rank 0 copies all that is shared, so ``movable`` is of no use here."""
         started = time.monotonic()
         self._number += 1
         first = self._collective.rank == 0
+        collected = collect()
+        shared, mine, meta = collected.shared, collected.mine, collected.meta
         free = not first or self._is_free(wait=must or self._stopping() or not self._orders.asynchronous)
         problem = why_unsafe([shared, mine] if first else mine) if free else None
         answers = self._collective.all_gather([free, problem])

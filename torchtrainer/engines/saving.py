@@ -73,6 +73,13 @@ class Saving:
         self.write_if_due(group)
         self._answer(group, snapshots.answers(name))
 
+    def begin_again(self, groups: Iterable[Group]) -> None:
+        """Starts every writer once more: they went with whoever had started them."""
+        for group in groups:
+            if group.snapshots is not None:
+                group.snapshots.writing, group.writer_pid = 0, None
+                self.write_if_due(group)
+
     def finish(self, groups: Iterable[Group], turn: Callable[[], None]) -> None:
         """Has everything written that was copied whole; for when nobody is left who could copy it again.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import mmap
 import os
 import struct
@@ -21,12 +23,8 @@ class Shown:
         self._memory: mmap.mmap | bytearray = bytearray(_PLACE.size)
         if path is None:
             return
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
-        try:
-            os.ftruncate(fd, _PLACE.size)
-            self._memory = mmap.mmap(fd, _PLACE.size)
-        finally:
-            os.close(fd)
+        with contextlib.suppress(OSError):  # a full disk: what is shown twice after a restart is the smaller harm
+            self._memory = _mapped(path)
 
     def is_new(self, call: int, batch: int) -> bool:
         """Whether a step was not shown yet; from then on it was.
@@ -40,3 +38,15 @@ class Shown:
             return False
         _PLACE.pack_into(self._memory, 0, *place)
         return True
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+    try:
+        if os.fstat(fd).st_size < _PLACE.size and os.write(fd, bytes(_PLACE.size)) < _PLACE.size:
+            raise OSError(
+                errno.ENOSPC, os.strerror(errno.ENOSPC)
+            )  # a page without a place on the disk would end the process
+        return mmap.mmap(fd, _PLACE.size)
+    finally:
+        os.close(fd)

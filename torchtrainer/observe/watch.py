@@ -59,6 +59,7 @@ class Watch:
         self._on_saved = on_saved
         self._on_signal = on_signal
         self._told: set[str] = set()
+        self._failing = False
         self._clock = clock
         self._wall_clock = wall_clock
         self._pass_name: str | None = None
@@ -123,10 +124,13 @@ class Watch:
 
     def on_checkpoint(self, ended: CheckpointEnded) -> None:
         """A checkpoint was written, or could not be; the same trouble is told once."""
-        for problem in (*ended.problems, *([ended.error] if ended.error else [])):
+        for problem in ended.problems:
             if problem not in self._told:
                 self._told.add(problem)
                 notice(f"checkpoint of step {ended.step}: {problem}")
+        if ended.error and not self._failing:
+            notice(f"no checkpoint of step {ended.step}, and training goes on: {ended.error}")
+        self._failing = bool(ended.error)
         if not ended.error:
             self._on_saved(ended.step, ended.path)
             self._callbacks.on_checkpoint(

@@ -44,6 +44,7 @@ from torchtrainer.resume import seen_here
 from torchtrainer.topology import WORKER_MARK, current
 from torchtrainer.train.rng import rng_from_data, rng_to_data
 from torchtrainer.train.state import detached
+from torchtrainer.worker.keeper import Collected
 
 RUN_DIR = "TORCHTRAINER_RUN_DIR"
 """Environment variable: where checkpoints of a script's own loop live, unless the script says so itself."""
@@ -169,7 +170,8 @@ class OwnLoop:
         if answers[self._collective.rank][1] != answers[0][1]:  # most scripts have the same state on all ranks
             mine["own"] = state
         meta = {"step": step, "world_size": self._collective.world_size, "loop": "own"}
-        self._saver.save({"state": state}, mine, set(), meta, must=True)
+        collected = Collected(shared={"state": state}, mine=mine, movable=set(), meta=meta)
+        self._saver.save(lambda: collected, must=True)
         ended = self._saver.finish(self._write_s)
         if ended is None:
             raise CheckpointWriteError(

@@ -30,8 +30,12 @@ def be_killed_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
-def ignore_warnings() -> None:
-    """Leaves signals that warn of an end to the processes that can save something: schedulers send them to all of a job."""
+def settle_signals() -> None:
+    """For processes that only serve others: what they inherited is taken back, and warnings of an end are left to the others.
+
+    Schedulers send those to every process of a job, and who serves must not go before those who save.
+    """
+    unblock_signals()
     for name in ("SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

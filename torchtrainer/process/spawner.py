@@ -28,14 +28,7 @@ from typing import Any
 
 from torchtrainer.process.child import leave, run_child
 from torchtrainer.process.frames import FrameSocket
-from torchtrainer.process.guard import (
-    die_with_parent,
-    ignore_warnings,
-    kill_process_group,
-    kill_session,
-    thread_count,
-    unblock_signals,
-)
+from torchtrainer.process.guard import die_with_parent, kill_process_group, kill_session, settle_signals, thread_count
 
 _RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 
@@ -48,8 +41,7 @@ def main(arguments: list[str]) -> int:
     """
     fd, parent, modules = arguments
     die_with_parent(int(parent))
-    unblock_signals()
-    ignore_warnings()
+    settle_signals()
     link = FrameSocket(socket.socket(fileno=int(fd)))
     if not import_first(link, modules.split(",")):
         return 1

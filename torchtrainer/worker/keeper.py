@@ -5,7 +5,8 @@ Everything here runs in the thread that trains, at step boundaries or between ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,17 +29,31 @@ if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
 
 
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """A rank's complete state at a step boundary.
+
+    Attributes:
+        shared: alike on all ranks; its tensors are those of the training.
+        mine: of this rank only.
+        movable: addresses of tensors in ``shared`` that are equal on all ranks.
+        meta: JSON data for the manifest; alike on all ranks.
+    """
+
+    shared: dict[str, Any]
+    mine: dict[str, Any]
+    movable: set[int]
+    meta: dict[str, Any]
+
+
 class Saver(Protocol):
     """Takes the state of this rank, together with the other ranks, to where it is durable. Collective."""
 
-    def save(self, shared: Any, mine: Any, movable: set[int], meta: Mapping[str, Any], *, must: bool) -> None:
+    def save(self, collect: Callable[[], Collected], *, must: bool) -> None:
         """Copies the state; returns when training may go on.
 
         Args:
-            shared: alike on all ranks; its tensors are those of the training.
-            mine: of this rank only.
-            movable: addresses of tensors in ``shared`` that are equal on all ranks.
-            meta: JSON data for the manifest; alike on all ranks.
+            collect: gives the state, if it is wanted.
             must: wait for a checkpoint that is being written; else this one is left out.
         """
 
@@ -83,10 +98,12 @@ class RankKeeper:
         Args:
             must: also if another checkpoint is still being written.
         """
-        if self._saver is None:
-            return
+        if self._saver is not None:
+            self._saved_step = self._operator.global_step
+            self._saver.save(self._collect, must=must)
+
+    def _collect(self) -> Collected:
         operator = self._operator
-        self._saved_step = operator.global_step
         mine = rank_state(operator, self.modes)
         mine["epoch_idx"] = self.epoch_idx
         shared = shared_state(operator)
@@ -97,7 +114,7 @@ class RankKeeper:
             "in_call": "steps" in mine,
             **self.mark,
         }
-        self._saver.save(shared, mine, exchanged_tensors(operator), meta, must=must)
+        return Collected(shared=shared, mine=mine, movable=exchanged_tensors(operator), meta=meta)
 
     def restore(self, path: str) -> None:
         """Puts everything to where a checkpoint has it; a call that was interrupted goes on when it is called next.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from torchtrainer.checkpoint.snapshot import Region
 from torchtrainer.control.messages import SnapshotAnswer, SnapshotDone, SnapshotTaken, SnapshotWanted
 from torchtrainer.control.wire import Message
 from torchtrainer.errors import EngineError, SnapshotError
+from torchtrainer.worker.keeper import Collected
 
 Receive = Callable[[float], SnapshotAnswer | SnapshotDone]
 
@@ -49,8 +49,8 @@ class RegionSaver:
         self.number = 0
         self.taken = 0
 
-    def save(self, shared: Any, mine: Any, movable: set[int], meta: Mapping[str, Any], *, must: bool) -> None:
-        """See `torchtrainer.worker.keeper.Saver`.
+    def save(self, collect: Callable[[], Collected], *, must: bool) -> None:
+        """See `torchtrainer.worker.keeper.Saver`. What can be done before the host has answered is done.
 
         Raises:
             EngineError: the host did not answer.
@@ -59,20 +59,25 @@ class RegionSaver:
         self.number += 1
         must = must or not self._asynchronous
         self._send(SnapshotWanted(group=self._group, rank=self._rank, number=self.number, must=must))
+        collected, error, prepared = collect(), "", None
+        try:
+            prepared = self._region.prepare(collected.shared, collected.mine, collected.movable)
+        except SnapshotError as failed:  # training does not end because it cannot be saved; the user is told
+            error = str(failed)
         if not self._answer(SnapshotAnswer):
             return
-        error = ""
         try:
-            self._region.write(shared, mine, movable, self.number)
-            self.taken = self.number
-        except SnapshotError as failed:  # training does not end because it cannot be saved; the user is told
+            if prepared is not None:
+                self._region.copy(prepared, self.number)
+                self.taken = self.number
+        except SnapshotError as failed:
             error = str(failed)
         self._send(
             SnapshotTaken(
                 group=self._group,
                 rank=self._rank,
                 number=self.number,
-                meta=dict(meta),
+                meta=collected.meta,
                 stall_s=time.monotonic() - started,
                 error=error,
             )
