@@ -290,6 +290,7 @@ class Calls:
 
     def _end(self, code: int, text: str, *, told: bool = True) -> None:
         self._ended = True
+        self._on_error(Preempted)
         if code == EXIT_PREEMPTED:
             if current() is not None:
                 keep_exit_code(code)

@@ -59,6 +59,7 @@ class OpenRun:
         checkpoints: where they are kept; None: nowhere.
         generation: of this life of the run.
         remote: where copies of the checkpoints are; None: nowhere.
+        in_trouble: the user was told that the directory does not take what is to be kept.
     """
 
     directory: RunDirectory | BorrowedRunDirectory
@@ -68,6 +69,7 @@ class OpenRun:
     checkpoints: Path | None = None
     generation: int = 1
     remote: RemoteStore | None = None
+    in_trouble: bool = False
 
     @property
     def keeps(self) -> bool:
@@ -89,6 +91,12 @@ class OpenRun:
             remote=remote_url(config, self.directory.root),
             signals=list(signals),
         )
+
+    def tell_trouble(self, text: str) -> None:
+        """Tells of a run directory that does not take what is to be kept; once, as the rest follows from it."""
+        if not self.in_trouble:
+            self.in_trouble = True
+            notice(text)
 
     def write_record(self) -> None:
         """Writes what the directory says of the run, here and where copies are.
@@ -115,7 +123,9 @@ class OpenRun:
         try:
             self.write_record()
         except (OSError, CheckpointError) as error:
-            notice(f"{self.directory.root} cannot be written to ({error}): the run may not be found again by resume")
+            self.tell_trouble(
+                f"{self.directory.root} cannot be written to ({error}): the run may not be found again by resume"
+            )
 
 
 def _how_it_ends() -> RunState:

@@ -143,7 +143,6 @@ class TorchTrainer:
         self._run = run.open_run(run_dir, resume)
         self._run_dir = self._run.directory
         self._history = HistoryFile(self._run_dir.history)
-        self._history_lost = False
         self._notices = watch_notices(run, self._run)
         self._calls = Calls(
             journal=Journal(self._run_dir.root, self._run.records, writes=self._run.keeps),
@@ -537,9 +536,7 @@ class TorchTrainer:
                 phases=profile,
             )
         except OSError as error:  # a full disk does not end a training
-            if not self._history_lost:
-                self._history_lost = True
-                notice(f"{self._run_dir.history} misses results from epoch {self._epoch} on: {error}")
+            self._run.tell_trouble(f"{self._run_dir.history} misses results from epoch {self._epoch} on: {error}")
 
 
 def spell_pass(method: str, num_steps: int | None, profile: bool, reduce: bool, info: dict[str, Any] | None) -> str:
