@@ -60,6 +60,7 @@ def test_image_classifier_learns_digits(tmp_path):
     assert accuracy_in(text) > 95
 
 
+@pytest.mark.soak
 def test_image_classifier_is_the_same_run_under_torchrun(tmp_path):
     script = [EXAMPLES / "cifar10" / "train.py", "--dataset", "digits", "--epochs", "3", "--no-tqdm"]
     launched = output_of([*TORCHRUN, *script], tmp_path)
@@ -84,6 +85,7 @@ def test_image_classifier_takes_an_image_folder(tmp_path):
 
 
 @BOTH_WAYS
+@pytest.mark.soak
 def test_image_classifier_learns_from_photographs(tmp_path, photographs, launcher):
     options = ["--data", photographs, "--model", "cnn", "--epochs", "1", "--batch-size", "16", "--no-tqdm"]
     text = output_of([*launcher, EXAMPLES / "cifar10" / "train.py", *options], tmp_path)
@@ -92,6 +94,7 @@ def test_image_classifier_learns_from_photographs(tmp_path, photographs, launche
 
 
 @BOTH_WAYS
+@pytest.mark.soak
 def test_introductory_script_learns_from_photographs(tmp_path, photographs, launcher):
     text = output_of([*launcher, EXAMPLES / "raysgd_intro.py", photographs], tmp_path)
     assert text.count("'num_samples': 200") == 2, "20 images of each class in training, and in validation"

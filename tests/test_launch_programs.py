@@ -135,6 +135,7 @@ def test_a_program_prints_the_same_under_both_launchers(tmp_path, training, form
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_an_elastic_program_ends_as_if_no_worker_had_failed(tmp_path):
     # Against a run without a failure: torchrun itself hangs or fails on this restart, as torch 2.14 keeps the store of attempts before,
     # and with it the addresses of dead workers (see torchtrainer/elastic/store.py).

@@ -644,16 +644,14 @@ def test_a_storm_of_signals_disturbs_nothing(tmp_path):
         + """
 watch = watching(repeat_s=1000)
 print("ready")
-steps = 0
 while not watch.urgent:  # until another signal comes after the storm
     watch.pending()
-    steps += sum(range(100)) > 0
-print("calm", watch.pending().source, steps > 0)
+print("calm", watch.pending().source)
 """,
     )
     program.wait_for("ready")
     send(program, *["SIGUSR1"] * 1000, "SIGTERM")
-    assert program.wait_for("calm") == "calm SIGUSR1 True\n"
+    assert program.wait_for("calm") == "calm SIGUSR1\n"
     assert program.finish() == 0, program.errors
 
 

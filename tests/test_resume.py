@@ -88,8 +88,20 @@ CASES = [
 ]
 
 
+IN_THE_DEFAULT_SUITE = {"workers", "early"}
+
+
 @pytest.mark.parametrize(
-    ("kind", "places"), CASES, ids=["-".join([kind, *(f"{h}@{w}{a}" for w, a, h in places)]) for kind, places in CASES]
+    ("kind", "places"),
+    [
+        pytest.param(
+            kind,
+            places,
+            id="-".join([kind, *(f"{how}@{where}{at}" for where, at, how in places)]),
+            marks=[] if kind in IN_THE_DEFAULT_SUITE else [pytest.mark.soak],
+        )
+        for kind, places in CASES
+    ],
 )
 def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, undisturbed, kind, places) -> None:
     interrupt_and_compare(Run(tmp_path, KINDS[kind]), undisturbed, places)
@@ -143,6 +155,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_loudly_and_an_older_one_used(p
     assert f"state after step {step} saved" in resuming(last)[0]
 
 
+@pytest.mark.soak
 def test_without_any_sound_checkpoint_the_recorded_calls_are_made_again(preempted, undisturbed) -> None:
     damaged = checkpoints(preempted)
     for path in damaged:
@@ -256,6 +269,7 @@ def test_a_script_that_asks_for_other_calls_is_told_both_and_can_be_put_back(pre
     assert_same(preempted, undisturbed.get(PLAIN), redone=False)
 
 
+@pytest.mark.soak
 def test_a_run_whose_script_failed_in_a_call_that_is_no_pass_is_gone_on_with(tmp_path, undisturbed) -> None:
     run = Run(
         tmp_path,

@@ -234,6 +234,7 @@ def test_a_bomb_in_the_place_of_a_state_is_refused_and_not_run(preempted) -> Non
     assert "state.pt" in program.errors
 
 
+@pytest.mark.soak
 def test_a_bomb_in_the_place_of_a_recorded_result_is_refused_and_not_run(tmp_path) -> None:
     run = Run(tmp_path, {"script": "early"})
     run.once(("train", 14, "TERM"))

@@ -72,6 +72,7 @@ def test_a_damaged_copy_is_told_and_an_older_one_used(preempted) -> None:
     assert "did not arrive as it was written" in resumed.errors
 
 
+@pytest.mark.soak
 def test_a_finished_run_is_not_gone_on_with_from_its_copies(tmp_path) -> None:
     assert digest(start_program(tmp_path, SCRIPT))
     before = {

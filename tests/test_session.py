@@ -102,6 +102,7 @@ def disturbed(tmp_path, how: str, python: tuple[str, ...]) -> Program:
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
+@pytest.mark.soak
 def test_every_sample_is_seen_once_in_every_pass(alone) -> None:
     first, second = (line.split()[2:] for line in lines(alone, "seen"))
     passes = 3
@@ -212,6 +213,7 @@ print(session.rank(), session.latest_checkpoint(), flush=True)
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
+@pytest.mark.soak
 def test_states_that_differ_between_ranks_belong_to_as_many_ranks(tmp_path) -> None:
     job = free_port()
     programs = [start_program(tmp_path, ERRORS, **ENVIRON, **variables("by hand", r, job)) for r in range(2)]

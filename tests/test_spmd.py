@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 LAUNCHERS = ["torchrun", "by hand", "srun", "mpirun"]
+TWO_WAYS = pytest.mark.parametrize("launcher", ["torchrun", pytest.param("by hand", marks=pytest.mark.soak)])
 
 
 def free_port() -> str:
@@ -141,7 +142,7 @@ def test_the_same_script_is_the_same_run_to_the_last_bit(tmp_path, alone, launch
     assert here == {"program.py", "runs", "saved.pt"}
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "by hand"])
+@TWO_WAYS
 def test_ranks_meet_again_for_a_second_trainer(tmp_path, launcher) -> None:
     text = output_of(
         launcher,
@@ -179,7 +180,7 @@ dist.destroy_process_group()
     assert text.split("\n") == ["64", "64", "still there 2.0", ""]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "by hand"])
+@TWO_WAYS
 def test_a_script_can_form_a_group_of_its_own_afterwards(tmp_path, launcher) -> None:
     text = output_of(
         launcher,
@@ -216,7 +217,7 @@ def listening():
 """
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "by hand"])
+@TWO_WAYS
 def test_nothing_listens_outside_loopback(tmp_path, launcher) -> None:
     text = output_of(
         launcher,
@@ -242,7 +243,7 @@ with TorchTrainer(training_operator_cls=Fails, **CREATORS) as trainer:
 }
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "by hand"])
+@TWO_WAYS
 @pytest.mark.parametrize("where", FAILURES)
 def test_an_error_on_one_rank_ends_the_run_and_is_shown(tmp_path, launcher, where) -> None:
     programs = launch(
@@ -297,7 +298,7 @@ def test_a_run_directory_that_rank_0_cannot_use_is_an_error_on_all_ranks(tmp_pat
         program.assert_nothing_left()
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "by hand"])
+@TWO_WAYS
 def test_run_dir_none_writes_nothing_anywhere(tmp_path, launcher) -> None:
     text = output_of(
         launcher,

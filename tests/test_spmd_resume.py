@@ -122,7 +122,7 @@ def state_of_run(tmp_path: Path) -> str:
     ("launcher", "what"),
     [
         ("torchrun", "the launcher, in training"),
-        ("torchrun", "one rank, in validation"),
+        pytest.param("torchrun", "one rank, in validation", marks=pytest.mark.soak),
         ("torchtrainer run", "the launcher, in validation"),
         ("torchtrainer run", "one rank, in training"),
     ],

@@ -276,7 +276,7 @@ def test_a_lock_that_is_not_there_or_no_file(tmp_path):
     assert read_status(run).liveness.state == "unknown"
 
 
-def test_a_lock_that_a_forked_process_of_a_dead_driver_holds(tmp_path):
+def test_a_forked_process_that_outlives_its_driver_does_not_hold_the_lock(tmp_path):
     program = start_program(
         tmp_path,
         """
@@ -296,7 +296,7 @@ def test_a_lock_that_a_forked_process_of_a_dead_driver_holds(tmp_path):
     found = read_liveness(tmp_path / "run/lock")
     os.kill(child, signal.SIGKILL)
     program.finish()
-    assert (found.state, found.pid, found.pid_alive) == ("running", program.process.pid, False)
+    assert (found.state, found.pid, found.pid_alive) == ("ended", program.process.pid, False)
 
 
 @pytest.mark.skipif(not _every_lock_is_listed(), reason="not every process is visible here, so the lock is tried")

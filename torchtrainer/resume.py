@@ -31,11 +31,11 @@ from torchtrainer.driver.run_record import (
     RESUMABLE,
     RunRecord,
     RunState,
-    ScriptRun,
     digests,
     find_previous,
     others_unfinished,
     readable_config,
+    this_script_run,
 )
 from torchtrainer.engines.snapshots import CheckpointOrders
 from torchtrainer.errors import CheckpointDamagedError, CheckpointError, ResumeError
@@ -134,17 +134,6 @@ def _how_it_ends() -> RunState:
     if uncaught is None:
         return "finished"
     return "interrupted" if issubclass(uncaught, KeyboardInterrupt) else "failed"
-
-
-_script_runs: list[ScriptRun] = []
-"""This start of the script, made when first needed: which of its trainers goes on with which is a matter of their order."""
-
-
-def this_script_run() -> ScriptRun:
-    """The start of the script that this process is."""
-    if not _script_runs:
-        _script_runs.append(ScriptRun.new())
-    return _script_runs[0]
 
 
 def open_run(

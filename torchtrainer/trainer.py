@@ -150,7 +150,7 @@ class TorchTrainer:
             notices=self._notices,
             timeouts=Timeouts(),
             requeue=run.preemption.requeue,
-            on_error=self._note_error,
+            on_error=note_weakly(weakref.WeakMethod(self._note_error)),
             speaks=run.is_main,
         )
         self._gpu_monitor = GpuMonitor(os.environ) if run.gpus else None
@@ -537,6 +537,19 @@ class TorchTrainer:
             )
         except OSError as error:  # a full disk does not end a training
             self._run.tell_trouble(f"{self._run_dir.history} misses results from epoch {self._epoch} on: {error}")
+
+
+def note_weakly(
+    note: weakref.WeakMethod[Callable[[type[BaseException]], None]],
+) -> Callable[[type[BaseException]], None]:
+    """A trainer's method as a function that does not keep the trainer alive: it ends when nobody holds it any more."""
+
+    def call(kind: type[BaseException]) -> None:
+        living = note()
+        if living is not None:
+            living(kind)
+
+    return call
 
 
 def spell_pass(method: str, num_steps: int | None, profile: bool, reduce: bool, info: dict[str, Any] | None) -> str:

@@ -136,6 +136,17 @@ class ScriptRun:
         return self.trainers
 
 
+_script_runs: list[ScriptRun] = []
+"""This start of the script, made when first needed: which of its trainers goes on with which is a matter of their order."""
+
+
+def this_script_run() -> ScriptRun:
+    """The start of the script that this process is."""
+    if not _script_runs:
+        _script_runs.append(ScriptRun.new())
+    return _script_runs[0]
+
+
 def digests(parts: Mapping[str, Any]) -> dict[str, str]:
     """What defines a training, each part as a short digest that a change of its code or value changes.
 
