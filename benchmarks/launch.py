@@ -26,6 +26,8 @@ from compare import LIMIT_S, PROGRAMS, TORCHRUN, figures
 OWN_STORE = ("env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
 """torch 2.14's launcher keeps one store for all attempts, where those who come back find the addresses of the dead and fail, often
 up to the last restart. This works around it, in torchrun's favour; ours gets no such setting."""
+TORCH_ABORT = "terminate called without an active exception"
+"""What torch 2.14 now and then says when a process ends, under any launcher."""
 TORCHTRAINER = (sys.executable, "-m", "torchtrainer", "run", "--standalone", "--nproc-per-node", "2")
 OURS_HELP = (sys.executable, "-m", "torchtrainer", "--help")
 OURS_RUN_HELP = (sys.executable, "-m", "torchtrainer", "run", "--help")
@@ -33,11 +35,13 @@ THEIR_HELP = (sys.executable, "-m", "torch.distributed.run", "--help")
 
 
 def whole(command: Sequence[str]) -> float:
-    """Seconds that a command takes; it has to end well."""
+    """Seconds that a command takes; it has to end well, and is run again where torch aborted a worker that was done."""
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     began = time.perf_counter()
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     took = time.perf_counter() - began
+    if done.returncode != 0 and TORCH_ABORT in done.stderr:
+        return whole(command)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
     return took
