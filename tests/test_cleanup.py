@@ -83,11 +83,11 @@ def test_losing_the_engine_ends_the_call_with_an_error(tmp_path, who) -> None:
     ("ending", "code"),
     [
         ("trainer.train(num_steps=2)", 0),
-        ("trainer.train(num_steps=2); trainer.shutdown()", 0),
+        pytest.param("trainer.train(num_steps=2); trainer.shutdown()", 0, marks=pytest.mark.soak),
         ("trainer.train(num_steps=2); sys.exit(3)", 3),
         ("trainer.train(num_steps=2); os._exit(4)", 4),
         ("trainer.train(num_steps=2); raise ValueError('mine')", 1),
-        ("del trainer", 0),
+        pytest.param("del trainer", 0, marks=pytest.mark.soak),
     ],
 )
 def test_nothing_is_left_after_the_script(tmp_path, ending, code) -> None:
@@ -165,6 +165,7 @@ print("same" if before == after else f"before {before}\\nafter  {after}")
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_fifty_trainers_in_a_row_leave_nothing(tmp_path) -> None:
     program = run_program(tmp_path, GROWTH, "50")
     assert program.output.strip().endswith("same"), program.output + program.errors

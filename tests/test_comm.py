@@ -337,6 +337,7 @@ def test_nothing_listens_outside_loopback(place: Path) -> None:
         assert outcome["listening"] == ["0100007F"]  # 127.0.0.1, and there is a listener, so that this says something
 
 
+@pytest.mark.soak
 def test_buffers_of_every_dtype_follow_one_rank(place: Path) -> None:
     for equal in run_ranks(case_buffers, 3, place):
         assert len(equal) >= 8

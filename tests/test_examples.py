@@ -69,6 +69,7 @@ def test_image_classifier_is_the_same_run_under_torchrun(tmp_path):
     assert accuracy_in(launched) == accuracy_in(alone)
 
 
+@pytest.mark.soak
 def test_image_classifier_takes_an_image_folder(tmp_path):
     from PIL import Image
 
@@ -118,6 +119,7 @@ def test_introductory_script_runs_as_it_stands(tmp_path):
 
 
 @BOTH_WAYS
+@pytest.mark.soak
 def test_gan_draws_what_is_nearer_to_digits_than_noise(tmp_path, launcher):
     text = output_of([*launcher, EXAMPLES / "gan.py", "--epochs", "10", "--no-tqdm"], tmp_path)
     found = re.search(r"nearest real digit: ([\d.]+) \(random pixels: ([\d.]+)\)", text)

@@ -98,6 +98,7 @@ print("whole", trainer.{call}()["num_samples"] == N, samples() == list(range(N))
     program.assert_nothing_left()
 
 
+@pytest.mark.soak
 def test_two_quick_interrupts_lose_nothing_either(tmp_path) -> None:
     program = start_program(
         tmp_path,

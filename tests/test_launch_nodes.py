@@ -177,7 +177,7 @@ def observe(
     [
         (start_c10d_with_roles, 3, [("0", "0"), ("0", "1"), ("1", "2"), ("2", "0"), ("2", "1")]),
         (start_static, 2, [("0", "0"), ("1", "1"), ("1", "2")]),
-        (start_elastic_by_name, 3, [("0", "0"), ("1", "1"), ("2", "2")]),
+        pytest.param(start_elastic_by_name, 3, [("0", "0"), ("1", "1"), ("2", "2")], marks=pytest.mark.soak),
     ],
 )
 def test_ranks_and_environments_are_those_of_torchrun(make_cluster, start, count, roles) -> None:
@@ -243,6 +243,7 @@ def test_a_killed_worker_restarts_the_workers_of_all_nodes(make_cluster, command
 
 
 @BOTH
+@pytest.mark.soak
 def test_a_node_that_is_told_to_stop_leaves_and_the_others_go_on(make_cluster, command) -> None:
     cluster = make_cluster(command, 2)
     stays, leaves = launchers = [cluster.elastic(node, "--max-restarts", "1", nnodes="1:2") for node in cluster.nodes]

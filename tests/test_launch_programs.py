@@ -120,7 +120,7 @@ def train(directory: Path, training: Training, launcher: tuple[str, ...]) -> tup
         pytest.param(ACCELERATE_SCRIPT, RUN, id="accelerate script"),
         pytest.param(ACCELERATE_SYNC, RUN, id="accelerate sync", marks=pytest.mark.soak),
         pytest.param(FABRIC, RUN, id="fabric", marks=pytest.mark.soak),
-        pytest.param(LIGHTNING, RUN, id="lightning"),
+        pytest.param(LIGHTNING, RUN, id="lightning", marks=pytest.mark.soak),
         pytest.param(REFERENCE, RUN, id="reference"),
         pytest.param(REFERENCE, LAUNCH, id="reference by launch", marks=pytest.mark.soak),
     ],

@@ -206,7 +206,13 @@ class Wrong(Operator):
 
 
 @pytest.mark.parametrize(
-    ("how", "when"), [("restart", "in a pass"), ("hard restart", "idle"), ("kill", "in a pass"), ("kill", "idle")]
+    ("how", "when"),
+    [
+        ("restart", "in a pass"),
+        pytest.param("hard restart", "idle", marks=pytest.mark.soak),
+        ("kill", "in a pass"),
+        pytest.param("kill", "idle", marks=pytest.mark.soak),
+    ],
 )
 def test_a_kernel_that_ends_takes_everything_with_it(kernel, how, when) -> None:
     kernel.run(DEFINITIONS)

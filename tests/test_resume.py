@@ -88,7 +88,7 @@ CASES = [
 ]
 
 
-IN_THE_DEFAULT_SUITE = {"workers", "early"}
+IN_THE_DEFAULT_SUITE = {"early"}
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_without_any_sound_checkpoint_the_recorded_calls_are_made_again(preempte
 # Other ranks than before
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 3, marks=pytest.mark.soak)])
 def test_other_ranks_go_on_and_every_sample_is_dealt_once(tmp_path, before, after) -> None:
     options = {**PLAIN, "epochs": 2}
     run = Run(tmp_path, changed(options, num_workers=before))

@@ -62,6 +62,7 @@ def test_a_run_goes_on_from_the_copies_where_its_disk_is_gone(preempted, tmp_pat
     assert found == digest(start_program(tmp_path_factory.mktemp("undisturbed"), SCRIPT))
 
 
+@pytest.mark.soak
 def test_a_damaged_copy_is_told_and_an_older_one_used(preempted) -> None:
     newest = max((preempted / "store" / "machine" / "run").glob("step-*"))
     state = bytearray((newest / "state.pt").read_bytes())

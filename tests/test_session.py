@@ -111,7 +111,13 @@ def test_every_sample_is_seen_once_in_every_pass(alone) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(("python", "how"), [(RUN, "launcher"), (TORCHRUN, "one rank")], ids=["ours", "torchrun"])
+@pytest.mark.parametrize(
+    ("python", "how"),
+    [
+        pytest.param(RUN, "launcher", id="ours"),
+        pytest.param(TORCHRUN, "one rank", id="torchrun", marks=pytest.mark.soak),
+    ],
+)
 def test_ranks_stop_at_one_step_and_the_same_command_goes_on_with_the_same_bits(tmp_path, alone, python, how) -> None:
     first = disturbed(tmp_path, how, python)
     assert first.process.returncode == (EXIT_PREEMPTED if python == RUN else 1), first.errors

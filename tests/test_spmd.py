@@ -129,7 +129,9 @@ def alone(tmp_path_factory) -> list[str]:
     return [line for line in program.output.splitlines() if not line.startswith("status")]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", [LAUNCHERS[0], *(pytest.param(one, marks=pytest.mark.soak) for one in LAUNCHERS[1:])]
+)
 def test_the_same_script_is_the_same_run_to_the_last_bit(tmp_path, alone, launcher) -> None:
     lines = output_of(launcher, tmp_path, SCRIPT).splitlines()
     status = [line for line in lines if line.startswith("status")]

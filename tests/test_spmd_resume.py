@@ -170,6 +170,7 @@ def test_a_killed_worker_is_restarted_and_goes_on_with_the_same_bits(tmp_path, a
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
+@pytest.mark.soak
 def test_a_rank_in_the_users_process_stops_and_goes_on(tmp_path, tmp_path_factory) -> None:
     expected = undisturbed(tmp_path_factory, "local")
     first = disturbed(tmp_path, (), DISTURBANCES["one rank, in training"], "local")

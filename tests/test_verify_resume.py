@@ -273,6 +273,7 @@ def test_planted_fault_is_found_at_its_step_with_its_reason(text, where, reason,
 
 @pytest.mark.slow
 @pytest.mark.timeout(DEADLINE_S)
+@pytest.mark.soak
 def test_script_that_makes_other_calls_shows_the_error_as_it_is(verify):
     done = verify(HEAD + OTHER_CALLS, "--at", "3")
     assert done.code == 1, done
