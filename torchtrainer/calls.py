@@ -122,7 +122,6 @@ class Calls:
         self._stopping_since: float | None = None
         self._hinted = False
         self.saved_step: int | None = checkpoint.step if checkpoint is not None else None
-        self.saved_in: str | None = None
 
     def attach(self, group: Group) -> None:
         """The ranks are there."""
@@ -268,9 +267,9 @@ class Calls:
         if self._notices is not None:
             self._notices.hear(signum)
 
-    def noted(self, step: int, path: str) -> None:
+    def noted(self, step: int) -> None:
         """A checkpoint is on disk."""
-        self.saved_step, self.saved_in = step, path
+        self.saved_step = step
 
     def _agreed(self) -> Notice | None:
         """The notice that all ranks act upon alike, whichever of their processes it came to."""
@@ -284,7 +283,7 @@ class Calls:
         self._stopping_since = self._stopping_since or time.monotonic()
         ended = self._living().await_checkpoint(snapshot, min(self._timeouts.write_s, self._seconds_left(found)))
         if ended is not None and not ended.error:
-            self.noted(ended.step, ended.path)
+            self.noted(ended.step)
             self._notices.acknowledge()
         self._end(self._code(), f"{found.text}; {self._saved()}", told=self._speaks)
 

@@ -438,11 +438,11 @@ class TorchTrainer:
         self._living_group()
         self._close("finished", force)
 
-    def _close(self, reason: str, force: bool) -> None:
+    def _close(self, reason: RunState, force: bool) -> None:
         group, self._group = self._group, None
         if group is None:
             return
-        self._note(END_STATES[reason])
+        self._note(reason)
         _end(group, self._run, self._notices, self._gpu_monitor, force=force)
         self._finalizer.detach()
         seconds = time.monotonic() - self._started_at
@@ -492,7 +492,7 @@ class TorchTrainer:
         self._calls.done(call, result, step=self._step, epoch=self._epoch)
 
     def _note_error(self, kind: type[BaseException]) -> None:
-        self._note(END_STATES[_reason(kind)])
+        self._note(_reason(kind))
 
     def _note(self, state: RunState) -> None:
         self._run.note(state, step=self._step, epoch=self._epoch)
@@ -569,16 +569,7 @@ def _check_function(method: str, fn: Any) -> None:
         raise InvalidArgumentTypeError(f"{method} takes a function, got {fn!r}")
 
 
-END_STATES: dict[str, RunState] = {
-    "finished": "finished",
-    "failed": "failed",
-    "interrupted": "interrupted",
-    "preempted": "preempted",
-}
-"""How a run is left, by the reason of its end."""
-
-
-def _reason(error: type[BaseException] | None) -> str:
+def _reason(error: type[BaseException] | None) -> RunState:
     """Why a run ends, from the exception that ends it."""
     if error is None:
         return "finished"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any, BinaryIO
 from torchtrainer.checkpoint.verified import Checkpoint
 from torchtrainer.errors import CallMismatchError, RunDirectoryError
 from torchtrainer.process.paths import private_directory
-from torchtrainer.process.whole_file import replace_file
+from torchtrainer.process.whole_file import append_line, replace_file, whole_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +64,8 @@ class Journal:
             content = _journal(root).read_bytes()
         except FileNotFoundError:
             return []
-        whole = content[: content.rfind(b"\n") + 1].splitlines()
         try:
-            return [json.loads(line) for line in whole]
+            return [json.loads(line) for line in whole_lines(content)]
         except ValueError as error:
             raise RunDirectoryError(
                 f"{_journal(root)} is not what was written ({error}): the run in {root} cannot be resumed; pass resume=False "
@@ -135,7 +133,7 @@ class Journal:
             lost = self._keep(result, index)
             record["kept" if lost is None else "lost"] = lost or True
             reason = None if lost is None else f"it is {lost}"
-        _append(_journal(self._root), json.dumps(record) + "\n")
+        append_line(_journal(self._root), json.dumps(record).encode() + b"\n", durable=True)
         return reason
 
     def _compare(self, asked: str, recorded: str | None) -> None:
@@ -218,14 +216,3 @@ def _journal(root: Path) -> Path:
 
 def _kept(root: Path, index: int) -> Path:
     return root / "calls" / f"{index}.pt"
-
-
-def _append(path: Path, line: str) -> None:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
-    with os.fdopen(fd, "r+b", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        content = os.pread(fd, end, 0) if end else b""
-        file.truncate(content.rfind(b"\n") + 1)  # a line that a crash tore
-        file.seek(0, os.SEEK_END)
-        file.write(line.encode())
-        os.fsync(fd)

@@ -6,9 +6,10 @@ import os
 import re
 import secrets
 import socket
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from torchtrainer.process.guard import process_exists
 
 _NAME = re.compile(
     r"\.tmp-g(?P<generation>\d+)-(?P<boot>[0-9a-f]*)-(?P<pid>\d+)-(?P<started>\d*)-[0-9a-f]+-(?P<host>.+)", re.ASCII
@@ -90,22 +91,10 @@ def _boot() -> str:
 def _started(pid: int) -> str | None:
     """When a process started; empty if the system does not say, None if there is no such process."""
     if not Path("/proc/self/stat").exists():
-        return "" if _answers(pid) else None
+        return "" if process_exists(pid) else None
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
     state, *fields = stat.rpartition(")")[2].split()  # the name before it may hold blanks
     return None if state in {"Z", "X"} else fields[18]
-
-
-def _answers(pid: int) -> bool:
-    if sys.platform == "win32":  # asking would end the process there
-        return True
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except OSError:
-        return False
-    return True

@@ -254,9 +254,8 @@ class Host:
 
     def _on_starter_failed(self, event: StarterFailed) -> None:
         for group in self._groups.values():
-            self._kill_and_forget(
-                group
-            )  # the kernel ends workers with the spawner; their ids may soon be somebody else's
+            # The kernel ends workers with the spawner; their ids may soon be somebody else's.
+            self._kill_and_forget(group)
         self._exec_starter = ExecStarter()
         self._saving.begin_again(self._groups.values())
         self._saving.finish(self._groups.values(), self._turn_at_end)
@@ -368,9 +367,6 @@ class Host:
         for group in self._groups.values():
             self._kill_and_forget(group)
         self._saving.finish(self._groups.values(), self._turn_at_end)
-        for group in self._groups.values():
-            if group.snapshots is not None:
-                group.snapshots.close()
         for starter in (self._starter, self._exec_starter):
             if starter is not None:
                 starter.close()

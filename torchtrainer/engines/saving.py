@@ -81,7 +81,7 @@ class Saving:
                 self.write_if_due(group)
 
     def finish(self, groups: Iterable[Group], turn: Callable[[], None]) -> None:
-        """Has everything written that was copied whole; for when nobody is left who could copy it again.
+        """Has everything written that was copied whole, and gives the memory back; for when nobody is left who could copy.
 
         Args:
             groups: without ranks.
@@ -94,6 +94,9 @@ class Saving:
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline and any(one.snapshots and one.snapshots.writing for one in groups):
             turn()
+        for group in groups:
+            if group.snapshots is not None:
+                group.snapshots.close()
 
     def _answer(self, group: Group, answers: list[tuple[int, SnapshotAnswer]]) -> None:
         for rank, answer in answers:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchtrainer.driver.run_dir import BorrowedRunDirectory
+from torchtrainer.process.guard import process_exists
 from torchtrainer.process.paths import RankPaths
 
 State = Literal["running", "ended", "unknown"]
@@ -175,7 +176,7 @@ def read_liveness(lock: Path) -> Liveness:
         return Liveness(state="unknown", pid=None, pid_alive=False)
     finally:
         os.close(fd)
-    return Liveness(state=state, pid=pid, pid_alive=pid is not None and _alive(pid))
+    return Liveness(state=state, pid=pid, pid_alive=pid is not None and process_exists(pid))
 
 
 def _listed_holder(fd: int) -> int | None:
@@ -224,16 +225,6 @@ def _held_by_somebody(fd: int) -> bool:
         return True
     fcntl.flock(fd, fcntl.LOCK_UN)
     return False
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except OSError:
-        return False
-    return True
 
 
 def read_results(history: Path, *, running: bool) -> tuple[list[dict[str, Any]], int]:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
-from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from torchtrainer.errors import RunDirectoryError
 from torchtrainer.observe.devices import DeviceUse
 from torchtrainer.observe.plot import plot_history
 from torchtrainer.observe.table import html_table
+from torchtrainer.process.whole_file import append_line, whole_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,18 +114,7 @@ class HistoryFile:
             "devices": [_to_json(asdict(device)) for device in devices],
             "phases": _to_json(phases or {}),
         }
-        self._append_line(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-
-    def _append_line(self, line: bytes) -> None:
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
-        with os.fdopen(fd, "r+b", buffering=0) as file:
-            self.path.chmod(0o600)
-            end = _remove_torn_line(file)
-            try:
-                _write_all(fd, line)
-            except OSError:
-                file.truncate(end)
-                raise
+        append_line(self.path, json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 
 def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -135,10 +124,8 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         FileNotFoundError: there is no such file.
         RunDirectoryError: a line other than the last is not what was written.
     """
-    content = Path(path).read_bytes()
-    whole = content[: _end_of_whole_lines(content)]
     records = []
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(whole_lines(Path(path).read_bytes()), start=1):
         try:
             record = json.loads(line)
         except ValueError as error:
@@ -147,28 +134,6 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             ) from error
         records.append({key: _from_json(value) for key, value in record.items()})
     return records
-
-
-def _end_of_whole_lines(content: bytes) -> int:
-    return content.rfind(b"\n") + 1
-
-
-def _remove_torn_line(file: RawIOBase) -> int:
-    """Leaves the file at its end, which is the end of a whole line, and returns that position."""
-    end = file.seek(0, os.SEEK_END)
-    if end == 0:
-        return 0
-    file.seek(end - 1)
-    if file.read(1) != b"\n":
-        file.seek(0)
-        end = _end_of_whole_lines(file.readall() or b"")
-        file.truncate(end)
-    return file.seek(end)
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
 
 
 def _to_json(value: Any) -> Any:

@@ -30,7 +30,7 @@ class Watch:
         gpus: reads GPU statistics; None without GPUs.
         shown: which steps the callbacks have seen.
         look: called several times a second while the driver waits.
-        on_saved: called with step and path of each checkpoint that is complete.
+        on_saved: called with the step of each checkpoint that is complete.
         on_signal: called with a signal that came to a rank, as a warning of a preemption.
         clock, wall_clock: monotonic seconds, and seconds since 1970.
     """
@@ -44,7 +44,7 @@ class Watch:
         gpus: GpuMonitor | None,
         shown: Shown | None = None,
         look: Callable[[], None] = lambda: None,
-        on_saved: Callable[[int, str], None] = lambda *_: None,
+        on_saved: Callable[[int], None] = lambda _: None,
         on_signal: Callable[[int], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -132,7 +132,7 @@ class Watch:
             notice(f"no checkpoint of step {ended.step}, and training goes on: {ended.error}")
         self._failing = bool(ended.error)
         if not ended.error:
-            self._on_saved(ended.step, ended.path)
+            self._on_saved(ended.step)
             self._callbacks.on_checkpoint(
                 CheckpointEvent(
                     step=ended.step,

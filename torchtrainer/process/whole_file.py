@@ -1,8 +1,9 @@
-"""Small files that are there whole or not at all."""
+"""Small files that are there whole or not at all, and files of lines of which each is."""
 
 from __future__ import annotations
 
 import os
+from io import RawIOBase
 from pathlib import Path
 
 
@@ -18,3 +19,54 @@ def replace_file(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unready, path)
+
+
+def append_line(path: Path, line: bytes, *, durable: bool = False) -> None:
+    """Appends a line to a file for its owner only; what a crash left of the last line is removed first.
+
+    Args:
+        path: of the file; made if it is not there.
+        line: with its end.
+        durable: returns when it is on the disk.
+
+    Raises:
+        OSError: it could not be written; the file is as it was.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+    with os.fdopen(fd, "r+b", buffering=0) as file:
+        path.chmod(0o600)
+        end = _remove_torn_line(file)
+        try:
+            _write_all(fd, line)
+            if durable:
+                os.fsync(fd)
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def whole_lines(content: bytes) -> list[bytes]:
+    """The lines of such a file, without one at the end that a crash tore."""
+    return content[: _end_of_whole_lines(content)].splitlines()
+
+
+def _end_of_whole_lines(content: bytes) -> int:
+    return content.rfind(b"\n") + 1
+
+
+def _remove_torn_line(file: RawIOBase) -> int:
+    """Leaves the file at its end, which is the end of a whole line, and returns that position."""
+    end = file.seek(0, os.SEEK_END)
+    if end == 0:
+        return 0
+    file.seek(end - 1)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        end = _end_of_whole_lines(file.readall() or b"")
+        file.truncate(end)
+    return file.seek(end)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
