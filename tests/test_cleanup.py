@@ -8,7 +8,7 @@ import signal
 import pytest
 from programs import CREATORS, MARK, Program, marked_processes, run_program, start_program
 
-from torchtrainer.calls import EXIT_PREEMPTED
+from torchtrainer.process.signals import EXIT_PREEMPTED
 
 LOADER_WORKERS = """
 def data_creator(config):

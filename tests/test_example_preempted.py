@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from programs import Program, start_program
 
-from torchtrainer.launcher.failure import EXIT_PREEMPTED
+from torchtrainer.process.signals import EXIT_PREEMPTED
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "cifar10" / "train.py"
 LAUNCHER = (sys.executable, "-m", "torchtrainer", "run", "--num-workers", "2")

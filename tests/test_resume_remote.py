@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from programs import CREATORS, Program, start_program
 
-from torchtrainer.calls import EXIT_PREEMPTED
+from torchtrainer.process.signals import EXIT_PREEMPTED
 
 SCRIPT = (
     CREATORS

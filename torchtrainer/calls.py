@@ -25,11 +25,10 @@ from torchtrainer.preempt.notice import Notice
 from torchtrainer.preempt.slurm import requeue
 from torchtrainer.preempt.watch import NoticeWatch
 from torchtrainer.process.leaving import keep_exit_code
+from torchtrainer.process.signals import EXIT_PREEMPTED
 from torchtrainer.resume import OpenRun, in_notebook
 from torchtrainer.topology import current
 
-EXIT_PREEMPTED = 75
-"""Stopped with the state saved: start the same command again."""
 EXIT_TERMINATED = 143
 """Stopped without a saved state, as a process that SIGTERM ended."""
 STATE = "state.pt"

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from torchtrainer.process.error_file import NS_PER_S
-from torchtrainer.process.signals import MAY_BE_OUT_OF_MEMORY, describe_exit
+from torchtrainer.process.signals import EXIT_PREEMPTED, MAY_BE_OUT_OF_MEMORY, describe_exit
 
-EXIT_PREEMPTED = 75
-"""Exit code, of a worker and of the launcher: preempted, state is saved, start me again (``EX_TEMPFAIL`` of sysexits.h)."""
 EXIT_SIGNALLED = 128
 """Shells add the number of the signal to this."""
 MAX_ERROR_FILE_BYTES = 1 << 20

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from torchtrainer.errors import EngineError
-from torchtrainer.launcher.failure import EXIT_PREEMPTED, EXIT_SIGNALLED, exit_code_of
+from torchtrainer.launcher.failure import EXIT_SIGNALLED, exit_code_of
 from torchtrainer.launcher.fork_safety import Program, program_of
 from torchtrainer.launcher.options import Form, parse
 from torchtrainer.launcher.script import become_program
@@ -30,6 +30,7 @@ from torchtrainer.process.frames import FrameSocket
 from torchtrainer.process.fresh import Fresh
 from torchtrainer.process.guard import thread_count
 from torchtrainer.process.paths import LaunchPaths
+from torchtrainer.process.signals import EXIT_PREEMPTED
 from torchtrainer.process.spawner import import_first, import_quickly, serve
 from torchtrainer.process.starters import ForkStarter, SpawnerStarter, Starter
 

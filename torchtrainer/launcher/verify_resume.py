@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from torchtrainer.launcher.failure import EXIT_PREEMPTED, EXIT_SIGNALLED
+from torchtrainer.launcher.failure import EXIT_SIGNALLED
 from torchtrainer.launcher.summary import say
 from torchtrainer.launcher.verify_compare import Difference, Runs, describe, explain, first_difference
 from torchtrainer.launcher.verify_start import (
@@ -28,6 +28,7 @@ from torchtrainer.launcher.verify_start import (
     StartTimeoutError,
 )
 from torchtrainer.observe.digest_log import DigestFile, Orders, Spot, log_path, logs_in
+from torchtrainer.process.signals import EXIT_PREEMPTED
 
 COMMAND = "torchtrainer verify-resume"
 EXIT_EQUAL, EXIT_DIFFERENT, EXIT_USAGE = 0, 1, 2

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from torchtrainer.calls import EXIT_PREEMPTED, EXIT_TERMINATED, STATE
+from torchtrainer.calls import EXIT_TERMINATED, STATE
 from torchtrainer.checkpoint.store import CheckpointStore, next_generation
 from torchtrainer.checkpoint.verified import verify
 from torchtrainer.checkpoint.writer import read_state
@@ -40,6 +40,7 @@ from torchtrainer.observe.notices import notice
 from torchtrainer.own_loop.loader import OwnLoader
 from torchtrainer.preempt.watch import NoticeWatch
 from torchtrainer.process.leaving import keep_exit_code
+from torchtrainer.process.signals import EXIT_PREEMPTED
 from torchtrainer.resume import seen_here
 from torchtrainer.topology import WORKER_MARK, current
 from torchtrainer.train.rng import rng_from_data, rng_to_data
