@@ -1,6 +1,6 @@
 # Everything a checkout needs: python3 and make. The first target that needs packages makes .venv and installs them there once.
 #
-#   make demo    train on real images with 2 workers and print the accuracy
+#   make demo    train on real images with 2 workers, kill one of them, and print what that cost and the accuracy
 #   make test    the test suite
 #   make lint    ruff and mypy
 #   make soak    the long tests
@@ -27,7 +27,7 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/cifar10/train.py --num-workers 2 $(DEMO_ARGS)
+	$(BIN)/python examples/cifar10/train.py --num-workers 2 --kill 1 $(DEMO_ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(TEST_ARGS)

@@ -29,7 +29,7 @@ CREATORS = """
 import os, sys, time
 import torch
 from torch.utils.data import DataLoader, TensorDataset
-from torchtrainer import BATCH_SIZE, TorchTrainer, TrainingOperator
+from torchtrainer import BATCH_SIZE, FailureConfig, TorchTrainer, TrainingOperator
 
 def model_creator(config):
     return torch.nn.Linear(20, 5)

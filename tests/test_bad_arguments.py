@@ -104,10 +104,8 @@ WRONG = [
     ({"checkpoint": 3}, InvalidArgumentTypeError, "checkpoint must be a CheckpointConfig"),
     ({"preemption": "SIGTERM"}, InvalidArgumentTypeError, "preemption must be a PreemptionConfig"),
     ({"resume": True}, ResumeError, "resume=True needs a run_dir"),
-    ({"min_workers": 2}, NotAvailableError, "leave min_workers at 1"),
     ({"engine": "ray"}, NotAvailableError, 'the Ray engine is not in this version: use engine="local"'),
-    ({"failure": FailureConfig(max_failures=1)}, NotAvailableError, "only hang_timeout_s can be set"),
-    ({"use_local": True}, NotAvailableError, "use_local=True works with num_workers=1, got 2"),
+    ({"use_local": True, "wrap_ddp": False}, InvalidArgumentError, "use_local=True cannot carry 2 ranks in one process"),
 ]
 
 
@@ -199,7 +197,8 @@ WRONG_USE = [
     (lambda t: t.apply_all_workers(3), InvalidArgumentTypeError, "apply_all_workers takes a function, got 3"),
     (lambda t: t.apply_all_operators("x"), InvalidArgumentTypeError, "apply_all_operators takes a function"),
     (lambda t: t.apply_all_workers(lambda lock=LOCK: lock), NotSerializableError, "fn.__defaults__[0] cannot be sent"),
-    (lambda t: t.resize(1), NotAvailableError, "carrying 2 ranks by 1 processes is not in this version"),
+    (lambda t: t.resize(0), InvalidArgumentError, "resize(0)"),
+    (lambda t: t.resize(3), InvalidArgumentError, "resize(3)"),
     (lambda t: t.get_local_operator(), NotAvailableError, "use apply_all_operators(fn), or use_local=True"),
     (lambda t: t.load("/no/such/file"), FileNotFoundError, "/no/such/file"),
 ]

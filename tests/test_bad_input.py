@@ -129,7 +129,7 @@ class Endless(TrainingOperator):
         while True:
             torch.distributed.all_reduce(torch.ones(1))
 
-with TorchTrainer(run_dir="run", training_operator_cls=Endless, **CREATORS) as trainer:
+with TorchTrainer(run_dir="run", training_operator_cls=Endless, failure=FailureConfig(max_failures=0), **CREATORS) as trainer:
     print("pids", *(process.pid for process in trainer.status().processes))
     trainer.train()
 """

@@ -147,7 +147,7 @@ def crashes():
     ],
 )
 def test_a_process_that_ends_in_step_37(do, code, text, tmp_path) -> None:
-    error = at_37(WorkerDiedError, do, run_dir=tmp_path / "run")
+    error = at_37(WorkerDiedError, do, run_dir=tmp_path / "run", failure=FailureConfig(max_failures=0))
     assert str(error).startswith("rank 1 (pid ")
     assert text in str(error)
     assert (error.rank, error.exit_code) == (1, code)
@@ -167,7 +167,7 @@ def sleeps():
 
 
 def test_a_rank_that_hangs_in_step_37() -> None:
-    error = at_37(WorkerHungError, sleeps, failure=FailureConfig(hang_timeout_s=1))
+    error = at_37(WorkerHungError, sleeps, failure=FailureConfig(hang_timeout_s=1, max_failures=0))
     text = str(error)
     assert text.startswith("rank 1 (pid ")
     assert f"{AT_37} (37 optimizer steps were completed); all workers were stopped" in text

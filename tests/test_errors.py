@@ -9,7 +9,7 @@ import pytest
 
 from torchtrainer import errors
 from torchtrainer.control.messages import Failure
-from torchtrainer.driver.causes import EngineLost, StartTimedOut, UserCodeFailed, WorkerDied, WorkerHung
+from torchtrainer.driver.causes import CrashLoop, EngineLost, StartTimedOut, UserCodeFailed, WorkerDied, WorkerHung
 from torchtrainer.driver.policies import root_cause
 from torchtrainer.driver.report import LINE_CHARS, TRACEBACK_LINES, Scene, error_of, rank_of, short_cause
 
@@ -24,6 +24,7 @@ def failure(
 ):
     return Failure(
         group="g",
+        worker=rank,
         rank=rank,
         call=1,
         kind=kind,
@@ -115,13 +116,13 @@ def test_no_log_is_named_that_will_not_be_there() -> None:
 def test_a_place_has_the_name_that_the_user_called(doing, phase, text) -> None:
     scene = Scene(log_dir="/l", logs_stay=True, pids={}, doing=doing)
     failed = Failure(
-        group="g", rank=0, call=1, kind="error", type_name="E", text="", traceback="", phase=phase, step=36
+        group="g", worker=0, rank=0, call=1, kind="error", type_name="E", text="", traceback="", phase=phase, step=36
     )
     assert text in str(error_of(UserCodeFailed(failures=(failed,)), scene).__cause__)
 
 
 def died(**changes):
-    return WorkerDied(**{"rank": 1, "pid": 101, "exit_code": -9, "phase": "train", "step": 36, **changes})
+    return WorkerDied(**{"ranks": (1,), "pid": 101, "exit_code": -9, "phase": "train", "step": 36, **changes})
 
 
 def test_a_killed_worker() -> None:
@@ -134,6 +135,33 @@ def test_a_killed_worker() -> None:
     assert "out-of-memory killer; its peak was 3072 MiB" in text
     assert "start again with a new TorchTrainer" in text
     assert "Log: /runs/a/logs/rank_1/stderr.log" in text
+
+
+def test_what_was_tried_and_what_to_do_after_a_loss_that_ends_a_group() -> None:
+    scene = Scene(log_dir="/l", logs_stay=False, pids={}, doing="train()", why="no worker was left that has the state")
+    text = str(error_of(died(ranks=(1, 3)), scene))
+    assert text.startswith("ranks 1, 3 (pid 101, ")
+    assert "was not gone on with in place: no worker was left that has the state." in text
+    assert "start again with a new TorchTrainer; with a run_dir it can go on" in text
+
+
+def test_a_crash_loop_says_how_often_and_tells_the_latest_failure() -> None:
+    error = error_of(CrashLoop(failures=4, last=died(exit_code=7, stderr_tail="no such file")), SCENE)
+    assert type(error) is errors.WorkerDiedError
+    assert (error.rank, error.exit_code) == (1, 7)
+    text = str(error)
+    assert text.startswith("crash loop: workers were lost 4 times in a row without a step of progress between")
+    assert "FailureConfig.max_failures allows 3" in text
+    assert "exited with code 7" in text
+    assert "no such file" in text
+
+
+def test_replacements_that_cannot_be_built_are_a_crash_loop_too() -> None:
+    late = StartTimedOut(ranks=(1,), setting="worker_connect_s", limit_s=60.0)
+    error = error_of(CrashLoop(failures=3, last=late, building=True), SCENE)
+    assert type(error) is errors.WorkerStartError
+    assert "3 replacements of a lost worker in a row could not be built" in str(error)
+    assert "worker_connect_s" in str(error)
 
 
 def test_a_crashed_worker_shows_the_stack_that_it_died_in() -> None:
@@ -185,7 +213,7 @@ def test_a_silent_death_takes_the_step_of_the_ranks_that_saw_it() -> None:
 
 def test_a_hung_worker() -> None:
     stacks = 'Thread 0x1 (most recent call first):\n  File "poll.py"\n\nCurrent thread 0x2 (most recent call first):\n  File "mine.py"'
-    cause = WorkerHung(rank=1, pid=101, phase="train", step=1, silent_s=1.04, limit_s=1.0, stacks=stacks)
+    cause = WorkerHung(ranks=(1,), pid=101, phase="train", step=1, silent_s=1.04, limit_s=1.0, stacks=stacks)
     error = error_of(cause, SCENE)
     assert type(error) is errors.WorkerHungError
     text = str(error)
@@ -213,6 +241,7 @@ def test_a_start_that_took_too_long_and_a_lost_engine() -> None:
         (died(failure=failure(kind="exit")), 1, "called sys.exit"),
         (StartTimedOut(ranks=(0,), setting="s", limit_s=1.0), None, "did not start"),
         (EngineLost(text=""), None, "engine lost"),
+        (CrashLoop(failures=2, last=died()), 1, "crash loop: was killed by SIGKILL"),
     ],
 )
 def test_causes_in_a_few_words(cause, rank, short) -> None:

@@ -36,7 +36,7 @@ from torchtrainer.train.components import internals
 from torchtrainer.train.metrics import PassResult, reduce_results
 from torchtrainer.train.progress import OpenGate, Progress
 from torchtrainer.train.rng import seed_all
-from torchtrainer.worker.runtime import RankRuntime
+from torchtrainer.worker.runtime import RankRuntime, build_rank
 
 SAMPLES, BATCH, RANK_DEADLINE_S = 26, 4, 60.0  # 7 batches in a pass, the last one smaller
 
@@ -85,11 +85,13 @@ def rank(module=Module, config=None, *, collective=None, train=None, val=None, *
     operator = TrainingOperator.from_ptl(module, train_dataloader=train, val_dataloader=val)
     collective = collective or SingleCollective()
     return RankRuntime(
-        BuildSpec(training_operator_cls=operator, config=config or {}, settings=TrainSettings(**settings)),
-        collective=collective,
-        device=torch.device("cpu"),
-        local_rank=collective.rank,
-        progress=Progress(),
+        build_rank(
+            BuildSpec(training_operator_cls=operator, config=config or {}, settings=TrainSettings(**settings)),
+            collective=collective,
+            device=torch.device("cpu"),
+            local_rank=collective.rank,
+            progress=Progress(),
+        ),
         gate=OpenGate(),
     )
 
@@ -233,11 +235,13 @@ def test_gradients_are_clipped_by_the_module_and_by_the_operator():
 
     spec = BuildSpec(training_operator_cls=Operator)
     RankRuntime(
-        spec,
-        collective=SingleCollective(),
-        device=torch.device("cpu"),
-        local_rank=0,
-        progress=Progress(),
+        build_rank(
+            spec,
+            collective=SingleCollective(),
+            device=torch.device("cpu"),
+            local_rank=0,
+            progress=Progress(),
+        ),
         gate=OpenGate(),
     ).train()
     assert norms == pytest.approx([0.01] * 7, rel=1e-3)

@@ -18,7 +18,7 @@ from torchtrainer.train.components import internals
 from torchtrainer.train.hooks import bind_hook
 from torchtrainer.train.progress import OpenGate, Progress, StepGate
 from torchtrainer.train.step import GradientShare, split_batch
-from torchtrainer.worker.runtime import RankRuntime
+from torchtrainer.worker.runtime import RankRuntime, build_rank
 
 SAMPLES, BATCH = 40, 4  # 10 batches in a pass
 
@@ -67,11 +67,13 @@ def rank(
     **settings: Any,
 ) -> RankRuntime:
     return RankRuntime(
-        BuildSpec(training_operator_cls=operator, config=config or {}, settings=TrainSettings(**settings)),
-        collective=SingleCollective(),
-        device=torch.device("cpu"),
-        local_rank=0,
-        progress=Progress(),
+        build_rank(
+            BuildSpec(training_operator_cls=operator, config=config or {}, settings=TrainSettings(**settings)),
+            collective=SingleCollective(),
+            device=torch.device("cpu"),
+            local_rank=0,
+            progress=Progress(),
+        ),
         gate=gate or OpenGate(),
     )
 

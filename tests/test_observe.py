@@ -6,16 +6,22 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
+from programs import run_program
+
+from torchtrainer.driver.causes import WorkerDied, WorkerHung
+from torchtrainer.driver.events import Joined, Recovered
+from torchtrainer.driver.views import WorkerView
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, RunDirectoryError
 from torchtrainer.observe.devices import (
     GIB,
@@ -36,11 +42,14 @@ from torchtrainer.observe.events import (
     StepEvent,
     ValidateEvent,
 )
+from torchtrainer.observe.failure_watch import FailureWatch
+from torchtrainer.observe.failures import FailureRecord
 from torchtrainer.observe.history import History, HistoryFile, read_history
-from torchtrainer.observe.notices import notice
+from torchtrainer.observe.notices import PacedNotices, notice
 from torchtrainer.observe.plot import curves_of
 from torchtrainer.observe.progress_bar import PassBar, StartBar, summarize
-from torchtrainer.observe.status import FailureRecord, ProcessStatus, Status
+from torchtrainer.observe.status import ProcessStatus, Status
+from torchtrainer.observe.timeline import plot_failures
 
 STEP = StepEvent(epoch=2, step=40, batch=10, batches=40, samples=640)
 EPOCHS: list[dict[str, Any]] = [
@@ -48,6 +57,9 @@ EPOCHS: list[dict[str, Any]] = [
     {"epoch": 2, "num_samples": 60, "batch_count": 2, "train_loss": math.nan, "val_accuracy": 0.75, "profile": {}},
     {"epoch": 3, "num_samples": 60, "batch_count": 2, "train_loss": 1.0, "last_train_loss": 0.5},
 ]
+
+
+KILLED = FailureRecord(time=1000.0, ranks=(2,), cause="was killed by SIGKILL", step=37, epoch=2)
 
 
 class Clock:
@@ -82,7 +94,7 @@ def test_each_event_reaches_its_method() -> None:
         STEP,
         EpochEvent(epoch=2, step=40, metrics={"train_loss": 1.0}),
         ValidateEvent(epoch=2, step=40, metrics={"val_loss": 1.0}),
-        FailureEvent(time=1.0, rank=1, cause="killed by SIGKILL", message="rank 1 ..."),
+        FailureEvent(time=1.0, ranks=(1,), cause="was killed by SIGKILL", message="rank 1 ..."),
         CheckpointEvent(step=40, epoch=2, path="runs/x", seconds=0.5),
         RunEndEvent(reason="finished", step=40, epoch=2, seconds=9.0),
     ]
@@ -323,6 +335,56 @@ def test_plot_has_labels_title_legend_and_whole_epochs(tmp_path: Path) -> None:
         pyplot.close(figure)
 
 
+def test_plot_marks_the_passes_in_which_something_failed(tmp_path: Path) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    history = History(EPOCHS)
+    history.failures = (KILLED, KILLED, replace(KILLED, epoch=3))
+    ax = history.plot()
+    try:
+        legend = ax.get_legend()
+        assert legend is not None
+        assert [text.get_text() for text in legend.get_texts()][-1] == "3 failures"
+        assert [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"] == [1.5, 2.5]
+    finally:
+        pyplot.close(ax.get_figure(root=True))
+
+
+def test_time_line_shows_who_failed_when_and_for_how_long(tmp_path: Path) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    clock = Clock()
+    file = HistoryFile(tmp_path / "history.jsonl", clock=clock)
+    file.append("train", epoch=1, step=10, metrics={})
+    file.append_failure(replace(KILLED, time=1002.0, ranks=(0, 2), seconds=0.5, how="carried"))
+    file.append_failure(replace(KILLED, time=1004.0, ranks=()))
+    clock.now += 10
+    file.append("train", epoch=2, step=20, metrics={})
+    ax = plot_failures(file.path)
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    try:
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["0", "2", "all"]
+        assert [(bar.get_x(), bar.get_width()) for bar in ax.patches] == [(2.0, 0.5), (2.0, 0.5), (4.0, 0.0)]
+        legend = ax.get_legend()
+        assert legend is not None
+        assert [text.get_text() for text in legend.get_texts()] == ["taken over by others", "not recovered"]
+        assert ax.get_title() == "2 failures"
+        figure.savefig(tmp_path / "failures.png")
+        assert (tmp_path / "failures.png").stat().st_size > 1000
+    finally:
+        pyplot.close(figure)
+
+
+def test_time_line_of_a_run_without_failures_is_empty(tmp_path: Path) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    (tmp_path / "history.jsonl").write_bytes(b"")
+    figure, ax = pyplot.subplots()
+    try:
+        assert plot_failures(tmp_path / "history.jsonl", ax) is ax
+        assert ax.get_title() == "0 failures"
+    finally:
+        pyplot.close(figure)
+
+
 def test_plot_draws_on_given_axes_without_losses_and_without_epochs() -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
     figure, (one, two) = pyplot.subplots(1, 2)
@@ -378,6 +440,25 @@ def test_history_file_keeps_results_private_and_in_order(tmp_path: Path) -> None
         "phases": {"forward": 0.25},
     }
     assert (second["kind"], second["metrics"]) == ("validate", [{"val_loss": 1.0}, {"val_loss": 2.0}])
+
+
+def test_history_file_has_a_line_for_each_failure(tmp_path: Path) -> None:
+    file = HistoryFile(tmp_path / "history.jsonl")
+    file.append_failure(replace(KILLED, time=0.5, seconds=0.25, how="carried", redone=1))
+    assert read_history(file.path) == [
+        {
+            "time": "1970-01-01T00:00:00.500+00:00",
+            "kind": "failure",
+            "epoch": 2,
+            "step": 37,
+            "metrics": {},
+            "ranks": [2],
+            "cause": "was killed by SIGKILL",
+            "redone": 1,
+            "seconds": 0.25,
+            "how": "carried",
+        }
+    ]
 
 
 def test_history_file_is_strict_json_and_gives_numbers_back(tmp_path: Path) -> None:
@@ -634,8 +715,20 @@ def test_status_reads_as_tables() -> None:
         processes=(
             ProcessStatus(pid=4123, ranks=(0, 2), machine="host<1>", device="cuda:0", step=7, phase="forward", use=use),
             ProcessStatus(pid=99, ranks=(1,), machine="host<1>", device="cpu", step=6, phase="data"),
+            ProcessStatus(pid=100, ranks=(), machine="host<1>", device="cpu", step=0, phase="setup"),
         ),
-        failures=(FailureRecord(time=0, rank=1, cause="killed by SIGKILL", steps_redone=1, seconds=0.345),),
+        failures=(
+            FailureRecord(
+                time=0,
+                ranks=(1,),
+                cause="was killed by SIGKILL",
+                redone=1,
+                seconds=0.346,
+                how="carried",
+                step=6,
+                epoch=2,
+            ),
+        ),
         step=6,
         epoch=2,
         run_dir="runs/train",
@@ -643,10 +736,12 @@ def test_status_reads_as_tables() -> None:
     lines = repr(status).splitlines()
     assert lines[0] == "step 6, epoch 2, run directory runs/train"
     assert lines[1].split() == ["ranks", "pid", "machine", "device", "step", "phase", "use"]
-    assert lines[2] == "0, 2   4123  host<1>  cuda:0  7     forward  83% 12.0/80.0 GiB 240 W"
-    assert lines[3] == "1      99    host<1>  cpu     6     data"
-    assert lines[4] == "failures:"
-    assert lines[6].endswith("1     killed by SIGKILL  1             0.34") or lines[6].endswith("0.35")
+    assert lines[2] == "0, 2      4123  host<1>  cuda:0  7     forward  83% 12.0/80.0 GiB 240 W"
+    assert lines[3] == "1         99    host<1>  cpu     6     data"
+    assert lines[4] == "none yet  100   host<1>  cpu     0     setup"
+    assert lines[5] == "failures:"
+    assert lines[6].split() == ["time", "ranks", "cause", "redone", "seconds"]
+    assert lines[7].endswith("1      was killed by SIGKILL  1 rank's share of a step  0.35")
     html = status._repr_html_()
     assert html.count("<table>") == 2
     assert "host&lt;1&gt;" in html
@@ -660,6 +755,26 @@ def test_status_before_anything_happened() -> None:
     assert status._repr_html_() == "<p>step 0, epoch 0, no run directory</p>"
 
 
+@pytest.mark.parametrize(
+    ("changes", "cells"),
+    [
+        ({}, ("2", "", "not recovered")),
+        ({"seconds": 0.5, "how": "carried"}, ("2", "nothing", "0.50")),
+        (
+            {"ranks": (1, 3), "seconds": 1.0, "how": "carried", "redone": 2},
+            ("1, 3", "2 ranks' shares of a step", "1.00"),
+        ),
+        ({"seconds": 2.0, "how": "restarted", "redone": 40}, ("2", "40 steps", "2.00")),
+        ({"seconds": 2.0, "how": "restarted", "redone": 1}, ("2", "1 step", "2.00")),
+        ({"ranks": ()}, ("", "", "not recovered")),
+    ],
+)
+def test_a_failure_says_what_was_redone(changes: dict[str, Any], cells: tuple[str, ...]) -> None:
+    _, ranks, cause, *rest = replace(KILLED, **changes).cells()
+    assert (ranks, *rest) == cells
+    assert cause == "was killed by SIGKILL"
+
+
 def test_notice_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     stream = io.StringIO()
     notice("4 ranks share\n  2 GPUs", stream=stream)
@@ -668,11 +783,241 @@ def test_notice_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "torchtrainer: hello\n")
 
 
+def test_many_notices_become_one_line_a_second_and_a_count() -> None:
+    clock, said = Clock(), list[str]()
+    lines = PacedNotices(said.append, clock=clock)
+    lines.say("first")
+    lines.say("second")
+    lines.say_due()
+    assert said == ["first"]
+    clock.now += 1
+    lines.say_due()
+    assert said == ["first", "second"]
+    for number in range(5):
+        lines.say(f"burst {number}")
+    clock.now += 1
+    lines.say_due()
+    assert said[2:] == ["burst 4 (and 4 more lines since the one before)"]
+    lines.say("late")
+    lines.say("last")
+    lines.say_due(all_held=True)
+    lines.say_due(all_held=True)
+    assert said[3:] == ["last (and 1 more line since the one before)"]
+
+
+# failures
+
+
+def died(rank: int, *more: int) -> WorkerDied:
+    return WorkerDied(
+        ranks=(rank, *more), pid=4711, exit_code=-9, phase="forward", step=37, stderr_tail="out of luck\n"
+    )
+
+
+def hung(rank: int) -> WorkerHung:
+    return WorkerHung(
+        ranks=(rank,), pid=4711, phase="data", step=37, silent_s=15, limit_s=15, stacks="Thread 1\n  in wait_for_good"
+    )
+
+
+def recovered(cause: WorkerDied | WorkerHung, how: Literal["carried", "replaced"] = "carried") -> Recovered:
+    return Recovered(worker=1, ranks=cause.ranks, cause=cause, step=37, redone=1, seconds=0.25, how=how)
+
+
+def view(worker: int, *ranks: int) -> WorkerView:
+    return WorkerView(worker=worker, ranks=ranks, pid=4700 + worker, epoch=1)
+
+
+class Seen:
+    """A `FailureWatch`, and everything that it tells."""
+
+    def __init__(self, *views: WorkerView) -> None:
+        self.clock, self.recorder = Clock(), Recorder()
+        self.said: list[str] = []
+        self.kept: list[FailureRecord] = []
+        self.watch = FailureWatch(
+            callbacks=Callbacks([self.recorder]),
+            lines=PacedNotices(self.said.append, every_s=0, clock=self.clock),
+            keep=self.kept.append,
+            clock=self.clock,
+            wall_clock=self.clock,
+        )
+        self.watch.views = lambda: views
+        self.watch.epoch = 2
+
+    @property
+    def events(self) -> list[FailureEvent]:
+        return [event for event in self.recorder.events if isinstance(event, FailureEvent)]
+
+
+@pytest.mark.parametrize(
+    ("found", "views", "line"),
+    [
+        (
+            recovered(died(1)),
+            (view(0, 0, 1),),
+            "rank 1 (pid 4711) was killed by SIGKILL at step 37; rank 0's process took it over, 0.25 s lost",
+        ),
+        (
+            recovered(died(1, 3)),
+            (view(0, 0, 1), view(2, 2, 3), view(4, 4)),
+            "ranks 1 and 3 (pid 4711) was killed by SIGKILL at step 37; the processes of ranks 0 and 2 took them over, "
+            "0.25 s lost",
+        ),
+        (
+            recovered(hung(1), "replaced"),
+            (view(0, 0), view(20, 1)),
+            "rank 1 (pid 4711) made no progress for 15 s in data at step 37; it was stopped, and a replacement (pid 4720) "
+            "took it over, 15 s lost",
+        ),
+        (
+            recovered(died(1)),
+            (view(0, 0), view(20, 1)),
+            "rank 1 (pid 4711) was killed by SIGKILL at step 37; other processes took it over, 0.25 s lost",
+        ),
+    ],
+    ids=["carried", "two ranks, two takers", "hung and replaced", "replaced before it is told"],
+)
+def test_a_recovery_is_told_in_one_line_that_names_who_and_what_it_cost(
+    found: Recovered, views: tuple[WorkerView, ...], line: str
+) -> None:
+    seen = Seen(*views)
+    seen.watch.on_recovered(found)
+    assert seen.said == [line]
+    (event,) = seen.events
+    assert event.message.startswith(line)
+    assert ("wait_for_good" if isinstance(found.cause, WorkerHung) else "out of luck") in event.message
+    assert (event.ranks, event.step, event.epoch, event.redone, event.how) == (found.ranks, 37, 2, 1, found.how)
+    assert event.seconds == (15.25 if isinstance(found.cause, WorkerHung) else 0.25)
+    assert event.time == seen.clock.now - event.seconds
+    assert [asdict(one) for one in seen.kept] == [asdict(one) for one in seen.watch.records]
+
+
+def test_a_rank_that_gets_a_process_of_its_own_again_is_told() -> None:
+    seen = Seen(view(0, 0), view(20, 1))
+    seen.watch.on_joined(Joined(worker=20, ranks=(1,)))  # somebody asked for more processes
+    assert seen.said == []
+    seen.watch.on_recovered(recovered(died(1)))
+    seen.watch.on_joined(Joined(worker=20, ranks=(1,)))
+    seen.watch.on_joined(Joined(worker=20, ranks=(1,)))
+    assert seen.said[1:] == ["a replacement (pid 4720) carries rank 1 again"]
+
+
+def test_what_failures_cost_is_counted_once_where_they_overlap() -> None:
+    seen = Seen(view(0, 0, 1))
+    assert seen.watch.goodput(62.0) == ""
+    seen.clock.now += 10
+    seen.watch.on_recovered(recovered(died(1)))
+    seen.clock.now += 0.15
+    seen.watch.on_recovered(recovered(died(2)))  # began 0.1 s before the first was over
+    assert seen.watch.lost_s == pytest.approx(0.4)
+    assert seen.watch.goodput(62.0) == "2 failures cost 0.40 s of 62 s (99.4 % goodput), no step was lost"
+
+
+def test_a_failure_of_the_whole_group_is_told_when_its_outcome_is_known() -> None:
+    seen = Seen(view(0, 0), view(1, 1))
+    seen.clock.now += 10
+    seen.watch.on_failure(died(1), RuntimeError("rank 1 died"))
+    assert seen.watch.records[0].seconds is None
+    assert seen.events == []
+    seen.clock.now += 2
+    seen.watch.on_failure(died(0), RuntimeError("rank 0 died too, in the restart"))
+    seen.clock.now += 3
+    seen.watch.on_restarted(7, 3.0)
+    seen.watch.settle()  # nothing is open any more
+    assert [(e.ranks, e.seconds, e.redone, e.how) for e in seen.events] == [
+        ((1,), 2.0, 0, "restarted"),
+        ((0,), 3.0, 7, "restarted"),
+    ]
+    assert seen.watch.lost_s == pytest.approx(5.0)
+    assert seen.watch.goodput(50.0) == "2 failures cost 5.0 s of 50 s (90.0 % goodput), 7 steps were taken again"
+    assert len(seen.kept) == len(seen.watch.records) == 2
+
+
+def test_an_error_that_ends_the_call_is_one_event_that_says_so() -> None:
+    seen = Seen(view(0, 0))
+    error = ValueError("label 7")
+    error.__cause__ = RuntimeError("raised on rank 1")
+    seen.watch.on_failure(died(1), error)
+    seen.watch.settle()
+    seen.watch.settle()
+    (event,) = seen.events
+    assert event.message == "label 7\nraised on rank 1"
+    assert (event.rank, event.seconds, event.how) == (1, None, "")
+    assert seen.watch.goodput(50.0) == ""
+
+
+@pytest.mark.timeout(60)
+def test_a_killed_worker_is_seen_everywhere(tmp_path: Path) -> None:
+    program = run_program(tmp_path, KILLED_WORKER)
+    assert program.process.returncode == 0, program.errors
+    program.assert_nothing_left()
+    told = json.loads(program.output.splitlines()[-1])
+    (line,) = [one for one in read_history(tmp_path / "run" / "history.jsonl") if one["kind"] == "failure"]
+    (record,) = told["status"]
+    (event,) = told["events"]
+    assert (record["ranks"], record["cause"], record["how"]) == ([1], "was killed by SIGKILL", "carried")
+    assert {key: event[key] for key in record} == record
+    assert {key: line[key] for key in record} == {**record, "time": line["time"]}
+    assert told["history"] == [record]
+    assert told["end"]["failures"] == 1
+    assert told["end"]["lost_s"] == pytest.approx(record["seconds"], abs=0.01)
+    said = [text.removeprefix("torchtrainer: ") for text in program.errors.splitlines() if "torchtrainer: " in text]
+    assert said[0] == event["message"].splitlines()[0]
+    assert re.fullmatch(r"1 failure cost .* s of .* s \(\d+\.\d % goodput\), no step was lost", said[-1])
+    assert told["steps_shown"][-1] == told["end"]["step"], "the last step is shown, whoever carries rank 0"
+
+
+KILLED_WORKER = """
+import json, os, signal
+from dataclasses import asdict
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from torchtrainer import TorchTrainer
+
+def data_creator(config):
+    x = torch.randn(64, 4)
+    return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=4)
+
+class Seen:
+    def __init__(self):
+        self.events, self.ends, self.steps = [], [], []
+    def on_failure(self, event):
+        self.events.append(asdict(event))
+    def on_run_end(self, event):
+        self.ends.append(asdict(event))
+    def on_step(self, event):
+        self.steps.append(event.step)
+    def on_epoch_end(self, event):
+        if event.epoch == 1:
+            pid = next(one.pid for one in trainer.status().processes if one.ranks == (1,))
+            os.kill(pid, signal.SIGKILL)
+
+seen = Seen()
+with TorchTrainer(
+    model_creator=lambda config: torch.nn.Linear(4, 1),
+    data_creator=data_creator,
+    optimizer_creator=lambda model, config: torch.optim.SGD(model.parameters(), lr=0.1),
+    loss_creator=torch.nn.MSELoss,
+    num_workers=2,
+    use_gpu=False,
+    run_dir="run",
+    callbacks=[seen],
+) as trainer:
+    history = trainer.fit(3)
+    while not seen.events:
+        trainer.train()
+    status = [asdict(one) for one in trainer.status().failures]
+    failures = [asdict(one) for one in history.failures]
+print(json.dumps({"status": status, "events": seen.events, "history": failures, "end": seen.ends[0], "steps_shown": seen.steps}))
+"""
+
+
 def test_nothing_here_imports_torch_or_drawing_packages() -> None:
     script = """
 import sys
 from torchtrainer import resnet
-from torchtrainer.observe import devices, events, history, notices, plot, progress_bar, status, table
+from torchtrainer.observe import devices, events, failures, history, notices, plot, progress_bar, status, table, timeline
 heavy = {"torch", "torchvision", "tqdm", "matplotlib", "pandas", "numpy", "pynvml"}
 print(sorted(heavy & set(sys.modules)))
 """

@@ -18,7 +18,7 @@ from torchtrainer.train.components import internals
 from torchtrainer.train.creators import check_loaders, make_loss
 from torchtrainer.train.progress import OpenGate, Progress
 from torchtrainer.train.rng import isolated_rng, seed_all
-from torchtrainer.worker.runtime import RankRuntime, run_initialization_hook
+from torchtrainer.worker.runtime import RankRuntime, build_rank, run_initialization_hook
 
 
 def make_model(config):
@@ -49,11 +49,13 @@ CREATORS = {
 
 def rank(config=None, *, settings=None, **spec):
     return RankRuntime(
-        BuildSpec(config=config or {}, settings=TrainSettings(**(settings or {})), **spec),
-        collective=SingleCollective(),
-        device=torch.device("cpu"),
-        local_rank=0,
-        progress=Progress(),
+        build_rank(
+            BuildSpec(config=config or {}, settings=TrainSettings(**(settings or {})), **spec),
+            collective=SingleCollective(),
+            device=torch.device("cpu"),
+            local_rank=0,
+            progress=Progress(),
+        ),
         gate=OpenGate(),
     )
 

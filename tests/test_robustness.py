@@ -12,7 +12,14 @@ import torch
 from failing import CREATORS as CREATORS_HERE
 from programs import CREATORS, run_program, start_program
 
-from torchtrainer import TorchTrainer, TrainerBusyError, TrainerClosedError, TrainingOperator, WorkerDiedError
+from torchtrainer import (
+    FailureConfig,
+    TorchTrainer,
+    TrainerBusyError,
+    TrainerClosedError,
+    TrainingOperator,
+    WorkerDiedError,
+)
 
 DEADLINE_S = 30.0
 
@@ -26,7 +33,7 @@ def alive(pid: int) -> bool:
 
 
 def test_a_worker_killed_between_calls_is_an_error_of_the_next_call() -> None:
-    with TorchTrainer(**CREATORS_HERE) as trainer:
+    with TorchTrainer(**CREATORS_HERE, failure=FailureConfig(max_failures=0)) as trainer:
         pid = trainer.apply_all_workers(os.getpid)[1]
         os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + DEADLINE_S

@@ -127,12 +127,14 @@ def snapshots(tmp_path: Path, world_size: int = 2) -> Snapshots:
 
 
 def want(one: Snapshots, rank: int, number: int, *, must: bool = False) -> list[tuple[int, bool]]:
-    message = SnapshotWanted(group="g", rank=rank, number=number, must=must)
+    message = SnapshotWanted(group="g", worker=rank, number=number, must=must)
     return [(rank, answer.go) for rank, answer in one.want(message)]
 
 
 def taken(one: Snapshots, rank: int, number: int, error: str = "") -> object:
-    return one.copied(SnapshotTaken(group="g", rank=rank, number=number, meta={"step": 7}, stall_s=0.1, error=error))
+    return one.copied(
+        SnapshotTaken(group="g", worker=rank, number=number, ranks=[rank], meta={"step": 7}, stall_s=0.1, error=error)
+    )
 
 
 def test_all_ranks_get_the_same_answer_even_if_the_writer_ends_between(tmp_path) -> None:
@@ -179,7 +181,7 @@ def test_what_the_dead_had_copied_whole_is_due(tmp_path) -> None:
     one = snapshots(tmp_path)
     for rank in (0, 1):
         want(one, rank, 1)
-        region = Region(one.region(rank), rank=rank, world_size=2)
+        region = Region(one.regions[rank], rank=rank, world_size=2)
         region.write({"x": torch.ones(3)}, {}, set(), number=1)
     taken(one, 0, 1)  # rank 1 died before it could say so
     assert one.due(ranks_left=True) == 0
@@ -192,7 +194,7 @@ def test_what_the_dead_had_copied_whole_is_due(tmp_path) -> None:
 
 def test_regions_are_gone_with_who_holds_them(tmp_path) -> None:
     one = snapshots(tmp_path)
-    path = one.region(0)
+    path = one.regions[0]
     assert os.path.exists(path)
     one.close()
     assert not os.path.exists(path)

@@ -116,8 +116,6 @@ def check_counts(num_workers: Any, min_workers: Any, config: Any) -> None:
         raise InvalidArgumentError(
             f"min_workers must be a whole number from 1 to num_workers={num_workers}, got {min_workers!r}"
         )
-    if min_workers != 1:
-        raise NotAvailableError(f"going on with fewer processes than ranks {NOT_YET}: leave min_workers at 1")
     if not isinstance(config, dict):
         raise InvalidArgumentTypeError(f"config must be a dict, got {config!r} ({type(config).__name__})")
 
@@ -145,8 +143,6 @@ def check_not_yet(
     preemption: PreemptionConfig,
     failure: FailureConfig,
     engine: Any,
-    world_size: int,
-    use_local: bool,
 ) -> None:
     """Refuses what the interface has but this version does not.
 
@@ -168,16 +164,8 @@ def check_not_yet(
         )
     if resume not in ("auto", True, False):
         raise InvalidArgumentError(f'resume must be "auto", True or False, got {resume!r}')
-    if (failure.max_failures, failure.max_preemptions, failure.replace) != (3, None, True):
-        raise NotAvailableError(
-            f"recovery from failures {NOT_YET}: of FailureConfig only hang_timeout_s can be set; a lost worker ends the run"
-        )
     if engine == "ray":
         raise NotAvailableError(f'the Ray engine {NOT_YET}: use engine="local", or start the script with torchrun')
-    if use_local and world_size > 1:
-        raise NotAvailableError(
-            f"several ranks in one process {NOT_YET}: use_local=True works with num_workers=1, got {world_size}"
-        )
 
 
 def settings_from(

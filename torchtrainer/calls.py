@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from torchtrainer.checkpoint.journal import Journal, Recorded
 from torchtrainer.checkpoint.verified import Checkpoint
@@ -29,6 +29,7 @@ from torchtrainer.process.signals import EXIT_PREEMPTED
 from torchtrainer.resume import OpenRun, in_notebook
 from torchtrainer.topology import current
 
+T = TypeVar("T")
 EXIT_TERMINATED = 143
 """Stopped without a saved state, as a process that SIGTERM ended."""
 STATE = "state.pt"
@@ -82,6 +83,19 @@ def watch_notices(run: RunPlan, opened: OpenRun) -> NoticeWatch | None:
     return notices
 
 
+class Made(NamedTuple):
+    """A call that was made, or is under way.
+
+    Attributes:
+        text: as the user would write it.
+        method, keywords: what the ranks were asked to do for it.
+    """
+
+    text: str
+    method: str
+    keywords: dict[str, Any]
+
+
 class Calls:
     """Replays, makes and ends the calls of a trainer. Used from the user's thread.
 
@@ -92,6 +106,8 @@ class Calls:
         timeouts: ``write_s``, ``preempt_s``.
         requeue: have Slurm start the job again.
         on_error: notes an error, `Preempted` among them, that leaves a call.
+        newest: finds the newest checkpoint of this run.
+        max_failures: how often the ranks are started anew in a row, without a new step between.
         speaks: this process tells the user what all ranks do alike; under a launcher rank 0 does.
     """
 
@@ -104,12 +120,19 @@ class Calls:
         timeouts: Timeouts,
         requeue: bool,
         on_error: Callable[[type[BaseException]], None],
+        newest: Callable[[], Checkpoint | None],
+        max_failures: int,
         speaks: bool = True,
     ) -> None:
         self.journal = journal
         self._checkpoint = checkpoint
         self._from = int(checkpoint.meta["index"]) if checkpoint is not None else 0
-        self._behind: list[tuple[str, str, dict[str, Any]]] = []
+        self._made: list[Made] = []
+        self._asked: Made | None = None
+        self._max_failures = max_failures
+        self._newest = newest
+        self._on_restart: Callable[[int, float], None] | None = None
+        self._losses, self._lost_at = 0, -1
         self._caught_up = checkpoint is None and not journal.replaying
         self._notices = notices
         self._timeouts = timeouts
@@ -122,9 +145,15 @@ class Calls:
         self._hinted = False
         self.saved_step: int | None = checkpoint.step if checkpoint is not None else None
 
-    def attach(self, group: Group) -> None:
-        """The ranks are there."""
+    def attach(self, group: Group, on_restart: Callable[[int, float], None]) -> None:
+        """The ranks are there.
+
+        Args:
+            group: the ranks.
+            on_restart: told, when they were started anew, how many steps are taken again and how many seconds it took.
+        """
         self._group = group
+        self._on_restart = on_restart
 
     # Calls
 
@@ -144,9 +173,9 @@ class Calls:
         with self._noting_errors():
             known = self.journal.expect(text, expected)
             if known is not None:
-                if not self._caught_up:
-                    self._behind.append((text, method, keywords))
+                self._made.append(Made(text, method, keywords))
                 return known
+            self._asked = Made(text, method, keywords)
             self.leave_if_noticed()  # before the state is restored: a call that is half done is gone on with by the call alone
             self.catch_up()
         return None
@@ -158,7 +187,49 @@ class Calls:
             Preempted: a notice came, and the call was stopped for it.
         """
         with self._noting_errors():
-            return self._make(self.journal.index, text, method, keywords)
+            return self.retrying(lambda: self._make(self.journal.index, text, method, keywords))
+
+    def retrying(self, make: Callable[[], T]) -> T:
+        """Makes a call; if the processes are lost in it beyond recovery, starts them anew from the newest state, and makes it again.
+
+        Raises:
+            BaseException: what the call raises, once it was lost ``max_failures`` times without a new step between.
+        """
+        again = False
+        while True:
+            try:
+                if again:
+                    self._go_back()
+                return make()
+            except Exception as error:
+                if self._ended or not self._living().retryable or not self._may_go_back():
+                    raise
+                tell(f"{str(error).splitlines()[0]} The ranks are started anew")
+                again = True
+
+    def _may_go_back(self) -> bool:
+        step = self._step()
+        self._losses = self._losses + 1 if step <= self._lost_at else 1
+        self._lost_at = step
+        return self._losses <= self._max_failures
+
+    def _go_back(self) -> None:
+        """Starts the ranks anew, and brings them to where the script is."""
+        began = time.monotonic()
+        self._living().restart()
+        self._checkpoint = self._newest()
+        self._from = int(self._checkpoint.meta["index"]) if self._checkpoint is not None else 0
+        self._caught_up = False
+        self.catch_up()
+        reached = self._checkpoint.step if self._checkpoint is not None else 0
+        where = f"the checkpoint of step {reached}" if self._checkpoint is not None else "the beginning"
+        redone = max(self._lost_at - reached, 0)
+        tell(f"going on from {where}: {redone} steps are taken again")
+        if self._on_restart is not None:
+            self._on_restart(redone, time.monotonic() - began)
+
+    def _step(self) -> int:
+        return max((view.step for view in self._living().views), default=0)
 
     @contextmanager
     def _noting_errors(self) -> Iterator[None]:
@@ -184,6 +255,9 @@ class Calls:
 
     def done(self, text: str, result: Any, *, step: int, epoch: int) -> None:
         """Remembers a call that has been completed."""
+        if self._asked is not None:
+            self._made.append(self._asked)
+            self._asked = None
         lost = self.journal.add(text, result, step=step, epoch=epoch)
         if lost is not None:
             tell(f"the result of {text} is not recorded, as {lost}. This run could not be resumed beyond it")
@@ -193,13 +267,12 @@ class Calls:
         if self._caught_up:
             return
         self._caught_up = True
-        behind, self._behind = self._behind, []
-        for index, (text, method, keywords) in enumerate(behind):
+        for index, made in enumerate(self._made):
             if index == self._from:
                 self._restore()
-            if method in SETTING_METHODS or (index >= self._from and method in MOVING_METHODS):
-                self._make(index, text, method, keywords)
-        if len(behind) <= self._from:
+            if made.method in SETTING_METHODS or (index >= self._from and made.method in MOVING_METHODS):
+                self._make(index, made.text, made.method, made.keywords)
+        if len(self._made) <= self._from:
             self._restore()
 
     def _restore(self) -> None:

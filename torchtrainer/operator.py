@@ -37,6 +37,8 @@ class OperatorContext:
         collective: the ranks of the run.
         local_rank: place of the rank on its machine.
         progress: where the rank shows what it is doing.
+        in_memory: gradients are exchanged through shared memory.
+        batch_shares: parts of ``config[BATCH_SIZE]`` by rank, where this process builds the loaders of all ranks.
     """
 
     config: dict[str, Any]
@@ -45,6 +47,8 @@ class OperatorContext:
     collective: Collective
     local_rank: int
     progress: Progress
+    in_memory: bool = False
+    batch_shares: tuple[int, ...] = ()
 
 
 class TrainingOperator:
@@ -161,6 +165,7 @@ class TrainingOperator:
                     training=name == "train",
                     device=self.device,
                     name=name,
+                    batch_shares=self._internals.context.batch_shares,
                 )
                 setattr(self, f"{name}_loader", loop.LoaderView(loader, self._internals.loaders[name]))
 

@@ -62,7 +62,7 @@ class RunPlan:
         hang_timeout_s: longest time without progress.
         is_main: this process speaks for the run: it is the driver, or rank 0 of a launch.
         watches_machine: of the processes of this machine, this one asks whether the machine will be taken away.
-        checkpoint, preemption: the user's options.
+        checkpoint, preemption, failure, min_workers: the user's options.
     """
 
     spec: BuildSpec
@@ -75,6 +75,8 @@ class RunPlan:
     watches_machine: bool
     checkpoint: CheckpointConfig
     preemption: PreemptionConfig
+    failure: FailureConfig
+    min_workers: int
 
     def for_group(self, *, log_dir: str, logs_stay: bool, orders: CheckpointOrders | None) -> GroupPlan:
         """What an engine starts the ranks from.
@@ -95,6 +97,8 @@ class RunPlan:
             hang_timeout_s=self.hang_timeout_s,
             checkpoint=orders,
             save_every_s=self.checkpoint.every_seconds,
+            failure=self.failure,
+            min_workers=self.min_workers,
         )
 
     def open_run(self, run_dir: str | os.PathLike[str] | None, resume: bool | str) -> OpenRun:
@@ -141,8 +145,6 @@ def plan_run(given: Mapping[str, Any]) -> RunPlan:
         preemption=given["preemption"],
         failure=failure,
         engine=given["engine"],
-        world_size=world_size,
-        use_local=given["use_local"],
     )
     check_batch_size(config, world_size)
     local_ranks = topology.local_world_size if topology else world_size
@@ -162,6 +164,8 @@ def plan_run(given: Mapping[str, Any]) -> RunPlan:
         watches_machine=topology is None or topology.local_rank == 0,
         checkpoint=given["checkpoint"],
         preemption=given["preemption"],
+        failure=failure,
+        min_workers=given["min_workers"],
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torchtrainer.checkpoint.journal import Journal, put_call_files
 from torchtrainer.checkpoint.remote import RemoteStore
-from torchtrainer.checkpoint.store import CheckpointStore, next_generation
+from torchtrainer.checkpoint.store import CheckpointStore, newest_in, next_generation
 from torchtrainer.checkpoint.verified import Checkpoint, verify
 from torchtrainer.config import CheckpointConfig, Timeouts
 from torchtrainer.driver.run_dir import (
@@ -75,6 +75,10 @@ class OpenRun:
     def keeps(self) -> bool:
         """Whether this process writes what is kept of the run."""
         return self.record is not None
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that verifies; None: there is none."""
+        return None if self.checkpoints is None else newest_in(self.checkpoints, self.generation, notice)
 
     def orders(self, config: CheckpointConfig, timeouts: Timeouts, signals: Sequence[str]) -> CheckpointOrders | None:
         """Where and how the states of the run are kept."""
@@ -342,12 +346,10 @@ def _tell(opened: OpenRun) -> None:
     checkpoint, calls = opened.checkpoint, len(opened.records)
     if checkpoint is None and not calls:
         return
-    done = f"{calls} call{'s' if calls != 1 else ''} done"
-    if checkpoint is None:
-        where = done
-    else:
+    where = f"{calls} call{'s' if calls != 1 else ''} done"
+    if checkpoint is not None:
         age_s = time.time() - checkpoint.path.stat().st_mtime
-        where = f"{done}, state after step {checkpoint.step} saved {_ago(age_s)} ago"
+        where += f", state after step {checkpoint.step} saved {_ago(age_s)} ago"
     notice(f"resuming {opened.directory.root} ({where}); {FRESH}")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchtrainer.arguments import NOT_YET, unknown_argument
+from torchtrainer.arguments import unknown_argument
 from torchtrainer.calls import Calls, first, load_models, models_of, nothing, spell, spell_function, watch_notices
 from torchtrainer.checkpoint.journal import Journal, Recorded
 from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES, CheckpointConfig, FailureConfig, PreemptionConfig, Timeouts
@@ -31,6 +31,7 @@ from torchtrainer.errors import (
 )
 from torchtrainer.observe.devices import GpuMonitor
 from torchtrainer.observe.events import Callbacks, EpochEvent, RunEndEvent, ValidateEvent
+from torchtrainer.observe.failures import FailureRecord
 from torchtrainer.observe.history import History, HistoryFile
 from torchtrainer.observe.notices import notice
 from torchtrainer.observe.shown import Shown
@@ -64,7 +65,7 @@ class TorchTrainer:
         initialization_hook: run without arguments in every worker process before anything else.
         config: handed to every creator; ``config[BATCH_SIZE]`` is a batch size over all ranks.
         num_workers: ranks.
-        min_workers: processes below which a run waits for capacity; not in this version.
+        min_workers: processes below which the ranks wait for new ones instead of sharing those that are left.
         num_cpus_per_worker: intra-op threads per process; "auto": cores / ``num_workers``.
         use_gpu: one GPU per rank; "auto": if there are any.
         backend: ``nccl``, ``gloo`` or "auto".
@@ -75,13 +76,13 @@ class TorchTrainer:
         use_tqdm: progress bar.
         add_dist_sampler: deal loaders out to the ranks; False: they are used as they are.
         scheduler_step_freq: ``batch``, ``epoch`` or ``manual``; required with a scheduler.
-        use_local: the one rank is this process, for debuggers.
+        use_local: this process carries the ranks, in turn, for debuggers.
         seed: everything random derives from it.
         run_dir: directory of the run; "auto": ``./runs/<script>/<time>``; None: nothing is kept.
         resume: go on with a run that was cut off: "auto", True (it must be there and fit) or False.
         checkpoint: how often the state is saved, where, and how many states stay.
         preemption: where warnings come from that the machine or the job will be taken away.
-        failure: ``FailureConfig(hang_timeout_s=...)``; recovery is not in this version.
+        failure: what is done about processes that die or hang.
         engine: ``local``, ``spmd``, "auto", or an engine object.
         callbacks: objects with any of ``on_step``, ``on_epoch_end``, ``on_validate_end``, ``on_failure``,
             ``on_checkpoint``, ``on_run_end``; called here, under a launcher on rank 0.
@@ -151,6 +152,8 @@ class TorchTrainer:
             timeouts=Timeouts(),
             requeue=run.preemption.requeue,
             on_error=note_weakly(weakref.WeakMethod(self._note_error)),
+            newest=self._run.newest,
+            max_failures=run.failure.max_failures,
             speaks=run.is_main,
         )
         self._gpu_monitor = GpuMonitor(os.environ) if run.gpus else None
@@ -163,6 +166,7 @@ class TorchTrainer:
             look=self._calls.look,
             on_saved=self._calls.noted,
             on_signal=self._calls.heard,
+            keep=failure_writer(self._history, self._run),
         )
         self._start(run)
 
@@ -175,10 +179,13 @@ class TorchTrainer:
         except BaseException:
             self._note("failed")
             _close_all(self._run_dir, self._notices, self._gpu_monitor)
+            self._watch.failures.settle()
             raise
         finally:
             self._watch.end_start()
-        self._calls.attach(self._group)
+        group = self._group
+        self._calls.attach(group, self._watch.failures.on_restarted)
+        self._watch.attach(lambda: group.views)
         # Also when nobody calls shutdown: with the trainer, or at the latest with this process.
         self._finalizer = weakref.finalize(self, _end, self._group, self._run, self._notices, self._gpu_monitor)
 
@@ -202,7 +209,7 @@ class TorchTrainer:
             num_steps: batches per rank.
             profile: add mean seconds per phase under ``profile``.
             reduce_results: one dict for all ranks; False: a list with one dict per rank.
-            max_retries: accepted as in RaySGD; this version does not retry, and a lost worker raises.
+            max_retries: accepted as in RaySGD; what is done about lost workers is said once for all, by ``failure``.
             info: handed to ``train_epoch`` and ``train_batch``.
 
         Returns:
@@ -279,7 +286,7 @@ class TorchTrainer:
             raise InvalidArgumentError(f"epochs must be a whole number of at least 0, got {epochs!r}")
         if type(validate_every) is not int or validate_every < 0:
             raise InvalidArgumentError(f"validate_every must be a whole number of at least 0, got {validate_every!r}")
-        history = History()
+        history, before = History(), len(self._watch.failures.records)
         validating = validate_every > 0 and self._call("facts")[0]["has_validation_loader"]
         for number in range(1, epochs + 1):
             entry = dict(self.train())
@@ -287,6 +294,7 @@ class TorchTrainer:
                 found = self.validate()
                 entry.update({name: v for name, v in found.items() if name not in (NUM_SAMPLES, BATCH_COUNT)})
             history.append(entry)
+        history.failures = tuple(self._watch.failures.records[before:])
         return history
 
     # Reaching into the ranks
@@ -397,34 +405,36 @@ class TorchTrainer:
         processes = tuple(
             ProcessStatus(
                 pid=view.pid,
-                ranks=(view.rank,),
+                ranks=view.ranks,
                 machine=socket.gethostname(),
                 device=view.device,
                 step=view.step,
                 phase=view.phase,
-                use=self._watch.use_of(view.rank, view.device),
+                use=self._watch.use_of(view),
             )
             for view in views
+            if not view.lost
         )
         return Status(
             processes=processes,
-            failures=tuple(self._watch.failures),
+            failures=tuple(self._watch.failures.records),
             step=self._step,
             epoch=self._epoch,
             run_dir=self._run_dir.shown,
         )
 
     def resize(self, processes: int) -> None:
-        """Changes how many processes carry the ranks; in this version each rank has its own.
+        """Has the ranks carried by so many processes, at the next step boundary; the training is the same, to the bit.
+
+        Between two calls it is done when this returns. From a callback it is done while the call goes on.
+
+        Args:
+            processes: from ``min_workers`` to ``num_workers``.
 
         Raises:
-            NotAvailableError: another number of processes than there are ranks.
+            InvalidArgumentError: more or fewer than that, or the operator cannot share a process with others of its kind.
         """
-        ranks = self._living_group().world_size
-        if processes != ranks:
-            raise NotAvailableError(
-                f"carrying {ranks} ranks by {processes} processes {NOT_YET}: every rank has a process of its own"
-            )
+        self._living_group().resize(processes)
 
     def shutdown(self, force: bool = False) -> None:
         """Ends the workers and returns when they are gone.
@@ -446,7 +456,18 @@ class TorchTrainer:
         _end(group, self._run, self._notices, self._gpu_monitor, force=force)
         self._finalizer.detach()
         seconds = time.monotonic() - self._started_at
-        self._callbacks.on_run_end(RunEndEvent(reason=reason, step=self._step, epoch=self._epoch, seconds=seconds))
+        self._watch.end_run(seconds)
+        failures = self._watch.failures
+        self._callbacks.on_run_end(
+            RunEndEvent(
+                reason=reason,
+                step=self._step,
+                epoch=self._epoch,
+                seconds=seconds,
+                failures=len(failures.records),
+                lost_s=failures.lost_s,
+            )
+        )
 
     def __enter__(self) -> TorchTrainer:
         return self
@@ -468,7 +489,7 @@ class TorchTrainer:
     def _call(self, method: str, **keywords: Any) -> list[Any]:
         group = self._living_group()
         try:
-            return group.call(method, **keywords).values
+            return self._calls.retrying(lambda: group.call(method, **keywords)).values
         except BaseException as error:
             self._note_error(type(error))
             raise
@@ -493,6 +514,7 @@ class TorchTrainer:
 
     def _note_error(self, kind: type[BaseException]) -> None:
         self._note(_reason(kind))
+        self._watch.failures.settle()
 
     def _note(self, state: RunState) -> None:
         self._run.note(state, step=self._step, epoch=self._epoch)
@@ -505,7 +527,7 @@ class TorchTrainer:
             raise InvalidArgumentError(f"num_steps must be a whole number of at least 0 or None, got {num_steps!r}")
         if info is not None and not isinstance(info, dict):
             raise InvalidArgumentTypeError(f"info must be a dict, got {info!r}")
-        self._watch.begin_pass(f"{method} epoch {self._epoch + (method == 'train')}", self._calls.journal.index)
+        self._watch.begin_pass(method, self._epoch + (method == "train"), self._calls.journal.index)
         try:
             result = self._calls.run(method, call, num_steps=num_steps, profile=profile, info=info)
         except BaseException as error:
@@ -537,6 +559,20 @@ class TorchTrainer:
             )
         except OSError as error:  # a full disk does not end a training
             self._run.tell_trouble(f"{self._run_dir.history} misses results from epoch {self._epoch} on: {error}")
+
+
+def failure_writer(history: HistoryFile, run: OpenRun) -> Callable[[FailureRecord], None]:
+    """A function that writes a failure to the history, if the run keeps one; a full disk does not end a training."""
+
+    def write(failure: FailureRecord) -> None:
+        if not run.keeps:
+            return
+        try:
+            history.append_failure(failure)
+        except OSError as error:
+            run.tell_trouble(f"{history.path} misses failures from step {failure.step} on: {error}")
+
+    return write
 
 
 def note_weakly(

@@ -5,6 +5,7 @@ python examples/cifar10/train.py --data DIR              an image folder: DIR/tr
 python examples/cifar10/train.py                         CIFAR-10 if it is in ~/data, else scikit-learn's digits
 torchrun --nproc-per-node 2 examples/cifar10/train.py    the same script under a launcher
 
+With --kill RANK a worker process is killed in the middle of the second epoch: the others go on, and the result is the same.
 When it was interrupted by a signal, a preempted machine or a crash, the same command goes on where it was.
 """
 
@@ -13,6 +14,9 @@ import torchtrainer
 torchtrainer.prestart()  # the workers import torch while this script does
 
 import argparse
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -49,7 +53,11 @@ def parse_args():
     parser.add_argument("--use-gpu", action="store_true", help="fail without GPUs instead of training on the CPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-tqdm", action="store_true", help="no progress bar")
-    return choose_dataset(parser, parser.parse_args())
+    parser.add_argument("--kill", type=int, metavar="RANK", help="kill the process of this rank in the second epoch")
+    args = parser.parse_args()
+    if args.kill is not None and args.kill not in range(args.num_workers):
+        parser.error(f"--kill {args.kill}: the ranks are 0 to {args.num_workers - 1}")
+    return choose_dataset(parser, args)
 
 
 def choose_dataset(parser, args):
@@ -146,6 +154,16 @@ def class_count(args):
     return len(list((Path(args.data) / "train").iterdir())) if args.dataset == "folder" else 10
 
 
+def kill_later(trainer, rank, delay_s):
+    """Kills the process of a rank while the pass that comes is under way, to show what happens then."""
+
+    def kill():
+        pid = next(process.pid for process in trainer.status().processes if rank in process.ranks)
+        os.kill(pid, signal.SIGKILL)
+
+    threading.Timer(delay_s, kill).start()
+
+
 def main():
     args = parse_args()
     trainer = TorchTrainer(
@@ -164,7 +182,10 @@ def main():
     )
     with trainer:
         print(f"training {args.model} on {args.dataset} with {args.num_workers} workers")
+        seconds = 0.0
         for epoch in range(1, args.epochs + 1):
+            if epoch == 2 and args.kill is not None:
+                kill_later(trainer, args.kill, delay_s=seconds / 2)
             start = time.perf_counter()
             trained = trainer.train()
             seconds = time.perf_counter() - start

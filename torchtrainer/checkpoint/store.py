@@ -39,7 +39,7 @@ from torchtrainer.errors import (
     InvalidArgumentError,
 )
 
-__all__ = ["Checkpoint", "CheckpointStore", "next_generation"]
+__all__ = ["Checkpoint", "CheckpointStore", "newest_in", "next_generation"]
 
 MIN_VERIFIED: Final = 2
 """So many verified checkpoints stay, whatever ``keep`` is: the newest one may be lost to the disk tomorrow."""
@@ -317,3 +317,10 @@ class CheckpointStore:
 
 def _mib(size_bytes: int) -> str:
     return f"{size_bytes / 1024**2:.1f} MiB"
+
+
+def newest_in(root: Path, generation: int, on_problem: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint in a directory that verifies; None: there is none. Arguments as for `CheckpointStore`."""
+    if not root.is_dir():
+        return None
+    return CheckpointStore(root, keep=MIN_VERIFIED, generation=generation, on_problem=on_problem).newest()

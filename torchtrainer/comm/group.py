@@ -291,17 +291,21 @@ def close_group() -> None:
         dist.destroy_process_group()
 
 
-def wrap(model: nn.Module, *, device: torch.device, ddp_args: dict[str, Any]) -> nn.Module:
+def wrap(model: nn.Module, *, device: torch.device, ddp_args: dict[str, Any], alone: bool = False) -> nn.Module:
     """Wrap a model so that its gradients are averaged over the ranks.
 
     Args:
         model: on ``device`` already. A model without trainable parameters has no gradients and comes back as it is.
         device: the rank's device.
         ddp_args: arguments of ``DistributedDataParallel``; they win over ours.
+        alone: over a group of this process alone, since gradients travel in another way; without any process group the model
+            comes back as it is.
     """
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if not any(parameter.requires_grad for parameter in model.parameters()) or (alone and not dist.is_initialized()):
         return model
     ours: dict[str, Any] = {"device_ids": [device]} if device.type == "cuda" else {}
+    if alone and dist.get_world_size() > 1:
+        ours["process_group"] = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     return DistributedDataParallel(model, **{**ours, **ddp_args})
 
 

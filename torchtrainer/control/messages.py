@@ -1,12 +1,16 @@
 """The messages that driver, host and workers exchange.
 
-What a blob holds is said at each message; the receiver decides whether to open it. How they travel: `torchtrainer.control.wire`.
+A worker is a process; it has a number in its group, which no other process ever gets. It carries ranks: one of its own at the
+start, others when their processes are lost, none while it is a spare.
 
-    driver --> host --> worker        Call, PrepareStop, StopAt, EndWorker
+What a blob holds is said at each message; the receiver decides whether to open it. How they travel: `torchtrainer.control.wire`.
+Long because it is the contract of the processes: most of it says what each message and field means.
+
+    driver --> host --> worker        Call, PrepareStop, StopAt, Assign, Carry, Share, Join, EndWorker
                host --> worker        SnapshotAnswer, SnapshotDone
-    driver --> host                   StartGroup, KillGroup, SignalWorkers, DumpStacks, Quit
+    driver --> host                   StartGroup, StartWorker, KillWorker, KillGroup, SignalWorkers, DumpStacks, Quit
     worker --> host                   SnapshotWanted, SnapshotTaken
-    worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Beat, Heard
+    worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Held, Shared, Carried, Beat, Heard
     host   --> driver                 EngineReady, EngineFailed, GroupFailed, WorkerStarted, WorkerExited, GroupGone,
                                       Output, Stacks, CheckpointEnded
 """
@@ -40,13 +44,73 @@ class PrepareStop(ForWorker):
 
 @dataclass(frozen=True, kw_only=True)
 class StopAt(ForWorker):
-    """At this boundary (batches completed in the call), save the state, end the pass, or both."""
+    """At this boundary (batches completed in the call), save the state, end the pass, or hold until `Assign`.
+
+    A worker that holds says so by `Held`, and goes on doing what `Carry` and `Share` ask for.
+    """
 
     call: int
     round: int
     boundary: int
     stop: bool
     save: bool
+    hold: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assign(ForWorker):
+    """Carry exactly these ranks from now on, and go on; to workers that hold at a boundary, or wait for a call.
+
+    Without ranks a worker leaves the running call, without a reply, and is a spare.
+    """
+
+    ranks: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carry(ForWorker):
+    """Carry these ranks too, from now on: their process is gone. What it had not done in the call is done by this worker.
+
+    The worker looks at it where it waits for other ranks, at step boundaries and between calls; it replies for these ranks too,
+    also if it has replied for its own already. ``call``: the running or latest call.
+    """
+
+    call: int
+    ranks: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share(ForWorker):
+    """Where you wait for other ranks, or for a call, write the state that is alike on all ranks for a worker that joins.
+
+    Attributes:
+        number: of the shared state.
+        ranks: that the worker will take over, whose cards have to fit this state.
+    """
+
+    number: int
+    ranks: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Join(ForWorker):
+    """Take over these ranks, with the state that another worker has shared.
+
+    Attributes:
+        number: of the shared state.
+        at: where the running call stands, as `Shared` told it.
+        call, method, blob: of the running call, as in `Call`; call 0: none is running, wait for one.
+        orders: what the others were told by `StopAt` in this call and may not have come to, its fields. It is with this message
+            as the boundary may be passed before another one comes. What is to be saved at ``at`` or before, is.
+    """
+
+    number: int
+    ranks: list[int]
+    at: dict[str, Any]
+    call: int = 0
+    method: str = ""
+    blob: bytes = b""
+    orders: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +174,30 @@ class StartGroup(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StartWorker(Message):
+    """Start one more process of a group, which carries no rank until it joins; `WorkerReady` follows.
+
+    Attributes:
+        worker: its number.
+        rank: the rank that it is built like, and beside whose logs it writes.
+        record: what the ranks said to each other while the first worker was built, from its `WorkerReady`.
+    """
+
+    group: str
+    worker: int
+    rank: int
+    record: list[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KillWorker(Message):
+    """End one process of a group now, with everything that it started; `WorkerExited` follows."""
+
+    group: str
+    worker: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class KillGroup(Message):
     """End every process of a group now, with everything that these processes started."""
 
@@ -152,20 +240,25 @@ class WorkerReady(FromWorker):
 
     Attributes:
         device: name of its device.
-        facts: what it built: counts of models, optimizers, loaders.
+        facts: what it built: counts of models, optimizers, loaders; under ``bound`` why a process can carry only the rank
+            that it was built for, empty if it can carry any number; under ``recovers`` whether a lost worker can be
+            replaced while the others keep their memory.
         modules: modules it imported beyond the preloaded ones.
+        record: what the ranks said to each other while it was built; only from worker 0.
     """
 
     device: str
     facts: dict[str, Any]
     modules: list[str]
+    record: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply(FromWorker):
-    """A call has returned.
+    """A call has returned for one rank.
 
     Attributes:
+        rank: whose result it is.
         call: number of the call.
         form: how ``blob`` is written: ``json``, ``pass`` (JSON of metrics and their weights), ``state`` (by ``torch.save``) or
             ``pickle`` (a value that the user's call returns as an object).
@@ -174,6 +267,7 @@ class Reply(FromWorker):
         step, epoch: progress after the call.
     """
 
+    rank: int
     call: int
     form: str
     stopped: bool = False
@@ -188,7 +282,8 @@ class Failure(FromWorker):
     """User code, or ours, raised in a worker. ``blob``: the cloudpickled exception, opened on the user's side only.
 
     Attributes:
-        call: number of the call; 0 while the rank was being built.
+        rank: the one that it happened to.
+        call: number of the call; 0 while the worker was being built.
         kind: ``error`` or ``exit`` (``SystemExit``).
         type_name, text: of the exception.
         traceback: formatted.
@@ -196,6 +291,7 @@ class Failure(FromWorker):
         exit_code: for ``exit``.
     """
 
+    rank: int
     call: int
     kind: str
     type_name: str
@@ -217,6 +313,50 @@ class Boundary(FromWorker):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Held(FromWorker):
+    """This worker holds at the boundary that `StopAt` named."""
+
+    call: int
+    boundary: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carried(FromWorker):
+    """What a lost worker had left undone is done: all ranks have taken the step in which it was lost, or are past it.
+
+    Attributes:
+        ranks: that this worker took over by `Carry` or `Join`.
+        call: in which it happened; 0: between two calls.
+        step: optimizer steps completed.
+        redone: shares of a step that were computed once more.
+    """
+
+    ranks: list[int]
+    call: int
+    step: int
+    redone: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared(FromWorker):
+    """Answer to `Share`: the state is written.
+
+    Attributes:
+        number: as it was asked for.
+        call: the call that this worker is in; 0: none.
+        at: where that call stands; for `Join`.
+        step: optimizer steps in the state.
+        error: why it cannot be shared; empty if it was.
+    """
+
+    number: int
+    call: int = 0
+    at: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Heard(FromWorker):
     """A signal that warns of a preemption came to this rank's process."""
 
@@ -225,7 +365,7 @@ class Heard(FromWorker):
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotWanted(FromWorker):
-    """This rank is ready to copy its share of a snapshot.
+    """This worker is ready to copy its share of a snapshot.
 
     Attributes:
         number: of the snapshot, from 1; all ranks count alike.
@@ -238,16 +378,18 @@ class SnapshotWanted(FromWorker):
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotTaken(FromWorker):
-    """This rank's share is copied.
+    """This worker's share is copied.
 
     Attributes:
         number: of the snapshot.
+        ranks: whose shares it copied.
         meta: for the manifest.
         stall_s: how long training stood still for it.
         error: why it was not copied; empty if it was.
     """
 
     number: int
+    ranks: list[int]
     meta: dict[str, Any]
     stall_s: float
     error: str = ""
@@ -255,13 +397,16 @@ class SnapshotTaken(FromWorker):
 
 @dataclass(frozen=True, kw_only=True)
 class Beat(FromWorker):
-    """Heartbeat and progress of one rank.
+    """Heartbeat and progress of one worker.
 
     Attributes:
         phase, phase_age_s: what the training thread does, and for how long.
         epoch, step, batch, batches, samples, loss: see `torchtrainer.train.progress.Progress`.
         rss_bytes: resident memory.
         cpu_s: processor seconds used so far.
+        longest_s: the longest of the latest steps, whatever it waited for; 0.0: there were too few to tell.
+        spent_s: seconds in each phase since the worker was built.
+        ranks: that it carries; progress is shown as the carrier of rank 0 tells it.
     """
 
     call: int
@@ -275,6 +420,9 @@ class Beat(FromWorker):
     loss: float | None
     rss_bytes: int
     cpu_s: float
+    longest_s: float = 0.0
+    spent_s: dict[str, float] = field(default_factory=dict)
+    ranks: list[int] = field(default_factory=list)
 
 
 # host to driver
@@ -337,12 +485,14 @@ class WorkerExited(FromWorker):
 
     Attributes:
         exit_code: status; ``-n``: killed by signal ``n``.
+        step: optimizer steps that it had completed.
         max_rss_bytes: peak resident memory.
         stderr_tail: last lines that it wrote to stderr.
     """
 
     pid: int
     exit_code: int
+    step: int = 0
     max_rss_bytes: int = 0
     stderr_tail: str = ""
 

@@ -24,11 +24,11 @@ class ForWorker(Message):
 
     Attributes:
         group: worker group.
-        rank: addressee; None: every rank.
+        worker: addressee; None: every worker.
     """
 
     group: str
-    rank: int | None = None
+    worker: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,11 @@ class FromWorker(Message):
 
     Attributes:
         group: worker group.
-        rank: sender.
+        worker: number of the sender in its group, never used again for another process.
     """
 
     group: str
-    rank: int
+    worker: int
 
 
 @cache

@@ -19,13 +19,13 @@ class WorkerDied:
     """A worker process ended without being asked to.
 
     Attributes:
-        rank, pid, exit_code: which one, and how it ended.
+        ranks, pid, exit_code: which one, by the ranks that it carried or was built like, and how it ended.
         phase, step: where it was by its last heartbeat.
         stderr_tail: its last words.
         failure: what it said before, if it left by ``sys.exit``.
     """
 
-    rank: int
+    ranks: tuple[int, ...]
     pid: int
     exit_code: int
     phase: str
@@ -34,26 +34,36 @@ class WorkerDied:
     max_rss_bytes: int = 0
     failure: Failure | None = None
 
+    @property
+    def rank(self) -> int:
+        """The lowest of its ranks."""
+        return self.ranks[0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerHung:
-    """A rank made no progress for longer than allowed.
+    """A worker made no progress for longer than allowed.
 
     Attributes:
-        rank, pid: the suspect: the rank that is furthest behind.
+        ranks, pid: the suspect: of those that do not wait for others, the worker that is furthest behind.
         phase, step: where it is.
         silent_s: seconds without progress.
         limit_s: how long it might have taken.
         stacks: Python stacks of the suspect.
     """
 
-    rank: int
+    ranks: tuple[int, ...]
     pid: int
     phase: str
     step: int
     silent_s: float
     limit_s: float
     stacks: str = ""
+
+    @property
+    def rank(self) -> int:
+        """The lowest of its ranks."""
+        return self.ranks[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,4 +82,21 @@ class EngineLost:
     text: str
 
 
-Cause = UserCodeFailed | WorkerDied | WorkerHung | StartTimedOut | EngineLost
+@dataclass(frozen=True, kw_only=True)
+class CrashLoop:
+    """Workers were lost again and again, and nothing was achieved between.
+
+    Attributes:
+        failures: how many in a row.
+        building: they were replacements, which could not be built.
+        last: the latest of them.
+    """
+
+    failures: int
+    last: UserCodeFailed | WorkerDied | WorkerHung | StartTimedOut
+    building: bool = False
+
+
+WorkerLost = WorkerDied | WorkerHung
+"""How a worker that carried ranks was lost."""
+Cause = UserCodeFailed | WorkerDied | WorkerHung | StartTimedOut | EngineLost | CrashLoop

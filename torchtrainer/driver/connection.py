@@ -13,7 +13,7 @@ from torchtrainer.config import Timeouts
 from torchtrainer.control.channel import Dealer
 from torchtrainer.control.messages import EngineFailed, Quit
 from torchtrainer.control.wire import Message
-from torchtrainer.driver.states import HostLost
+from torchtrainer.driver.events import HostLost
 from torchtrainer.process.guard import open_pidfd
 from torchtrainer.process.paths import EnginePaths
 from torchtrainer.process.starters import interpreter

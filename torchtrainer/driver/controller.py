@@ -11,30 +11,34 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-from torchtrainer.config import Timeouts
+from torchtrainer.config import FailureConfig, Timeouts
 from torchtrainer.control.messages import Beat, CheckpointEnded, Heard, Output, Reply, StartGroup
 from torchtrainer.driver.causes import Cause
 from torchtrainer.driver.connection import POLL_S, HostConnection, Incoming
-from torchtrainer.driver.interrupts import HeldInterrupts
-from torchtrainer.driver.machine import handle
-from torchtrainer.driver.policies import RankView
-from torchtrainer.driver.report import Scene, error_of, short_cause
-from torchtrainer.driver.states import (
-    Calling,
+from torchtrainer.driver.events import (
     CallRequested,
-    Closed,
     EndRequested,
     Event,
-    Idle,
-    Machine,
+    Joined,
     Raised,
+    Recovered,
+    ReplacingStopped,
+    Report,
+    ResizeRequested,
     Returned,
     SaveRequested,
     Send,
     StopRequested,
     Tick,
 )
-from torchtrainer.errors import TrainerBusyError, TrainerClosedError
+from torchtrainer.driver.interrupts import HeldInterrupts
+from torchtrainer.driver.machine import handle
+from torchtrainer.driver.policies import why_not_resize
+from torchtrainer.driver.report import Scene, error_of, short_cause
+from torchtrainer.driver.states import Calling, Closed, Idle, Machine
+from torchtrainer.driver.stragglers import Straggler
+from torchtrainer.driver.views import WorkerView
+from torchtrainer.errors import InvalidArgumentError, TrainerBusyError, TrainerClosedError
 
 
 class Listener(Protocol):
@@ -58,6 +62,18 @@ class Listener(Protocol):
     def on_failure(self, cause: Cause, error: BaseException) -> None:
         """The group failed."""
 
+    def on_recovered(self, record: Recovered) -> None:
+        """A worker was lost, and what it had left undone is done."""
+
+    def on_joined(self, joined: Joined) -> None:
+        """A new worker has taken over ranks."""
+
+    def on_straggler(self, straggler: Straggler) -> None:
+        """A worker is much slower than the others."""
+
+    def on_replacing_stopped(self, stopped: ReplacingStopped) -> None:
+        """No more workers are built; the group goes on with those it has."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -75,8 +91,10 @@ class Controller:
         connection: to the host.
         start: what to start.
         logs_stay: whether the log directory outlives the run.
-        timeouts, hang_timeout_s: deadlines.
+        timeouts, hang_timeout_s: deadlines; the latter where none is learnt from step times.
         listener: sees progress and output.
+        failure: what to do about workers that are lost; None: as by default, with ``hang_timeout_s`` as it is.
+        min_workers: fewer workers than these do not carry all ranks.
         clock: monotonic seconds.
     """
 
@@ -89,6 +107,8 @@ class Controller:
         timeouts: Timeouts,
         hang_timeout_s: float,
         listener: Listener,
+        failure: FailureConfig | None = None,
+        min_workers: int = 1,
         save_every_s: float | Literal["auto"] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -101,7 +121,8 @@ class Controller:
         self._doing = "start"
         self._outcome: Returned | Raised | None = None
         self._owner_pid = os.getpid()
-        self._unshown: deque[Incoming] = deque()
+        self._unshown: deque[Incoming | Report] = deque()
+        self._retryable = False
         self._calling = threading.Lock()
         self._turning = threading.RLock()
         self._machine = Machine.start(
@@ -109,14 +130,21 @@ class Controller:
             world_size=start.world_size,
             timeouts=timeouts,
             hang_timeout_s=hang_timeout_s,
+            failure=failure,
+            min_workers=min_workers,
             now=clock(),
             save_every_s=save_every_s,
         )
 
     @property
-    def views(self) -> tuple[RankView, ...]:
-        """What is known of each rank."""
-        return self._machine.views
+    def views(self) -> tuple[WorkerView, ...]:
+        """What is known of each worker that carries ranks, or did when the group was lost; by lowest rank."""
+        return tuple(sorted((view for view in self._machine.views if view.ranks), key=lambda view: view.rank))
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the latest failure is one after which a new group may go on from a saved state."""
+        return self._retryable
 
     @property
     def closed(self) -> bool:
@@ -181,6 +209,22 @@ class Controller:
         with HeldInterrupts(), self._turning:
             self._handle(SaveRequested())
 
+    def resize(self, processes: int) -> None:
+        """Has the ranks carried by so many workers, and waits until they are; inside a call, from a callback, it happens later.
+
+        Raises:
+            InvalidArgumentError: they cannot be.
+        """
+        machine = self._machine
+        bound = machine.bound or ("" if machine.recovers else "workers of this group can neither join nor leave it")
+        why = why_not_resize(processes, world_size=machine.world_size, min_workers=machine.min_workers, bound=bound)
+        if why is not None:
+            raise InvalidArgumentError(f"resize({processes!r}): {why}")
+        with HeldInterrupts(), self._turning:
+            self._handle(ResizeRequested(processes=processes))
+        while isinstance(self._machine.state, Idle) and self._machine.resizing:
+            self._turn()
+
     def await_checkpoint(self, snapshot: int, timeout_s: float) -> CheckpointEnded | None:
         """Waits until a snapshot is on disk, or cannot be; None if it took too long."""
         deadline = self._clock() + timeout_s
@@ -237,34 +281,44 @@ class Controller:
             self._show(self._unshown.popleft())
         self._listener.on_waiting(self._doing)
 
-    def _show(self, message: Incoming) -> None:
-        if isinstance(message, Beat):
-            self._listener.on_beat(message)
-        elif isinstance(message, Output):
-            self._listener.on_output(message)
-        elif isinstance(message, CheckpointEnded):
-            self._listener.on_checkpoint(message)
-        elif isinstance(message, Heard):
-            self._listener.on_heard(message)
+    def _show(self, news: Incoming | Report) -> None:
+        if isinstance(news, Beat):
+            self._listener.on_beat(news)
+        elif isinstance(news, Output):
+            self._listener.on_output(news)
+        elif isinstance(news, CheckpointEnded):
+            self._listener.on_checkpoint(news)
+        elif isinstance(news, Heard):
+            self._listener.on_heard(news)
+        elif isinstance(news, Recovered):
+            self._listener.on_recovered(news)
+        elif isinstance(news, Joined):
+            self._listener.on_joined(news)
+        elif isinstance(news, Straggler):
+            self._listener.on_straggler(news)
+        elif isinstance(news, ReplacingStopped):
+            self._listener.on_replacing_stopped(news)
 
     def _handle(self, event: Event) -> None:
         self._machine, actions = handle(self._machine, event, self._clock())
         for action in actions:
             if isinstance(action, Send):
                 self._connection.send(action.message)
-            else:
+            elif isinstance(action, Returned | Raised):
                 self._outcome = action
+            else:
+                self._unshown.append(action)
 
     # Interrupts and errors
 
     def _on_interrupt(self) -> None:
         """Asks for an early end, and gives the ranks a moment to come to a step boundary."""
-        if not isinstance(self._machine.state, Calling):
+        if not isinstance(self._machine.state, Calling) and self._machine.pending is None:
             return
         with HeldInterrupts(), self._turning:
             self._handle(StopRequested(signum=int(signal.SIGINT)))
         deadline = self._clock() + self._timeouts.interrupt_s
-        while self._outcome is None and self._clock() < deadline:
+        while isinstance(self._machine.state, Calling) and self._outcome is None and self._clock() < deadline:
             self._turn()
 
     def _finish_interrupted_call(self) -> None:
@@ -277,9 +331,11 @@ class Controller:
         scene = Scene(
             log_dir=self._start.log_dir,
             logs_stay=self._logs_stay,
-            pids={view.rank: view.pid for view in self.views},
+            pids={rank: view.pid for view in self.views for rank in view.ranks},
             doing=self._doing,
+            why=raised.why,
         )
+        self._retryable = raised.retry
         error = error_of(raised.cause, scene)
         self._listener.on_failure(raised.cause, error)
         return error

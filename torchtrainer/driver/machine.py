@@ -1,7 +1,7 @@
 """The driver's decisions about one worker group: ``handle(machine, event, now) -> (machine, actions)``.
 
 Pure: no clock, socket, process or log. The controller feeds it what workers and host say and what the user wants, and
-performs the actions. Every message kind that can arrive has a method here named after it.
+performs the actions. Every message kind that can arrive has a function named after it, here or in the module of its idea.
 
     Starting ──all ready──> Idle <──────settled────── Calling
         │                    │ └────call requested───────^ │
@@ -9,7 +9,15 @@ performs the actions. Every message kind that can arrive has a method here named
                              │               │
                              └──> Ending ────┴──> Closed
 
-A failed group is taken down before its error is reported, so that whoever sees the error finds nothing left running.
+Whatever an event says becomes part of the machine first; what has become possible or necessary by it, `advance` then does. So a
+lost worker, a replacement that is ready, or a change of carriers that is half done is dealt with in one place, in whatever order
+things happen. A failed group is taken down before its error is reported, so that whoever sees the error finds nothing left running.
+
+    a call and its outcome   `calling`, `agreement`
+    a worker is lost         `recovery`
+    a worker joins, leaves   `moving`, `layout`
+    by the clock             `supervision`, `hangs`, `stragglers`
+    the group ends           `ending`
 """
 
 from __future__ import annotations
@@ -21,48 +29,56 @@ from typing import Any
 from torchtrainer.control.messages import (
     Beat,
     Boundary,
-    Call,
+    Carried,
     CheckpointEnded,
-    DumpStacks,
     EndWorker,
     EngineFailed,
     Failure,
     GroupFailed,
     GroupGone,
-    KillGroup,
+    Held,
+    KillWorker,
     Reply,
-    SignalWorkers,
+    Shared,
     Stacks,
     WorkerExited,
     WorkerReady,
     WorkerStarted,
 )
-from torchtrainer.driver.agreement import ask, decide, save_is_due
-from torchtrainer.driver.causes import Cause, EngineLost, StartTimedOut, UserCodeFailed, WorkerDied, WorkerHung
-from torchtrainer.driver.policies import STEPPING_METHODS, Stop, after_failure, find_hung, root_cause, save_interval_s
-from torchtrainer.driver.states import (
-    Action,
-    Calling,
+from torchtrainer.driver.agreement import decide
+from torchtrainer.driver.calling import (
+    lose_in_failed_call,
+    may_retry,
+    on_boundary,
+    on_call_requested,
+    on_failure,
+    on_reply,
+    on_save_requested,
+    on_stop_requested,
+    settle_if_all_reported,
+    start_pending,
+)
+from torchtrainer.driver.causes import EngineLost, WorkerDied, WorkerLost
+from torchtrainer.driver.ending import close, kill
+from torchtrainer.driver.events import (
     CallRequested,
-    Closed,
-    Diagnosing,
-    Ending,
     EndRequested,
     Event,
     HostLost,
-    Idle,
-    Killing,
-    Machine,
-    Raised,
+    ResizeRequested,
     Returned,
     SaveRequested,
     Send,
-    Starting,
     StopRequested,
     Tick,
 )
-
-Result = tuple[Machine, tuple[Action, ...]]
+from torchtrainer.driver.moving import begin, end_resizing, on_held, on_shared, proceed, start_missing, trim
+from torchtrainer.driver.policies import root_cause, save_interval_s
+from torchtrainer.driver.recovery import carry, give_up, lose, lose_newcomer, note_step, on_carried
+from torchtrainer.driver.states import Calling, Closed, Ending, Idle, Killing, Machine, Result, Starting, in_turn
+from torchtrainer.driver.stragglers import with_lap
+from torchtrainer.driver.supervision import on_stacks, on_tick
+from torchtrainer.driver.views import WorkerView
 
 
 def handle(machine: Machine, event: Event, now: float) -> Result:
@@ -76,78 +92,96 @@ def handle(machine: Machine, event: Event, now: float) -> Result:
     on_event: Callable[[Machine, Any, float], Result] | None = _ON.get(type(event))
     if on_event is None or isinstance(machine.state, Closed):
         return machine, ()
-    return on_event(machine, event, now)
+    machine, actions = on_event(machine, event, now)
+    machine, more = advance(machine, now)
+    return machine, (*actions, *more)
+
+
+def advance(machine: Machine, now: float) -> Result:
+    """Does what is possible and necessary as things are now; again, it does nothing."""
+    if not machine.at_work:
+        return machine, ()
+    steps = (give_up, carry, proceed, decide, trim, start_missing, begin, end_resizing, start_pending)
+    return in_turn(machine, now, *steps)
 
 
 # What workers and host say
 
 
 def on_worker_started(machine: Machine, event: WorkerStarted, now: float) -> Result:
-    """Sent when the process of a rank exists."""
-    return machine.see(event.rank, pid=event.pid, heard_at=now, phase_since=now), ()
+    """Sent when the process of a worker exists. One that was given up meanwhile is ended."""
+    if machine.view(event.worker) is None:
+        return machine, (Send(message=KillWorker(group=machine.group, worker=event.worker)),)
+    return machine.see(event.worker, pid=event.pid, heard_at=now, phase_since=now), ()
 
 
 def on_beat(machine: Machine, event: Beat, now: float) -> Result:
-    """Sent every so often by every rank at work; one that was sent before the running call says nothing about it."""
-    if event.call != machine.call:
-        return machine.see(event.rank, heard_at=now, spoke=True), ()
-    return (
-        machine.see(
-            event.rank,
-            phase=event.phase,
-            phase_since=now - event.phase_age_s,
-            heard_at=now,
-            spoke=True,
-            step=event.step,
-            epoch=event.epoch,
-            batch=event.batch,
-            rss_bytes=event.rss_bytes,
-            cpu_s=event.cpu_s,
-        ),
-        (),
+    """Sent every so often by every worker; one that was sent before the running call says nothing about it."""
+    view = machine.view(event.worker)
+    if view is None:
+        return machine, ()
+    machine = machine.see(event.worker, heard_at=now, spoke=True)
+    if event.call != machine.call and view.ready:
+        return machine, ()
+    machine = machine.see(
+        event.worker,
+        reading=view.reading and not view.busy,
+        phase=event.phase,
+        phase_since=now - event.phase_age_s,
+        step=event.step,
+        epoch=event.epoch,
+        batch=event.batch,
+        rss_bytes=event.rss_bytes,
+        cpu_s=event.cpu_s,
+        longest_s=event.longest_s,
+        laps=with_lap(view, event),
     )
+    return note_step(machine, event.step), ()
 
 
 def on_worker_ready(machine: Machine, event: WorkerReady, now: float) -> Result:
-    """Sent when a rank is built."""
+    """Sent when a worker is built."""
     state = machine.state
+    if machine.view(event.worker) is None:
+        return machine, ()
+    machine = machine.see(event.worker, device=event.device, busy=False, ready=True, phase="idle", heard_at=now)
     if not isinstance(state, Starting):
         return machine, ()
-    machine = machine.see(event.rank, device=event.device, busy=False, phase="idle", heard_at=now)
-    if event.rank == 0:
-        machine = replace(machine, facts=event.facts)
-    ready = state.ready | {event.rank}
-    if len(ready) < machine.world_size:
-        return machine.to(replace(state, ready=ready)), ()
+    if event.worker == 0:
+        machine = replace(machine, facts=event.facts, record=event.record)
+    machine = machine.to(replace(state, ready=state.ready | {event.worker}))
+    if state.failures or state.deaths:
+        return settle_if_all_reported(machine, now)
+    if len(state.ready) + 1 < machine.world_size:
+        return machine, ()
     return machine.to(Idle()), (Returned(call=0, replies=()),)
 
 
-def on_reply(machine: Machine, event: Reply, now: float) -> Result:
-    """Sent when a call has returned on a rank."""
-    state = machine.state
-    if not isinstance(state, Calling) or event.call != machine.call:
-        return machine, ()
-    machine = machine.see(event.rank, busy=False, phase="idle", step=event.step, epoch=event.epoch, heard_at=now)
-    state = replace(state, replies=(*state.replies, event))
-    return _settle_or_wait(machine, state, now)
-
-
-def on_failure(machine: Machine, event: Failure, now: float) -> Result:
-    """Sent when user code raised on a rank. The others get a moment to say the same."""
-    state = machine.state
-    if not isinstance(state, Starting | Calling) or event.call != machine.call:
-        return machine, ()
-    machine = machine.see(event.rank, busy=False)
-    state = replace(state, failures=(*state.failures, event), settle_at=_settle_at(machine, state, now))
-    return _settle_or_wait(machine, state, now)
-
-
 def on_worker_exited(machine: Machine, event: WorkerExited, now: float) -> Result:
-    """Sent when the process of a rank is gone, asked for or not."""
-    state = machine.state
-    view = machine.views[event.rank]
-    death = WorkerDied(
-        rank=event.rank,
+    """Sent when the process of a worker is gone, asked for or not."""
+    state, view = machine.state, machine.view(event.worker)
+    if view is None or isinstance(state, Ending | Killing):
+        return machine.see(event.worker, phase="gone", busy=False), ()
+    view = replace(view, step=max(view.step, event.step))
+    machine = machine.see(event.worker, step=view.step)
+    cause = _cause_of(machine, view, event)
+    machine = _forget(machine, event.worker)
+    if view.leaving_by is not None:
+        return machine.without(event.worker), ()
+    if view.newcomer:
+        return lose_newcomer(machine, view, cause, now)
+    if isinstance(state, Starting) or (isinstance(state, Calling) and (state.failures or not machine.recovers)):
+        return lose_in_failed_call(machine, cause, event.worker, now)
+    if not machine.recovers:
+        machine = machine.see(event.worker, phase="gone", busy=False, lost=True)
+        return kill(machine, cause, now, retry=may_retry(machine, cause), why="its memory cannot be made up for")
+    return lose(machine, view, cause, now)
+
+
+def _cause_of(machine: Machine, view: WorkerView, event: WorkerExited) -> WorkerLost:
+    hung = next((one.cause for one in machine.condemned if one.worker == event.worker), None)
+    return hung or WorkerDied(
+        ranks=view.ranks or (view.like,),
         pid=event.pid,
         exit_code=event.exit_code,
         phase=view.phase,
@@ -155,23 +189,16 @@ def on_worker_exited(machine: Machine, event: WorkerExited, now: float) -> Resul
         stderr_tail=event.stderr_tail,
         max_rss_bytes=event.max_rss_bytes,
     )
-    machine = machine.see(event.rank, phase="gone", busy=False)
-    if isinstance(state, Starting | Calling):
-        state = replace(state, deaths=(*state.deaths, death), settle_at=_settle_at(machine, state, now))
-        return _settle_or_wait(machine, state, now)
-    if isinstance(state, Idle | Diagnosing):
-        return _kill(machine, death, now)
-    return machine, ()
 
 
-def on_boundary(machine: Machine, event: Boundary, now: float) -> Result:
-    """Sent when a rank holds at a step boundary because a stop was asked for."""
-    state = machine.state
-    if not isinstance(state, Calling) or event.call != machine.call or state.boundaries is None:
-        return machine, ()
-    if event.round != state.round:
-        return machine, ()
-    return decide(machine, replace(state, boundaries={**state.boundaries, event.rank: event.boundary}))
+def _forget(machine: Machine, worker: int) -> Machine:
+    """The machine without what was under way about a worker that is gone."""
+    diagnosis = machine.diagnosis
+    return replace(
+        machine,
+        condemned=tuple(one for one in machine.condemned if one.worker != worker),
+        diagnosis=None if diagnosis is not None and diagnosis.worker == worker else diagnosis,
+    )
 
 
 def on_checkpoint_ended(machine: Machine, event: CheckpointEnded, now: float) -> Result:
@@ -182,75 +209,50 @@ def on_checkpoint_ended(machine: Machine, event: CheckpointEnded, now: float) ->
     return machine, ()
 
 
-def on_stacks(machine: Machine, event: Stacks, now: float) -> Result:
-    """Sent with the Python stacks of a rank, after they were asked for."""
-    state = machine.state
-    if not isinstance(state, Diagnosing) or event.rank != state.cause.rank:
-        return machine, ()
-    return _kill(machine, replace(state.cause, stacks=event.text), now)
-
-
 def on_group_gone(machine: Machine, event: GroupGone, now: float) -> Result:
     """Sent when no process of the group is left."""
     state = machine.state
     if isinstance(state, Killing):
-        return _close(machine, state.cause)
+        return close(machine, state.cause, retry=state.retry, why=state.why)
     if isinstance(state, Starting | Calling) and (state.deaths or state.failures):
-        return _close(machine, root_cause(state.failures, state.deaths))
+        return close(machine, root_cause(state.failures, state.deaths))
     if isinstance(state, Ending):
-        return _close(machine, None)
-    return _close(machine, EngineLost(text="its processes were ended by somebody else"))
+        return close(machine, None)
+    return close(machine, EngineLost(text="its processes were ended by somebody else"))
 
 
 def on_group_failed(machine: Machine, event: GroupFailed, now: float) -> Result:
     """Sent when the processes of the group could not be started."""
-    return _kill(machine, EngineLost(text=event.text), now)
+    if isinstance(machine.state, Killing):
+        return machine, ()
+    return kill(machine, EngineLost(text=event.text), now)
 
 
 def on_engine_failed(machine: Machine, event: EngineFailed, now: float) -> Result:
     """Sent when workers can no longer be started, or the spawner and with it all workers are gone."""
-    if isinstance(machine.state, Killing | Ending):
-        return _close(machine, machine.state.cause if isinstance(machine.state, Killing) else None)
-    return _close(machine, EngineLost(text=event.text))
+    return _lost_engine(machine, event.text)
 
 
 def on_host_lost(machine: Machine, event: HostLost, now: float) -> Result:
     """Sent by the connection when the host process is gone."""
-    cause = machine.state.cause if isinstance(machine.state, Killing) else EngineLost(text=event.text)
-    return _close(machine, cause)
+    return _lost_engine(machine, event.text)
 
 
-# What the user wants, and time
-
-
-def on_call_requested(machine: Machine, event: CallRequested, now: float) -> Result:
-    """Sent when the user calls something and the group is idle."""
-    assert isinstance(machine.state, Idle), machine.state
-    number = machine.call + 1
-    views = tuple(replace(v, busy=True, phase=event.method, phase_since=now, heard_at=now) for v in machine.views)
-    machine = replace(machine, call=number, views=views, state=Calling(method=event.method))
-    call = Call(group=machine.group, call=number, method=event.method, blob=event.blob)
-    return machine, (Send(message=call),)
-
-
-def on_stop_requested(machine: Machine, event: StopRequested, now: float) -> Result:
-    """Sent when the user interrupts a call."""
+def _lost_engine(machine: Machine, text: str) -> Result:
     state = machine.state
-    if not isinstance(state, Calling) or state.stop:
-        return machine, ()
-    if state.method not in STEPPING_METHODS:
-        if event.signum is None:
-            return machine, ()
-        return machine, (Send(message=SignalWorkers(group=machine.group, signum=event.signum)),)
-    return ask(machine, replace(state, stop=True, save=event.save), now)
+    if isinstance(state, Killing) and state.cause is not None:
+        return close(machine, state.cause, retry=state.retry, why=state.why)
+    if isinstance(state, Killing | Ending):
+        return close(machine, None)
+    return close(machine, EngineLost(text=text))
 
 
-def on_save_requested(machine: Machine, event: SaveRequested, now: float) -> Result:
-    """Sent when the user's machine may go soon."""
-    state = machine.state
-    if not isinstance(state, Calling) or state.method not in STEPPING_METHODS or state.stop:
-        return machine, ()
-    return ask(machine, replace(state, save=True), now)
+# What the user wants
+
+
+def on_resize_requested(machine: Machine, event: ResizeRequested, now: float) -> Result:
+    """Sent when the user wants the ranks to be carried by another number of processes; it was checked that they can be."""
+    return replace(machine, processes=event.processes, resizing=True, unbuilt=0), ()
 
 
 def on_end_requested(machine: Machine, event: EndRequested, now: float) -> Result:
@@ -258,31 +260,9 @@ def on_end_requested(machine: Machine, event: EndRequested, now: float) -> Resul
     if isinstance(machine.state, Ending | Killing):
         return machine, ()
     if event.force or not isinstance(machine.state, Idle):
-        return _kill(machine, None, now)
+        return kill(machine, None, now)
     ending = Ending(until=now + machine.timeouts.shutdown_s)
     return machine.to(ending), (Send(message=EndWorker(group=machine.group)),)
-
-
-def on_tick(machine: Machine, event: Tick, now: float) -> Result:
-    """Sent at least a few times a second while the user waits."""
-    state = machine.state
-    if isinstance(state, Starting | Calling):
-        if state.settle_at is not None:
-            return _settle(machine, state, now) if now >= state.settle_at else (machine, ())
-        if isinstance(state, Calling) and save_is_due(machine, state, now):
-            return ask(machine, replace(state, save=True), now)
-        if isinstance(state, Starting):
-            late = _late_start(machine, state, now)
-            if late is not None:
-                return _kill(machine, late, now)
-        return _check_progress(machine, state, now)
-    if isinstance(state, Diagnosing) and now >= state.until:
-        return _kill(machine, state.cause, now)
-    if isinstance(state, Ending) and now >= state.until:
-        return _kill(machine, None, now)
-    if isinstance(state, Killing) and now >= state.until:
-        return _close(machine, state.cause)
-    return machine, ()
 
 
 _ON: dict[type, Callable[[Machine, Any, float], Result]] = {
@@ -293,6 +273,9 @@ _ON: dict[type, Callable[[Machine, Any, float], Result]] = {
     Failure: on_failure,
     WorkerExited: on_worker_exited,
     Boundary: on_boundary,
+    Held: on_held,
+    Shared: on_shared,
+    Carried: on_carried,
     CheckpointEnded: on_checkpoint_ended,
     Stacks: on_stacks,
     GroupFailed: on_group_failed,
@@ -302,79 +285,7 @@ _ON: dict[type, Callable[[Machine, Any, float], Result]] = {
     CallRequested: on_call_requested,
     StopRequested: on_stop_requested,
     SaveRequested: on_save_requested,
+    ResizeRequested: on_resize_requested,
     EndRequested: on_end_requested,
     Tick: on_tick,
 }
-
-# Steps of the decisions above
-
-
-def _settle_at(machine: Machine, state: Starting | Calling, now: float) -> float:
-    return state.settle_at if state.settle_at is not None else now + machine.timeouts.error_gather_s
-
-
-def _reported(machine: Machine, state: Starting | Calling) -> frozenset[int]:
-    done = state.ready if isinstance(state, Starting) else frozenset(r.rank for r in state.replies)
-    return done | {f.rank for f in state.failures} | {d.rank for d in state.deaths}
-
-
-def _settle_or_wait(machine: Machine, state: Starting | Calling, now: float) -> Result:
-    if len(_reported(machine, state)) == machine.world_size:
-        return _settle(machine, state, now)
-    if isinstance(state, Calling) and state.boundaries is not None:
-        return decide(machine, state)
-    return machine.to(state), ()
-
-
-def _settle(machine: Machine, state: Starting | Calling, now: float) -> Result:
-    """Every rank has reported, or those that failed waited long enough for the others."""
-    if not state.failures and not state.deaths:
-        assert isinstance(state, Calling)
-        replies = tuple(sorted(state.replies, key=lambda r: r.rank))
-        return machine.to(Idle()), (Returned(call=machine.call, replies=replies),)
-    cause = root_cause(state.failures, state.deaths)
-    all_reported = len(_reported(machine, state)) == machine.world_size
-    method = state.method if isinstance(state, Calling) else "train"
-    decision = after_failure(method, all_reported)
-    if isinstance(decision, Stop) or not isinstance(cause, UserCodeFailed) or isinstance(state, Starting):
-        return _kill(machine.to(state), cause, now)
-    return machine.to(Idle()), (Raised(cause=cause, usable=True),)
-
-
-def _late_start(machine: Machine, state: Starting, now: float) -> StartTimedOut | None:
-    unborn = tuple(v.rank for v in machine.views if not v.pid)
-    limits = machine.timeouts
-    if unborn and now - state.since > limits.engine_start_s:
-        return StartTimedOut(ranks=unborn, setting="engine_start_s", limit_s=limits.engine_start_s)
-    mute = tuple(v.rank for v in machine.views if v.pid and not v.spoke and v.busy)
-    if mute and max(now - machine.views[r].heard_at for r in mute) > limits.worker_connect_s:
-        return StartTimedOut(ranks=mute, setting="worker_connect_s", limit_s=limits.worker_connect_s)
-    return None
-
-
-def _check_progress(machine: Machine, state: Starting | Calling, now: float) -> Result:
-    if isinstance(state, Calling) and state.method not in STEPPING_METHODS:
-        return machine, ()  # a user's function may take as long as it likes
-    hung = find_hung(machine.views, machine.hang_timeout_s, now)
-    if hung is None:
-        return machine, ()
-    cause = WorkerHung(
-        rank=hung.rank,
-        pid=hung.pid,
-        phase=hung.phase,
-        step=hung.step,
-        silent_s=now - min(hung.phase_since, hung.heard_at),
-        limit_s=machine.hang_timeout_s,
-    )
-    diagnosing = Diagnosing(cause=cause, until=now + machine.timeouts.stack_dump_s)
-    return machine.to(diagnosing), (Send(message=DumpStacks(group=machine.group)),)
-
-
-def _kill(machine: Machine, cause: Cause | None, now: float) -> Result:
-    killing = Killing(cause=cause, until=now + machine.timeouts.cleanup_s)
-    return machine.to(killing), (Send(message=KillGroup(group=machine.group)),)
-
-
-def _close(machine: Machine, cause: Cause | None) -> Result:
-    actions: tuple[Action, ...] = () if cause is None else (Raised(cause=cause, usable=False),)
-    return machine.to(Closed(cause=cause)), actions

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from torchtrainer.control.messages import Failure
-from torchtrainer.driver.causes import Cause, UserCodeFailed, WorkerDied
+from torchtrainer.driver.causes import UserCodeFailed, WorkerDied, WorkerLost
 
 MIN_SAVE_EVERY_S = 10.0
 """Shortest time between two checkpoints where it follows from what they cost."""
 STEPPING_METHODS = frozenset({"train", "validate"})
 """Calls that draw batches: they can be ended at a step boundary, and a rank that fails in one leaves the others waiting."""
-
-EXCHANGING = "backward"
-"""The phase in which a rank waits for the others."""
-
 
 MAX_SAVING_SHARE = 0.01
 """Largest part of the time for which training may stand still for checkpoints, where their number follows from that."""
@@ -43,17 +38,23 @@ class Stop:
     reason: str
 
 
-def root_cause(failures: tuple[Failure, ...], deaths: tuple[WorkerDied, ...]) -> Cause:
+def root_cause(
+    failures: tuple[Failure, ...], deaths: tuple[WorkerLost, ...], *, connected: bool = True
+) -> UserCodeFailed | WorkerLost:
     """Tells the failure that the others followed from.
 
     A process that died without a word takes its connections with it, so that its peers raise too: the death is the cause.
     A rank that left by ``sys.exit`` likewise. Otherwise the first exception to arrive is it.
+
+    Args:
+        failures, deaths: in order of arrival.
+        connected: ranks have connections to each other that a death breaks.
     """
     leaving = next((failure for failure in failures if failure.kind == "exit"), None)
     if leaving is not None:
-        death = next((d for d in deaths if d.rank == leaving.rank), None)
+        death = next((d for d in deaths if leaving.rank in d.ranks), None)
         return WorkerDied(
-            rank=leaving.rank,
+            ranks=(leaving.rank,),
             pid=death.pid if death else 0,
             exit_code=leaving.exit_code or 0,
             phase=leaving.phase,
@@ -61,8 +62,8 @@ def root_cause(failures: tuple[Failure, ...], deaths: tuple[WorkerDied, ...]) ->
             failure=leaving,
         )
     spoken = {failure.rank for failure in failures}
-    silent = [death for death in deaths if death.rank not in spoken]
-    if not silent:
+    silent = [death for death in deaths if spoken.isdisjoint(death.ranks)]
+    if not silent or (failures and not connected):
         return UserCodeFailed(failures=failures)
     # Ranks step together: what the others say of the step is newer than the last heartbeat of the one that is gone.
     return replace(silent[0], step=max(silent[0].step, *(failure.step for failure in failures), 0))
@@ -82,46 +83,19 @@ def after_failure(method: str, all_ranks_reported: bool) -> Keep | Stop:
     return Keep()
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankView:
-    """What is known of a rank, from its heartbeats.
+def why_not_resize(processes: int, *, world_size: int, min_workers: int, bound: str) -> str | None:
+    """Says why a group cannot be carried by so many processes; None: it can.
 
-    Attributes:
-        pid: 0 before the process exists.
-        phase, phase_since: what its training thread does, and since when (monotonic).
-        heard_at: when it was heard of last (monotonic).
-        spoke: it has sent a heartbeat.
-        busy: it is being built, or has not answered the running call.
+    Args:
+        processes: that are wanted.
+        world_size: ranks of the group.
+        min_workers: fewest processes that the user allows.
+        bound: why a process can carry only the rank that it was built for; empty if it can carry any.
     """
-
-    rank: int
-    pid: int = 0
-    phase: str = "start"
-    phase_since: float = 0.0
-    heard_at: float = 0.0
-    spoke: bool = False
-    busy: bool = True
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    device: str = ""
-    rss_bytes: int = 0
-    cpu_s: float = 0.0
-
-
-def find_hung(views: Iterable[RankView], limit_s: float, now: float) -> RankView | None:
-    """Finds the rank that holds the others up, once any rank has shown no progress for too long.
-
-    In a collective every rank looks hung, and those that wait may be over the limit before the one they wait for, whose
-    heartbeats may be older. So of all busy ranks the one at the lowest step and batch is it; among equals one that is not
-    exchanging gradients, which is waiting; among those the one that entered its present phase first.
-    """
-    busy = [view for view in views if view.busy and view.spoke]
-    if not any(_silent_s(view, now) > limit_s for view in busy):
-        return None
-    return min(busy, key=lambda view: (view.step, view.batch, view.phase == EXCHANGING, view.phase_since))
-
-
-def _silent_s(view: RankView, now: float) -> float:
-    """Seconds since the rank last showed progress: entered a phase, or, when it is silent, was heard of."""
-    return now - min(view.phase_since, view.heard_at)
+    if not 1 <= processes <= world_size:
+        return f"{world_size} ranks are carried by 1 to {world_size} processes, got {processes!r}"
+    if processes < min_workers:
+        return f"min_workers={min_workers} does not allow {processes} processes"
+    if bound and processes != world_size:
+        return f"every rank needs a process of its own here: {bound}"
+    return None

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchtrainer.control.messages import Failure
-from torchtrainer.driver.causes import Cause, EngineLost, StartTimedOut, UserCodeFailed, WorkerDied, WorkerHung
+from torchtrainer.driver.causes import (
+    Cause,
+    CrashLoop,
+    EngineLost,
+    StartTimedOut,
+    UserCodeFailed,
+    WorkerDied,
+    WorkerHung,
+)
 from torchtrainer.errors import (
     EngineError,
     RemoteTraceback,
@@ -44,20 +52,24 @@ class Scene:
         logs_stay: the logs outlive the run.
         pids: process id by rank.
         doing: what the user had asked for, by the name that workers know.
+        why: a lost worker could not be made up for; empty: nobody tried.
     """
 
     log_dir: str
     logs_stay: bool
     pids: dict[int, int]
     doing: str
+    why: str = ""
 
     def log(self, rank: int) -> Path:
         """The log that explains most about a rank."""
         return RankPaths.of(self.log_dir, rank).stream("stderr")
 
-    def who(self, rank: int, pid: int | None = None) -> str:
-        """A rank, its process and its machine."""
-        return f"rank {rank} (pid {pid or self.pids.get(rank, '?')}, {socket.gethostname()})"
+    def who(self, ranks: int | tuple[int, ...], pid: int | None = None) -> str:
+        """A rank, or all that a process carries, the process and its machine."""
+        ranks = (ranks,) if isinstance(ranks, int) else ranks
+        named = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+        return f"{named} (pid {pid or self.pids.get(ranks[0], '?')}, {socket.gethostname()})"
 
     def all_of(self, ranks: list[int]) -> str:
         """Several ranks to which the same happened."""
@@ -79,6 +91,12 @@ class Scene:
         steps = "1 optimizer step was" if step == 1 else f"{step} optimizer steps were"
         return f"in {call}{place}, at step {step}{known} ({steps} completed)"
 
+    def what_now(self) -> list[str]:
+        """Why the loss of a worker was the end, and what to do."""
+        tried = [f"The training was not gone on with in place: {self.why}."] if self.why else []
+        saved = "the same run_dir it goes on from the latest checkpoint" if self.logs_stay else "a run_dir it can go on"
+        return [*tried, f"What to do: start again with a new TorchTrainer; with {saved}."]
+
     def where_log(self, rank: int) -> str:
         """A sentence that says where the log is."""
         if self.logs_stay:
@@ -96,6 +114,8 @@ def error_of(cause: Cause, scene: Scene) -> BaseException:
         return _hung(cause, scene)
     if isinstance(cause, StartTimedOut):
         return _start_timed_out(cause, scene)
+    if isinstance(cause, CrashLoop):
+        return _crash_loop(cause, scene)
     return _engine_lost(cause, scene)
 
 
@@ -107,6 +127,8 @@ def short_cause(cause: Cause) -> str:
         return "called sys.exit" if cause.failure is not None else describe_exit(cause.exit_code)
     if isinstance(cause, WorkerHung):
         return f"no progress for {cause.silent_s:.0f} s"
+    if isinstance(cause, CrashLoop):
+        return f"crash loop: {short_cause(cause.last)}"
     return "did not start" if isinstance(cause, StartTimedOut) else "engine lost"
 
 
@@ -114,6 +136,8 @@ def rank_of(cause: Cause) -> int | None:
     """The rank that a cause points at, None if it is not one alone."""
     if isinstance(cause, UserCodeFailed):
         return cause.failures[0].rank
+    if isinstance(cause, CrashLoop):
+        return rank_of(cause.last)
     return cause.rank if isinstance(cause, WorkerDied | WorkerHung) else None
 
 
@@ -149,7 +173,7 @@ def _unpickled(failure: Failure) -> BaseException | None:
 
 
 def _died(cause: WorkerDied, scene: Scene) -> WorkerDiedError:
-    who = scene.who(cause.rank, cause.pid)
+    who = scene.who(cause.ranks, cause.pid)
     if cause.failure is not None:
         said = cause.failure.text
         argument = said if said in ("", str(cause.exit_code)) else repr(said)
@@ -168,7 +192,7 @@ def _died(cause: WorkerDied, scene: Scene) -> WorkerDiedError:
         words = last_words(cause.stderr_tail)
         if words:
             story += ["The last lines of its stderr:", *(f"  {line}" for line in words)]
-    story.append("This version cannot recover a lost worker: start again with a new TorchTrainer.")
+    story += scene.what_now()
     story.append(scene.where_log(cause.rank))
     return WorkerDiedError("\n".join(story), cause.rank, cause.exit_code)
 
@@ -176,11 +200,12 @@ def _died(cause: WorkerDied, scene: Scene) -> WorkerDiedError:
 def _hung(cause: WorkerHung, scene: Scene) -> WorkerHungError:
     where = scene.at(cause.phase, cause.step)
     story = [
-        f"{scene.who(cause.rank, cause.pid)} made no progress for {cause.silent_s:.1f} s {where}; all workers were stopped.",
+        f"{scene.who(cause.ranks, cause.pid)} made no progress for {cause.silent_s:.1f} s {where}; all workers were stopped.",
         f"Allowed were {cause.limit_s:g} s: pass failure=FailureConfig(hang_timeout_s=...) if it needs more.",
     ]
     if cause.stacks:
         story += ["Its stacks (most recent call first):", *(f"  {line}" for line in main_thread_first(cause.stacks))]
+    story += scene.what_now()
     story.append(scene.where_log(cause.rank))
     return WorkerHungError("\n".join(story), cause.rank, None)
 
@@ -191,6 +216,22 @@ def _start_timed_out(cause: StartTimedOut, scene: Scene) -> WorkerStartError:
         f"rank {ranks}: no worker process within {cause.limit_s:g} s (Timeouts.{cause.setting}). The machine may be short of "
         f"memory or processes: free some, or use fewer workers. {scene.where_log(cause.ranks[0])}"
     )
+
+
+def _crash_loop(cause: CrashLoop, scene: Scene) -> BaseException:
+    """The error of the last failure, under a line that says that it was not the first."""
+    last = error_of(cause.last, scene)
+    if cause.building:
+        story = f"crash loop: {cause.failures} replacements of a lost worker in a row could not be built."
+    else:
+        story = (
+            f"crash loop: workers were lost {cause.failures} times in a row without a step of progress between; "
+            f"FailureConfig.max_failures allows {cause.failures - 1}."
+        )
+    text = f"{story} The latest one:\n{last}"
+    if isinstance(last, WorkerDiedError):
+        return type(last)(text, last.rank, last.exit_code)
+    return WorkerStartError(text)
 
 
 def _engine_lost(cause: EngineLost, scene: Scene) -> EngineError:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from torchtrainer.config import Timeouts, TrainSettings
+from torchtrainer.config import FailureConfig, Timeouts, TrainSettings
 from torchtrainer.control.messages import CheckpointEnded
 from torchtrainer.driver.controller import Listener
-from torchtrainer.driver.policies import RankView
+from torchtrainer.driver.views import WorkerView
 from torchtrainer.engines.snapshots import CheckpointOrders
 from torchtrainer.preempt.notice import Notice
 from torchtrainer.spec import BuildSpec
@@ -29,6 +29,8 @@ class GroupPlan:
         hang_timeout_s: longest time without progress.
         checkpoint: where and how states are kept; None: nothing is kept.
         save_every_s: seconds between two checkpoints; "auto": as few as cost less than a hundredth; None: only by steps.
+        failure: what is done about processes that are lost.
+        min_workers: processes below which the ranks wait for new ones.
     """
 
     spec: BuildSpec
@@ -41,6 +43,8 @@ class GroupPlan:
     hang_timeout_s: float = 1800.0
     checkpoint: CheckpointOrders | None = None
     save_every_s: float | Literal["auto"] | None = None
+    failure: FailureConfig | None = None
+    min_workers: int = 1
 
     @property
     def settings(self) -> TrainSettings:
@@ -71,11 +75,25 @@ class Group(Protocol):
         """How many ranks there are."""
 
     @property
-    def views(self) -> tuple[RankView, ...]:
+    def views(self) -> tuple[WorkerView, ...]:
         """What is known of each rank."""
 
     def call(self, method: str, **keywords: Any) -> CallResult:
         """Runs a method of `torchtrainer.worker.runtime.RankRuntime` on every rank."""
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the latest error of a call was a loss of processes after which `restart` may help."""
+
+    def restart(self) -> None:
+        """Starts the ranks anew, as they were at first."""
+
+    def resize(self, processes: int) -> None:
+        """Has the ranks carried by so many processes.
+
+        Raises:
+            InvalidArgumentError: they cannot be.
+        """
 
     def stop(self) -> None:
         """Has the running call end at the next step boundary, with the state saved; called while it runs."""

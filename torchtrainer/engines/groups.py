@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torchtrainer.control.messages import StartGroup
+from torchtrainer.engines.memory_files import SharedMemory
 from torchtrainer.engines.snapshots import CheckpointOrders, Snapshots
 from torchtrainer.process.child import ChildSpec
 from torchtrainer.process.logs import LogTail
@@ -19,18 +20,34 @@ WRITER = "writer"
 """Stands in place of a rank in the name of a writer."""
 
 
-def worker_name(group: str, rank: int) -> str:
+def worker_name(group: str, worker: int) -> str:
     """Name of a worker on the control channel and towards the starter."""
-    return f"{group}/{rank}"
+    return f"{group}/{worker}"
 
 
 @dataclass
 class Group:
-    """Processes of one worker group."""
+    """Processes of one worker group, by their numbers.
+
+    Attributes:
+        spec: what it was started with.
+        pids: of the processes that exist.
+        unborn: those that were asked for.
+        like: the rank that each process is built for.
+        tails: of what rank 0 writes.
+        awaited: those that are being built or run a call.
+        killed: all of them are to end.
+        memory: files in memory that the workers share.
+        snapshots: of their states.
+        writer_pid: of the process that writes a checkpoint.
+        stacks_due: when stacks that were asked for are to be read.
+    """
 
     spec: StartGroup
+    memory: SharedMemory
     pids: dict[int, int] = field(default_factory=dict)
     unborn: set[int] = field(default_factory=set)
+    like: dict[int, int] = field(default_factory=dict)
     tails: dict[str, LogTail] = field(default_factory=dict)
     awaited: set[int] = field(default_factory=set)
     killed: bool = False
@@ -43,15 +60,28 @@ class Group:
         """Whether any rank is being built or runs a call; otherwise nobody listens to progress."""
         return bool(self.awaited)
 
-    def rank_of(self, pid: int) -> int | None:
-        """Rank carried by a process, None if it is not of this group."""
-        return next((rank for rank, known in self.pids.items() if known == pid), None)
+    def worker_of(self, pid: int) -> int | None:
+        """Number of a process, None if it is not of this group."""
+        return next((worker for worker, known in self.pids.items() if known == pid), None)
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        self.memory.close()
+        if self.snapshots is not None:
+            self.snapshots.close()
 
 
 def new_group(message: StartGroup, paths: EnginePaths) -> Group:
     """A group of which no process exists yet."""
     ranks = range(message.world_size)
-    group = Group(spec=replace(message, blob=b""), unborn=set(ranks), awaited=set(ranks))
+    memory = SharedMemory.of(message.world_size, paths.root)
+    group = Group(
+        spec=replace(message, blob=b""),
+        memory=memory,
+        unborn=set(ranks),
+        awaited=set(ranks),
+        like={rank: rank for rank in ranks},
+    )
     if message.checkpoint is not None:
         orders = CheckpointOrders(**message.checkpoint)
         group.snapshots = Snapshots(orders=orders, world_size=message.world_size, private_dir=paths.root)
@@ -75,9 +105,16 @@ def writer_spec(group: Group, number: int, paths: EnginePaths) -> ChildSpec:
     )
 
 
-def child_spec(group: Group, rank: int, paths: EnginePaths) -> ChildSpec:
-    """What the worker of a rank is started with."""
-    message = group.spec
+def child_spec(group: Group, worker: int, paths: EnginePaths, record: list[Any] | None = None) -> ChildSpec:
+    """What a worker is started with.
+
+    Args:
+        group: it belongs to.
+        worker: its number.
+        paths: of the host.
+        record: what it is built with if it comes later than the others.
+    """
+    message, rank = group.spec, group.like[worker]
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     environ = {
         "GLOO_SOCKET_IFNAME": loopback,  # Gloo's own sockets then listen on loopback only
@@ -90,9 +127,9 @@ def child_spec(group: Group, rank: int, paths: EnginePaths) -> ChildSpec:
         "LOCAL_WORLD_SIZE": str(message.world_size),
     }
     return ChildSpec(
-        key=worker_name(message.group, rank),
+        key=worker_name(message.group, worker),
         entry=WORKER_ENTRY,
-        arguments=_worker_arguments(group, rank, paths),
+        arguments=_worker_arguments(group, worker, paths, record),
         environ=environ,
         cwd=message.cwd,
         sys_path=message.sys_path,
@@ -102,17 +139,20 @@ def child_spec(group: Group, rank: int, paths: EnginePaths) -> ChildSpec:
     )
 
 
-def _worker_arguments(group: Group, rank: int, paths: EnginePaths) -> dict[str, Any]:
+def _worker_arguments(group: Group, worker: int, paths: EnginePaths, record: list[Any] | None) -> dict[str, Any]:
     """What a worker is told; see `torchtrainer.worker.main.WorkerArguments`."""
-    message, snapshots = group.spec, group.snapshots
+    message, snapshots, rank = group.spec, group.snapshots, group.like[worker]
+    store = paths.store(message.group)
     return {
         "group": message.group,
-        "name": worker_name(message.group, rank),
+        "name": worker_name(message.group, worker),
+        "worker": worker,
         "rank": rank,
+        "ranks": [rank] if record is None else [],
         "world_size": message.world_size,
         "socket": paths.socket,
         "spec_path": str(paths.spec(message.group)),
-        "store_path": str(paths.store(message.group)),
+        "store_path": str(store if record is None else store.with_name(f"{store.name}-{worker}")),
         "log_dir": message.log_dir,
         "threads": message.threads,
         "backend": message.backend,
@@ -121,5 +161,7 @@ def _worker_arguments(group: Group, rank: int, paths: EnginePaths) -> dict[str, 
         "heartbeat_s": message.heartbeat_s,
         "progress_s": message.progress_s,
         "hold_s": message.hold_s,
-        "checkpoint": snapshots and {**asdict(snapshots.orders), "region": snapshots.region(rank)},
+        "memory": group.memory.paths(),
+        "record": record,
+        "checkpoint": snapshots and {**asdict(snapshots.orders), "regions": snapshots.regions},
     }

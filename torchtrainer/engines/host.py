@@ -27,36 +27,34 @@ from torchtrainer.control.messages import (
     GroupGone,
     Hello,
     KillGroup,
-    Output,
+    KillWorker,
     Quit,
     Reply,
     SignalWorkers,
     SnapshotTaken,
     SnapshotWanted,
-    Stacks,
     StartGroup,
+    StartWorker,
     WorkerExited,
     WorkerReady,
     WorkerStarted,
 )
 from torchtrainer.control.wire import ForWorker, FromWorker, Message
 from torchtrainer.engines.groups import WRITER, Group, child_spec, new_group, worker_name
-from torchtrainer.engines.preload import PRELOAD, PRELOADABLE
+from torchtrainer.engines.output import last_words, new_output, written_stacks
+from torchtrainer.engines.preload import PRELOADABLE
 from torchtrainer.engines.saving import Saving
-from torchtrainer.process.child import ChildSpec
+from torchtrainer.engines.starting import Starters
 from torchtrainer.process.guard import kill_process_group, kill_session, open_pidfd, settle_signals, signal_process
-from torchtrainer.process.logs import LogTail, last_text
+from torchtrainer.process.logs import LogTail
 from torchtrainer.process.paths import EnginePaths, RankPaths, private_directory
 from torchtrainer.process.signals import STACK_DUMP_SIGNAL
 from torchtrainer.process.starters import (
     ChildExited,
     ChildStarted,
-    ExecStarter,
-    Starter,
     StarterEvent,
     StarterFailed,
     StarterReady,
-    preloaded_starter,
 )
 
 DRIVER = b"driver"
@@ -74,19 +72,16 @@ class Host:
     """Everything the host process knows and does. ``run`` returns when the driver is gone or says `Quit`."""
 
     def __init__(self, paths: EnginePaths, driver_pid: int, driver_pipe: int, start_method: str) -> None:
-        environ = dict(os.environ)
         self._paths = paths
-        self._starter: Starter = preloaded_starter(PRELOAD, environ) if start_method == "fork" else ExecStarter()
-        self._exec_starter: ExecStarter | None = None
+        self._starters = Starters(start_method)
         self._router = Router(paths.socket)
         self._driver_pid = driver_pid
         self._driver_watch = [fd for fd in (open_pidfd(driver_pid), driver_pipe) if fd is not None]
         self._groups: dict[str, Group] = {}
         self._preloaded: set[str] = set()
         self._quit = False
-        self._waiting: list[ChildSpec] | None = []  # until the starter is ready; sending earlier could block
         self._exits: list[tuple[float, ChildExited]] = []
-        self._saving = Saving(paths, start_child=self._start_child, to_rank=self._to_rank, to_driver=self._to_driver)
+        self._saving = Saving(paths, self._starters.start, to_worker=self._to_worker, to_driver=self._to_driver)
 
     # The loop
 
@@ -100,17 +95,15 @@ class Host:
 
     def _turn(self) -> None:
         busy = any(group.active or group.killed for group in self._groups.values())
-        starters = [s for s in (self._starter, self._exec_starter) if s is not None]
-        fds = [*self._driver_watch, *(fd for s in starters for fd in s.fds())]
+        fds = [*self._driver_watch, *self._starters.fds()]
         ready = self._router.wait(fds, EXIT_SETTLE_S if self._exits else TICK_S if busy else IDLE_TICK_S)
         if ready.intersection(self._driver_watch):
             self._quit = True
             return
         while (received := self._router.receive()) is not None:
             self._on_message(*received)
-        for starter in starters:
-            for event in starter.events():
-                self._on_starter_event(event)
+        for event in self._starters.events():
+            self._on_starter_event(event)
         self._take_exits()
         for group in self._groups.values():
             if group.active:
@@ -131,8 +124,18 @@ class Host:
                 self._saving.on_message(self._groups[message.group], message)
         elif isinstance(message, FromWorker):
             self._pass_to_driver(message)
-        elif isinstance(message, StartGroup):
+        elif isinstance(message, Quit):
+            self._quit = True
+        else:
+            self._on_order(sender, message)
+
+    def _on_order(self, sender: bytes, message: Message) -> None:
+        if isinstance(message, StartGroup):
             self._start_group(message)
+        elif isinstance(message, StartWorker):
+            self._start_worker(message)
+        elif isinstance(message, KillWorker):
+            self._kill_worker(message)
         elif isinstance(message, KillGroup):
             self._kill_group(message.group)
         elif isinstance(message, SignalWorkers):
@@ -140,8 +143,6 @@ class Host:
                 signal_process(pid, message.signum)
         elif isinstance(message, DumpStacks):
             self._ask_for_stacks(message.group)
-        elif isinstance(message, Quit):
-            self._quit = True
         else:
             raise ValueError(f"{sender!r} sent {type(message).__name__}, which the host does not take")
 
@@ -149,11 +150,11 @@ class Host:
         group = self._groups.get(message.group)
         if group is None:
             return
-        ranks = list(group.pids) if message.rank is None else [message.rank]
+        workers = list(group.pids) if message.worker is None else [message.worker]
         if isinstance(message, Call):
-            group.awaited.update(ranks)
-        for rank in ranks:
-            self._router.send(worker_name(message.group, rank).encode(), message)
+            group.awaited.update(workers)
+        for worker in workers:
+            self._router.send(worker_name(message.group, worker).encode(), message)
 
     def _pass_to_driver(self, message: FromWorker) -> None:
         group = self._groups.get(message.group)
@@ -164,17 +165,15 @@ class Host:
         if isinstance(message, WorkerReady):
             self._learn_modules(message.modules)
         if isinstance(message, WorkerReady | Reply | Failure):
-            group.awaited.discard(message.rank)
+            group.awaited.discard(message.worker)
             self._forward_output(group, flush=True)  # what was printed before comes before
-        if isinstance(message, WorkerReady) and not group.awaited:
-            self._paths.spec(message.group).unlink(missing_ok=True)  # every rank has read it
         self._to_driver(message)
 
     def _learn_modules(self, modules: list[str]) -> None:
         new = [m for m in modules if m.split(".")[0] in PRELOADABLE and m not in self._preloaded]
         if new:
             self._preloaded.update(new)
-            self._starter.preload(new)
+            self._starters.preload(new)
 
     # Groups
 
@@ -189,15 +188,27 @@ class Host:
             for stream in ("stdout", "stderr"):
                 group.tails[stream] = LogTail(RankPaths.of(message.log_dir, 0).stream(stream))
             for rank in range(message.world_size):
-                self._start_child(child_spec(group, rank, self._paths))
+                self._starters.start(child_spec(group, rank, self._paths))
         except OSError as error:  # no space, or no more processes: other groups go on
             self._to_driver(GroupFailed(group=message.group, text=str(error)))
 
-    def _start_child(self, spec: ChildSpec) -> None:
-        if self._waiting is not None:
-            self._waiting.append(spec)
-        else:
-            (self._exec_starter or self._starter).start(spec)
+    def _start_worker(self, message: StartWorker) -> None:
+        group = self._groups.get(message.group)
+        if group is None or group.killed:
+            return
+        group.like[message.worker] = message.rank
+        group.unborn.add(message.worker)
+        group.awaited.add(message.worker)
+        try:
+            self._starters.start(child_spec(group, message.worker, self._paths, message.record))
+        except OSError as error:  # no more processes: the others go on without this one
+            gone = WorkerExited(group=message.group, worker=message.worker, pid=0, exit_code=1, stderr_tail=str(error))
+            self._to_driver(gone)
+
+    def _kill_worker(self, message: KillWorker) -> None:
+        group = self._groups.get(message.group)
+        if group is not None and message.worker in group.pids:
+            kill_session(group.pids[message.worker])
 
     def _living(self, name: str) -> list[int]:
         group = self._groups.get(name)
@@ -209,8 +220,7 @@ class Host:
             self._to_driver(GroupGone(group=name))
             return
         group.killed = True
-        if self._waiting is not None:
-            self._waiting = [spec for spec in self._waiting if spec["key"].rsplit("/", 1)[0] != name]
+        if self._starters.forget(name):
             group.unborn.clear()
         for pid in group.pids.values():
             kill_session(pid)
@@ -220,10 +230,9 @@ class Host:
         if group.pids or group.unborn:
             return
         self._saving.write_if_due(group)
-        if group.snapshots is not None:
-            if group.snapshots.writing:
-                return
-            group.snapshots.close()
+        if group.snapshots is not None and group.snapshots.writing:
+            return
+        group.close()
         self._forward_output(group, flush=True)
         for tail in group.tails.values():
             tail.close()
@@ -245,18 +254,14 @@ class Host:
             self._exits.append((time.monotonic() + EXIT_SETTLE_S, event))
 
     def _on_starter_ready(self, event: StarterReady) -> None:
-        if event.threads > 1 and self._exec_starter is None:
-            self._exec_starter = ExecStarter()  # a fork would copy one thread and the others' locks
-        waiting, self._waiting = self._waiting or [], None
-        for spec in waiting:
-            self._start_child(spec)
+        self._starters.on_ready(event)
         self._to_driver(EngineReady(host_pid=os.getpid(), spawner_pid=event.pid, import_s=event.import_s))
 
     def _on_starter_failed(self, event: StarterFailed) -> None:
         for group in self._groups.values():
             # The kernel ends workers with the spawner; their ids may soon be somebody else's.
             self._kill_and_forget(group)
-        self._exec_starter = ExecStarter()
+        self._starters.exec_from_now_on()
         self._saving.begin_again(self._groups.values())
         self._saving.finish(self._groups.values(), self._turn_at_end)
         self._groups.clear()
@@ -264,27 +269,25 @@ class Host:
 
     # Snapshots
 
-    def _to_rank(self, name: str, rank: int, message: Message) -> None:
-        self._router.send(worker_name(name, rank).encode(), message)
+    def _to_worker(self, name: str, worker: int, message: Message) -> None:
+        self._router.send(worker_name(name, worker).encode(), message)
 
     def _turn_at_end(self) -> None:
         """Waits a moment for writers to end; what else is said comes from ranks that were killed, or a driver that is gone."""
         noted, self._exits = self._exits, []
         for _, exited in noted:
             self._on_child_exited(exited)
-        starters = [s for s in (self._starter, self._exec_starter) if s is not None]
-        self._router.wait([fd for starter in starters for fd in starter.fds()], EXIT_SETTLE_S)
+        self._router.wait(self._starters.fds(), EXIT_SETTLE_S)
         while self._router.receive() is not None:
             pass
-        for starter in starters:
-            for event in starter.events():
-                if isinstance(event, ChildStarted):
-                    self._on_child_started(event)
-                elif isinstance(event, ChildExited):
-                    self._on_child_exited(event)
-                elif isinstance(event, StarterFailed):
-                    self._exec_starter = self._exec_starter or ExecStarter()
-                    self._saving.begin_again(self._groups.values())
+        for event in self._starters.events():
+            if isinstance(event, ChildStarted):
+                self._on_child_started(event)
+            elif isinstance(event, ChildExited):
+                self._on_child_exited(event)
+            elif isinstance(event, StarterFailed):
+                self._starters.exec_from_now_on()
+                self._saving.begin_again(self._groups.values())
 
     def _take_exits(self) -> None:
         now = time.monotonic()
@@ -294,17 +297,17 @@ class Host:
             self._on_child_exited(event)
 
     def _on_child_started(self, event: ChildStarted) -> None:
-        name, rank_text = event.key.rsplit("/", 1)
+        name, number = event.key.rsplit("/", 1)
         group = self._groups[name]
-        if rank_text == WRITER:
+        if number == WRITER:
             group.writer_pid = event.pid
             return
-        rank = int(rank_text)
-        group.unborn.discard(rank)
-        group.pids[rank] = event.pid
+        worker = int(number)
+        group.unborn.discard(worker)
+        group.pids[worker] = event.pid
         if group.killed:
             kill_session(event.pid)
-        self._to_driver(WorkerStarted(group=name, rank=rank, pid=event.pid))
+        self._to_driver(WorkerStarted(group=name, worker=worker, pid=event.pid))
 
     def _on_child_exited(self, event: ChildExited) -> None:
         for name, group in list(self._groups.items()):
@@ -312,24 +315,15 @@ class Host:
                 self._saving.on_writer_exited(group)
                 self._forget_if_gone(name, group)
                 return
-            rank = group.rank_of(event.pid)
-            if rank is None:
+            worker = group.worker_of(event.pid)
+            if worker is None:
                 continue
             kill_process_group(event.pid)  # what the worker had started goes with it
-            del group.pids[rank]
-            group.awaited.discard(rank)
+            del group.pids[worker]
+            group.awaited.discard(worker)
             self._forward_output(group, flush=True)
-            tail = last_text(RankPaths.of(group.spec.log_dir, rank).stream("stderr"))
-            self._to_driver(
-                WorkerExited(
-                    group=name,
-                    rank=rank,
-                    pid=event.pid,
-                    exit_code=event.exit_code,
-                    max_rss_bytes=event.max_rss_bytes,
-                    stderr_tail=tail,
-                )
-            )
+            self._to_driver(last_words(group, worker, event))
+            self._saving.on_worker_exited(group)
             self._forget_if_gone(name, group)
 
     def _kill_and_forget(self, group: Group) -> None:
@@ -342,10 +336,8 @@ class Host:
     # Output and stacks
 
     def _forward_output(self, group: Group, flush: bool = False) -> None:
-        for stream, tail in group.tails.items():
-            text = tail.new_text(flush)
-            if text:
-                self._to_driver(Output(group=group.spec.group, rank=0, stream=stream, text=text))
+        for message in new_output(group, flush):
+            self._to_driver(message)
 
     def _ask_for_stacks(self, name: str) -> None:
         group = self._groups.get(name)
@@ -357,9 +349,8 @@ class Host:
 
     def _send_stacks(self, group: Group) -> None:
         group.stacks_due = None
-        for rank in group.pids:
-            text = last_text(RankPaths.of(group.spec.log_dir, rank).stacks)
-            self._to_driver(Stacks(group=group.spec.group, rank=rank, text=text))
+        for message in written_stacks(group):
+            self._to_driver(message)
 
     # The end
 
@@ -367,9 +358,7 @@ class Host:
         for group in self._groups.values():
             self._kill_and_forget(group)
         self._saving.finish(self._groups.values(), self._turn_at_end)
-        for starter in (self._starter, self._exec_starter):
-            if starter is not None:
-                starter.close()
+        self._starters.close()
         self._router.close()
         self._paths.remove()
 

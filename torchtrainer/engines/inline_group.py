@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from torchtrainer.control.messages import Beat, CheckpointEnded
 from torchtrainer.driver.controller import Listener
-from torchtrainer.driver.policies import MIN_SAVE_EVERY_S, STEPPING_METHODS, RankView, save_interval_s
+from torchtrainer.driver.policies import MIN_SAVE_EVERY_S, STEPPING_METHODS, save_interval_s
+from torchtrainer.driver.views import WorkerView
 from torchtrainer.engines.base import CallResult, GroupPlan
-from torchtrainer.errors import InvalidArgumentTypeError
+from torchtrainer.errors import EngineError, InvalidArgumentError, InvalidArgumentTypeError
 from torchtrainer.observe.devices import read_process_use
 from torchtrainer.preempt.notice import Notice, is_more_urgent
 from torchtrainer.train.metrics import PassResult
@@ -36,7 +37,7 @@ class InlineGroup:
 
     Args:
         plan: what the rank is built from.
-        collective: the ranks.
+        collective: the processes; where it is this one alone, it carries all ranks of the plan.
         local_rank: place of the rank on its machine.
         listener: of the trainer in this process; that of rank 0 sees the progress of its rank.
         gather: results of the other ranks are wanted.
@@ -48,9 +49,9 @@ class InlineGroup:
         import torch
 
         from torchtrainer.train.progress import Progress
-        from torchtrainer.worker.runtime import RankRuntime, run_initialization_hook
+        from torchtrainer.worker.runtime import run_initialization_hook
 
-        self.world_size = collective.world_size
+        self.world_size = collective.world_size if gather else plan.world_size
         self._collective = collective
         self._gather = gather
         self._listener = listener
@@ -64,18 +65,21 @@ class InlineGroup:
         if gather:
             torch.set_num_threads(plan.threads)
         run_initialization_hook(plan.spec)
-        orders = plan.checkpoint
-        self._runtime: RankRuntime | None = RankRuntime(
-            plan.spec,
-            collective=collective,
-            device=device,
-            local_rank=local_rank,
-            progress=self._progress,
-            gate=self._gate(plan),
-            saver=self._saver,
-            every_steps=orders.every_steps if orders is not None else None,
-        )
+        self._runtime: RankRuntime | None = self._built(plan, collective, device, local_rank)
         self._device = str(device)
+
+    def _built(self, plan: GroupPlan, collective: Collective, device: torch.device, local_rank: int) -> RankRuntime:
+        from torchtrainer.worker.runtime import RankRuntime, build_rank
+        from torchtrainer.worker.seating import build_alone
+
+        gate, every_steps = self._gate(plan), plan.checkpoint.every_steps if plan.checkpoint is not None else None
+        keeping: dict[str, Any] = {"gate": gate, "saver": self._saver, "every_steps": every_steps}
+        if self.world_size > collective.world_size:
+            return build_alone(plan.spec, world_size=self.world_size, progress=self._progress, **keeping)
+        operator = build_rank(
+            plan.spec, collective=collective, device=device, local_rank=local_rank, progress=self._progress
+        )
+        return RankRuntime(operator, **keeping)
 
     def _gate(self, plan: GroupPlan) -> InlineGate:
         """The gate of the rank; if states are kept, with what it takes to agree and to save."""
@@ -89,7 +93,7 @@ class InlineGroup:
             self._agreement = Agreement(
                 open_talk(self._collective),
                 rank=self._collective.rank,
-                world_size=self.world_size,
+                world_size=self._collective.world_size,
                 hold_s=plan.timeouts.hold_s,
                 look=lambda: self._listener.on_waiting("this rank trains"),
                 save_every_s=self._interval_s,
@@ -106,12 +110,13 @@ class InlineGroup:
         )
 
     @property
-    def views(self) -> tuple[RankView, ...]:
+    def views(self) -> tuple[WorkerView, ...]:
         """This process's rank."""
         at = self._progress
         return (
-            RankView(
-                rank=self._collective.rank,
+            WorkerView(
+                worker=self._collective.rank,
+                ranks=(self._collective.rank,),
                 pid=os.getpid(),
                 phase=at.phase,
                 phase_since=at.phase_since,
@@ -134,14 +139,18 @@ class InlineGroup:
 
     def call(self, method: str, **keywords: Any) -> CallResult:
         """Runs a method on this process's rank, and gathers the results of all."""
+        from torchtrainer.worker.team_runtime import ByRank
+
         assert self._runtime is not None
         value, stopped = self._run(getattr(self._runtime, method), method in STEPPING_METHODS, keywords)
         if method in STEPPING_METHODS and self._collective.rank == 0:
             self._report()
+        self._runtime.settle(method, value)
         self._progress.enter("idle")
         snapshot = self._saver.taken if self._saver is not None else 0
         if not self._gather:
-            return CallResult(values=[value], stopped=stopped, snapshot=snapshot)
+            values = list(value.values()) if isinstance(value, ByRank) else [value] * self.world_size
+            return CallResult(values=values, stopped=stopped, snapshot=snapshot)
         if method in OWN_RESULT_METHODS:
             return CallResult(values=[value] * self.world_size)
         return CallResult(values=self._gathered(method, value), stopped=stopped, snapshot=snapshot)
@@ -177,6 +186,23 @@ class InlineGroup:
         blobs = self._collective.gather_tensors(buffer.getvalue())
         values = [torch.load(io.BytesIO(blob), weights_only=True) for blob in blobs]
         return [PassResult(**v) for v in values] if isinstance(value, PassResult) else values
+
+    @property
+    def retryable(self) -> bool:
+        """False: this process is a rank itself; who started it starts it again."""
+        return False
+
+    def restart(self) -> None:
+        """See `retryable`."""
+        raise EngineError("the ranks of this run are not started by the trainer: start the script again")
+
+    def resize(self, processes: int) -> None:
+        """Raises an error unless nothing changes: the processes are the launcher's, or this one."""
+        if processes != self._collective.world_size:
+            raise InvalidArgumentError(
+                f"resize({processes!r}): this run has {self._collective.world_size} processes, which the trainer did not start "
+                "and cannot change"
+            )
 
     def wait_for_all(self) -> None:
         """Waits until every rank is here."""
@@ -260,7 +286,7 @@ class InlineGroup:
         self._listener.on_beat(
             Beat(
                 group="",
-                rank=0,
+                worker=0,
                 call=1,
                 phase=at.phase,
                 phase_age_s=time.monotonic() - at.phase_since,
@@ -272,6 +298,7 @@ class InlineGroup:
                 loss=None if at.loss is None else float(at.loss),
                 rss_bytes=(use and use.rss_bytes) or 0,
                 cpu_s=use.cpu_s if use else 0.0,
+                ranks=[self._collective.rank],
             )
         )
 

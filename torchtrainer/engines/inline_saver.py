@@ -65,7 +65,7 @@ class GatheringSaver:
         self._number += 1
         first = self._collective.rank == 0
         collected = collect()
-        shared, mine, meta = collected.shared, collected.mine, collected.meta
+        shared, mine, meta = collected.shared, list(collected.mine.values()), collected.meta
         free = not first or self._is_free(wait=must or self._stopping() or not self._orders.asynchronous)
         problem = why_unsafe([shared, mine] if first else mine) if free else None
         answers = self._collective.all_gather([free, problem])
@@ -119,15 +119,15 @@ class GatheringSaver:
         """Waits for what is being written, for up to ``write_s``; not a collective call."""
         self._is_free(wait=True)
 
-    def _parts(self, mine: Any) -> list[Any]:
-        """What each rank has for itself; on rank 0."""
+    def _parts(self, mine: list[Any]) -> list[Any]:
+        """What each rank has for itself; on rank 0. Of this process, ``mine``."""
         first = self._collective.rank == 0
         buffer = io.BytesIO()
         if not first:
             torch.save(mine, buffer)
         others = gather_to_first(self._collective, buffer.getvalue())[1:]
         loaded = [torch.load(io.BytesIO(one), map_location="cpu", weights_only=True) for one in others]
-        return [detached(mine), *loaded] if first else []
+        return [*detached(mine), *(one for part in loaded for one in part)] if first else []
 
     def _is_free(self, *, wait: bool, timeout_s: float | None = None) -> bool:
         if self._thread is None:

@@ -16,7 +16,7 @@ from torchtrainer.driver.connection import HostConnection
 from torchtrainer.driver.controller import Controller, Listener
 from torchtrainer.driver.decoding import decode_reply
 from torchtrainer.driver.pickling import dumps
-from torchtrainer.driver.policies import RankView
+from torchtrainer.driver.views import WorkerView
 from torchtrainer.engines.base import CallResult, GroupPlan
 from torchtrainer.errors import InvalidArgumentError
 from torchtrainer.preempt.notice import Notice
@@ -59,10 +59,34 @@ class LocalEngine:
         Raises:
             BaseException: what user code raised while building; `EngineError` and its kind if processes were lost.
         """
+        return LocalGroup(self, plan, listener)
+
+    def start_workers(self, plan: GroupPlan, listener: Listener) -> Controller:
+        """The workers of a group, built; errors as for `start_group`."""
         connection = self.connect()
-        settings = plan.settings
-        group = f"group-{secrets.token_hex(4)}"
-        start = StartGroup(
+        controller = Controller(
+            connection,
+            self._start_message(plan, connection),
+            logs_stay=plan.logs_stay,
+            timeouts=plan.timeouts,
+            hang_timeout_s=plan.hang_timeout_s,
+            listener=listener,
+            failure=plan.failure,
+            min_workers=plan.min_workers,
+            save_every_s=plan.save_every_s if plan.checkpoint is not None else None,
+        )
+        if plan.checkpoint is not None:
+            connection.write_s = max(connection.write_s, plan.checkpoint.write_s)
+        try:
+            controller.wait_until_ready()
+        except BaseException:
+            controller.end(force=True)
+            raise
+        return controller
+
+    def _start_message(self, plan: GroupPlan, connection: HostConnection) -> StartGroup:
+        group, settings = f"group-{secrets.token_hex(4)}", plan.settings
+        return StartGroup(
             group=group,
             world_size=plan.world_size,
             log_dir=os.path.abspath(plan.log_dir if plan.logs_stay else connection.paths.logs(group)),
@@ -79,23 +103,6 @@ class LocalEngine:
             checkpoint=None if plan.checkpoint is None else asdict(plan.checkpoint),
             blob=_pickled_spec(plan),
         )
-        controller = Controller(
-            connection,
-            start,
-            logs_stay=plan.logs_stay,
-            timeouts=plan.timeouts,
-            hang_timeout_s=plan.hang_timeout_s,
-            listener=listener,
-            save_every_s=plan.save_every_s if plan.checkpoint is not None else None,
-        )
-        if plan.checkpoint is not None:
-            connection.write_s = max(connection.write_s, plan.checkpoint.write_s)
-        try:
-            controller.wait_until_ready()
-        except BaseException:
-            controller.end(force=True)
-            raise
-        return LocalGroup(controller, plan.world_size)
 
     def close(self) -> None:
         """Ends all groups and the host. Idempotent."""
@@ -107,13 +114,34 @@ class LocalEngine:
 class LocalGroup:
     """Ranks in processes of this machine."""
 
-    def __init__(self, controller: Controller, world_size: int) -> None:
-        self._controller = controller
-        self.world_size = world_size
-        weakref.finalize(self, controller.end, force=True)  # a group that nobody holds any more ends
+    def __init__(self, engine: LocalEngine, plan: GroupPlan, listener: Listener) -> None:
+        self._engine = engine
+        self._plan = plan
+        self._listener = listener
+        self.world_size = plan.world_size
+        self._begin()
+
+    def _begin(self) -> None:
+        self._controller = self._engine.start_workers(self._plan, self._listener)
+        # A group that nobody holds any more ends.
+        self._finalizer = weakref.finalize(self, self._controller.end, force=True)
 
     @property
-    def views(self) -> tuple[RankView, ...]:
+    def retryable(self) -> bool:
+        """See `Group`."""
+        return self._controller.retryable
+
+    def restart(self) -> None:
+        """See `Group`."""
+        self._finalizer()
+        self._begin()
+
+    def resize(self, processes: int) -> None:
+        """See `Group`."""
+        self._controller.resize(processes)
+
+    @property
+    def views(self) -> tuple[WorkerView, ...]:
         """What the heartbeats told of each rank."""
         if not self._controller.closed:
             self._controller.look()

@@ -19,21 +19,21 @@ class Saving:
     Args:
         paths: the host's files.
         start_child: starts a process.
-        to_rank: sends to a rank of a group.
+        to_worker: sends to a worker of a group.
         to_driver: sends to the driver.
     """
 
     def __init__(
         self,
         paths: EnginePaths,
-        *,
         start_child: Callable[[ChildSpec], None],
-        to_rank: Callable[[str, int, Message], None],
+        *,
+        to_worker: Callable[[str, int, Message], None],
         to_driver: Callable[[Message], None],
     ) -> None:
         self._paths = paths
         self._start_child = start_child
-        self._to_rank = to_rank
+        self._to_worker = to_worker
         self._to_driver = to_driver
 
     def on_message(self, group: Group, message: SnapshotWanted | SnapshotTaken) -> None:
@@ -73,6 +73,13 @@ class Saving:
         self.write_if_due(group)
         self._answer(group, snapshots.answers(name))
 
+    def on_worker_exited(self, group: Group) -> None:
+        """A worker of a group is gone, while others go on."""
+        if group.snapshots is None or not group.pids:
+            return
+        for ended in group.snapshots.give_up(group.spec.group):
+            self._tell_ended(group, ended)
+
     def begin_again(self, groups: Iterable[Group]) -> None:
         """Starts every writer once more: they went with whoever had started them."""
         for group in groups:
@@ -100,10 +107,10 @@ class Saving:
 
     def _answer(self, group: Group, answers: list[tuple[int, SnapshotAnswer]]) -> None:
         for rank, answer in answers:
-            self._to_rank(group.spec.group, rank, answer)
+            self._to_worker(group.spec.group, rank, answer)
 
     def _tell_ended(self, group: Group, ended: CheckpointEnded) -> None:
         name = group.spec.group
         for rank in group.pids:
-            self._to_rank(name, rank, SnapshotDone(group=name, rank=rank, number=ended.number))
+            self._to_worker(name, rank, SnapshotDone(group=name, worker=rank, number=ended.number))
         self._to_driver(ended)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torchtrainer.control.messages import CheckpointEnded, SnapshotAnswer, SnapshotTaken, SnapshotWanted
+from torchtrainer.engines.memory_files import MemoryFile
 
 _NUMBER_BYTES = 8
 
@@ -60,25 +60,27 @@ class Snapshots:
     private_dir: Path
     writing: int = 0
     written: int = 0
-    _memory: list[tuple[int, str]] = field(default_factory=list)
+    _memory: list[MemoryFile] = field(default_factory=list)
     _asked: list[SnapshotWanted] = field(default_factory=list)
     _answers: dict[int, bool] = field(default_factory=dict)
     _copied: dict[int, dict[int, SnapshotTaken]] = field(default_factory=dict)
+    _given_up: int = 0
 
     def __post_init__(self) -> None:
-        self._memory = [_new_memory(self.private_dir) for _ in range(self.world_size)]
+        self._memory = [MemoryFile.new(f"snapshot-{rank}", self.private_dir) for rank in range(self.world_size)]
 
-    def region(self, rank: int) -> str:
-        """Path by which processes of the same user open a rank's region, for as long as the host lives."""
-        return self._memory[rank][1]
+    @property
+    def regions(self) -> list[str]:
+        """Paths by which processes of the same user open the ranks' regions, for as long as the host lives."""
+        return [one.path for one in self._memory]
 
     def want(self, message: SnapshotWanted) -> list[tuple[int, SnapshotAnswer]]:
-        """A rank is ready to copy; returns the answers that are known now, with the ranks that they are for."""
+        """A worker is ready to copy; returns the answers that are known now, with the workers that they are for."""
         self._asked.append(message)
         return self.answers(message.group)
 
     def answers(self, group: str) -> list[tuple[int, SnapshotAnswer]]:
-        """Answers to ranks that wait for one; all ranks get the same for the same snapshot."""
+        """Answers to workers that wait for one; all of them get the same for the same snapshot."""
         given, waiting = [], []
         for asked in self._asked:
             if asked.number not in self._answers:
@@ -86,8 +88,10 @@ class Snapshots:
                     waiting.append(asked)
                     continue
                 self._answers[asked.number] = not self._busy(asked.number)
-            answer = SnapshotAnswer(group=group, rank=asked.rank, number=asked.number, go=self._answers[asked.number])
-            given.append((asked.rank, answer))
+            answer = SnapshotAnswer(
+                group=group, worker=asked.worker, number=asked.number, go=self._answers[asked.number]
+            )
+            given.append((asked.worker, answer))
         self._asked = waiting
         self._answers = {number: go for number, go in self._answers.items() if number >= self._newest()}
         return given
@@ -99,9 +103,11 @@ class Snapshots:
         return bool(self.writing) or any(one < number for one in self._copied)
 
     def copied(self, message: SnapshotTaken) -> CheckpointEnded | None:
-        """A rank has copied its share; returns what to tell if the snapshot failed on some rank."""
+        """A worker has copied the shares of its ranks; returns what to tell if the snapshot failed on some rank."""
+        if message.number <= self._given_up:
+            return None
         shares = self._copied.setdefault(message.number, {})
-        shares[message.rank] = message
+        shares.update(dict.fromkeys(message.ranks, message))
         if len(shares) < self.world_size:
             return None
         errors = [share.error for share in shares.values() if share.error]
@@ -112,6 +118,16 @@ class Snapshots:
         return CheckpointEnded(
             group=message.group, number=message.number, step=int(message.meta["step"]), error=errors[0]
         )
+
+    def give_up(self, group: str) -> list[CheckpointEnded]:
+        """A worker is gone, and with it perhaps shares that the others wait for; returns what to tell of snapshots under way."""
+        begun = {*self._answers, *self._copied}
+        lost = sorted(n for n in begun if n > self.written and len(self._copied.get(n, {})) < self.world_size)
+        for number in lost:
+            self._copied.pop(number, None)
+            self._given_up = number
+        error = "a worker process was lost while the state was copied"
+        return [CheckpointEnded(group=group, number=number, step=0, error=error) for number in lost]
 
     def due(self, *, ranks_left: bool) -> int:
         """Number of a snapshot that is whole and not written; 0: there is none.
@@ -126,7 +142,7 @@ class Snapshots:
                 return number
         if ranks_left:
             return 0
-        found = {_number_in(fd) for fd, _ in self._memory}
+        found = {_number_in(one.fd) for one in self._memory}
         number = found.pop() if len(found) == 1 else 0
         return number if number > self.written and self._meta(number) else 0
 
@@ -153,7 +169,7 @@ class Snapshots:
         """What the writer of a snapshot is started with; see `torchtrainer.checkpoint.writer.WriterArguments`."""
         orders = asdict(self.orders)
         return {
-            "regions": [self.region(rank) for rank in range(self.world_size)],
+            "regions": self.regions,
             "number": number,
             "meta": self._meta(number),
             "result_path": str(result_path),
@@ -162,8 +178,8 @@ class Snapshots:
 
     def close(self) -> None:
         """Gives the memory back."""
-        for fd, _ in self._memory:
-            os.close(fd)
+        for one in self._memory:
+            one.close()
         self._memory = []
 
     def _meta(self, number: int) -> dict[str, Any]:
@@ -180,14 +196,6 @@ def read_outcome(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {"error": "the process that wrote it ended before it was done"}
     return told
-
-
-def _new_memory(private_dir: Path) -> tuple[int, str]:
-    """A file that is nowhere but in memory, where the system has that, and a path to it."""
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("torchtrainer-snapshot", os.MFD_CLOEXEC)
-        return fd, f"/proc/{os.getpid()}/fd/{fd}"
-    return tempfile.mkstemp(prefix="snapshot-", dir=private_dir)
 
 
 def _number_in(fd: int) -> int:

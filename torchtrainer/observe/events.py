@@ -10,6 +10,7 @@ from typing import Any
 
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError
 from torchtrainer.observe.devices import DeviceUse
+from torchtrainer.observe.failures import FailureRecord
 
 CALLBACK_METHODS: tuple[str, ...] = (
     "on_step",
@@ -79,19 +80,15 @@ class ValidateEvent:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FailureEvent:
-    """A rank failed.
+class FailureEvent(FailureRecord):
+    """A failure, told when its outcome is known: recovered, or the end of the call.
+
+    Has the attributes of `FailureRecord`, and:
 
     Attributes:
-        time: wall clock, seconds since 1970.
-        rank: which one; None: not one rank alone.
-        cause: in a word or two, such as ``killed by SIGKILL``.
-        message: the whole story, for a person.
+        message: the whole story, for a person: the error, or who took over, with stacks of a process that hung.
     """
 
-    time: float
-    rank: int | None
-    cause: str
     message: str
 
 
@@ -123,12 +120,16 @@ class RunEndEvent:
         step: optimizer steps done.
         epoch: passes over the training data that were started.
         seconds: from the creation of the trainer to now, monotonic.
+        failures: how many there were, recovered or not.
+        lost_s: for how long training stood still because of them.
     """
 
     reason: str
     step: int
     epoch: int
     seconds: float
+    failures: int = 0
+    lost_s: float = 0.0
 
 
 class Callbacks:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchtrainer.errors import RunDirectoryError
 from torchtrainer.observe.devices import DeviceUse
+from torchtrainer.observe.failures import FailureRecord
 from torchtrainer.observe.plot import plot_history
 from torchtrainer.observe.table import html_table
 from torchtrainer.process.whole_file import append_line, whole_lines
@@ -29,7 +30,13 @@ NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class History(list[dict[str, Any]]):
-    """The metrics of each epoch, as a list of dicts that also draws itself."""
+    """The metrics of each epoch, as a list of dicts that also draws itself.
+
+    Attributes:
+        failures: what the run went through meanwhile, oldest first.
+    """
+
+    failures: tuple[FailureRecord, ...] = ()
 
     def to_pandas(self) -> DataFrame:
         """Makes a ``pandas.DataFrame``: one row per epoch, one column per metric.
@@ -46,6 +53,8 @@ class History(list[dict[str, Any]]):
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws the curves of training and validation: losses on the left scale, other metrics on the right one.
 
+        A dotted line stands in every pass in which something failed.
+
         Args:
             ax: matplotlib axes to draw on; None: a new figure, which a notebook shows below the cell.
 
@@ -55,7 +64,7 @@ class History(list[dict[str, Any]]):
         Raises:
             ImportError: matplotlib is not installed.
         """
-        return plot_history(self, ax)
+        return plot_history(self, ax, self.failures)
 
     def _repr_html_(self) -> str:
         columns = _columns(self)
@@ -68,7 +77,7 @@ class History(list[dict[str, Any]]):
 
 
 class HistoryFile:
-    """Appends each result of ``train()`` and ``validate()`` to a file, one JSON object per line.
+    """Appends each result of ``train()`` and ``validate()``, and each failure, to a file, one JSON object per line.
 
     The file is opened for each line and is readable by its owner alone. What a crash left of a last line is removed
     before the next one is written. One writer at a time.
@@ -106,7 +115,7 @@ class HistoryFile:
             OSError: the line could not be written (disk full, no permission); the file is as it was before.
         """
         record = {
-            "time": datetime.fromtimestamp(self._clock(), timezone.utc).isoformat(timespec="milliseconds"),
+            "time": _iso(self._clock()),
             "kind": kind,
             "epoch": epoch,
             "step": step,
@@ -114,6 +123,24 @@ class HistoryFile:
             "devices": [_to_json(asdict(device)) for device in devices],
             "phases": _to_json(phases or {}),
         }
+        self._append(record)
+
+    def append_failure(self, failure: FailureRecord) -> None:
+        """Writes the line of a failure: like that of a result, with no metrics, and with the fields of the record.
+
+        Raises:
+            OSError: as for `append`.
+        """
+        first = {
+            "time": _iso(failure.time),
+            "kind": "failure",
+            "epoch": failure.epoch,
+            "step": failure.step,
+            "metrics": {},
+        }
+        self._append({**first, **{name: value for name, value in asdict(failure).items() if name not in first}})
+
+    def _append(self, record: Mapping[str, Any]) -> None:
         append_line(self.path, json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 
@@ -134,6 +161,10 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             ) from error
         records.append({key: _from_json(value) for key, value in record.items()})
     return records
+
+
+def _iso(time_s: float) -> str:
+    return datetime.fromtimestamp(time_s, timezone.utc).isoformat(timespec="milliseconds")
 
 
 def _to_json(value: Any) -> Any:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from typing import Protocol
+
+NOTICE_EVERY_S = 1.0
+"""Seconds between two lines about what may happen many times in a row."""
 
 
 class TextSink(Protocol):
@@ -22,3 +27,45 @@ def notice(text: str, *, stream: TextSink | None = None) -> None:
     """
     sink = sys.stderr if stream is None else stream
     sink.write(f"torchtrainer: {' '.join(text.split())}\n")
+
+
+class PacedNotices:
+    """Says at most one line in an interval. Of those that come meanwhile, the latest is said after it, with a count of the others.
+
+    Args:
+        say: shows a line.
+        every_s: seconds between two lines.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        say: Callable[[str], None] = notice,
+        *,
+        every_s: float = NOTICE_EVERY_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._say = say
+        self._every_s = every_s
+        self._clock = clock
+        self._due = -float("inf")
+        self._held: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Says a line, now or later."""
+        self._held.append(text)
+        self.say_due()
+
+    def say_due(self, *, all_held: bool = False) -> None:
+        """Says what was held back if it is time to; to be called now and then.
+
+        Args:
+            all_held: also if it is not time yet.
+        """
+        if not self._held or (self._clock() < self._due and not all_held):
+            return
+        *others, latest = self._held
+        self._held = []
+        self._due = self._clock() + self._every_s
+        more = f" (and {len(others)} more line{'' if len(others) == 1 else 's'} since the one before)" if others else ""
+        self._say(latest + more)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torchtrainer.observe.failures import FailureRecord
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -14,6 +16,7 @@ NOT_A_METRIC = frozenset({"epoch", "num_samples", "batch_count"})
 COLOURS = {"train": "#0072B2", "val": "#D55E00", "": "#009E73"}
 """One colour per side; these three are told apart by colour-blind readers too."""
 
+FAILURE_COLOUR = "#6B6B6B"
 SIDE_NAMES = {"train": "training", "val": "validation"}
 LINE_STYLES = ("-", "--", ":", "-.")
 MARKERS_UP_TO_EPOCHS = 40
@@ -68,12 +71,13 @@ def curves_of(entries: Sequence[Mapping[str, Any]]) -> list[Curve]:
     return curves
 
 
-def plot_history(entries: Sequence[Mapping[str, Any]], ax: Axes | None) -> Axes:
+def plot_history(entries: Sequence[Mapping[str, Any]], ax: Axes | None, failures: Sequence[FailureRecord] = ()) -> Axes:
     """Draws losses on the left scale and other metrics on the right one; colour tells training from validation.
 
     Args:
         entries: one per epoch.
         ax: axes to draw on; None: a new figure. The legend is below them: ``layout="constrained"`` makes room for it.
+        failures: of the same epochs; marked in the middle of the pass in which they happened.
 
     Returns:
         The axes with the left scale.
@@ -83,7 +87,7 @@ def plot_history(entries: Sequence[Mapping[str, Any]], ax: Axes | None) -> Axes:
     """
     columns = 2
     if ax is None:
-        ax, columns = _new_axes(), 4
+        ax, columns = new_axes("History.plot()"), 4
     from matplotlib.ticker import MaxNLocator
 
     curves = curves_of(entries)
@@ -93,6 +97,7 @@ def plot_history(entries: Sequence[Mapping[str, Any]], ax: Axes | None) -> Axes:
     lines = _draw(ax, losses or others, first_style=0)
     if losses and others:
         lines += _draw(ax.twinx(), others, first_style=len({curve.metric for curve in losses}))
+    lines += _mark(ax, failures)
     ax.set_xlabel("epoch")
     ax.set_title("Training and validation" if curves else "No epochs yet")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -106,15 +111,31 @@ def plot_history(entries: Sequence[Mapping[str, Any]], ax: Axes | None) -> Axes:
     return ax
 
 
-def _new_axes() -> Axes:
+def new_axes(caller: str) -> Axes:
+    """The axes of a new figure.
+
+    Args:
+        caller: what the user called, for the error.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
         from matplotlib import pyplot
     except ImportError as error:
         raise ImportError(
-            f"History.plot() needs matplotlib ({error}); run: pip install matplotlib, or pip install "
-            "'torchtrainer[notebook]'"
+            f"{caller} needs matplotlib ({error}); run: pip install matplotlib, or pip install 'torchtrainer[notebook]'"
         ) from error
     return pyplot.subplots(figsize=(8, 4.5), layout="constrained")[1]
+
+
+def _mark(ax: Axes, failures: Sequence[FailureRecord]) -> list[Any]:
+    """A line in each pass in which something failed; the first one is for the legend."""
+    passes = sorted({failure.epoch for failure in failures})
+    lines = [ax.axvline(epoch - 0.5, color=FAILURE_COLOUR, linestyle=":", linewidth=1) for epoch in passes]
+    if lines:
+        lines[0].set_label("1 failure" if len(failures) == 1 else f"{len(failures)} failures")
+    return lines[:1]
 
 
 def _draw(scale: Axes, curves: Sequence[Curve], *, first_style: int) -> list[Any]:

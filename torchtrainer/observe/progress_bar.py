@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -81,6 +82,11 @@ class PassBar:
     def write(self, text: str) -> None:
         """Prints whole lines on standard output, above the bar; a missing newline at the end is added."""
         type(self._bar).write(text, end="" if text.endswith("\n") else "\n")
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Takes the bar off the terminal while something else is written there."""
+        aside: AbstractContextManager[None] = type(self._bar).external_write_mode(file=sys.stderr)
+        return aside
 
     def close(self) -> None:
         """Draws the bar for the last time and ends its line. Closing twice does nothing."""

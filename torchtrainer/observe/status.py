@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
 from html import escape
 
 from torchtrainer.observe.devices import DeviceUse
+from torchtrainer.observe.failures import FAILURE_COLUMNS, FailureRecord
 from torchtrainer.observe.table import html_table, text_table
 
 PROCESS_COLUMNS = ("ranks", "pid", "machine", "device", "step", "phase", "use")
-FAILURE_COLUMNS = ("time", "rank", "cause", "steps redone", "seconds")
+NO_RANKS = "none yet"
+"""What is shown for a process that is being built, or is held ready, to take ranks over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class ProcessStatus:
 
     Attributes:
         pid: process id on its machine.
-        ranks: the ranks that it carries.
+        ranks: the ranks that it carries; none: it is about to take some over.
         machine: host name.
         device: ``cpu`` or ``cuda:N``.
         step: optimizer steps done.
@@ -38,34 +39,8 @@ class ProcessStatus:
     def cells(self) -> tuple[str, ...]:
         """This process as a row under ``PROCESS_COLUMNS``."""
         use = "" if self.use is None else str(self.use).removeprefix(self.use.device).strip()
-        ranks = ", ".join(map(str, self.ranks))
+        ranks = ", ".join(map(str, self.ranks)) or NO_RANKS
         return ranks, str(self.pid), self.machine, self.device, str(self.step), self.phase, use
-
-
-@dataclass(frozen=True, kw_only=True)
-class FailureRecord:
-    """One failure that the run went through.
-
-    Attributes:
-        time: wall clock, seconds since 1970.
-        rank: which one failed; None: not one rank alone.
-        cause: in a word or two.
-        steps_redone: optimizer steps that had to be repeated.
-        seconds: from the failure to the next step done; None: not recovered.
-    """
-
-    time: float
-    rank: int | None
-    cause: str
-    steps_redone: int = 0
-    seconds: float | None = None
-
-    def cells(self) -> tuple[str, ...]:
-        """This failure as a row under ``FAILURE_COLUMNS``, with the time in local time."""
-        when = datetime.fromtimestamp(self.time).isoformat(sep=" ", timespec="seconds")
-        rank = "" if self.rank is None else str(self.rank)
-        seconds = "not recovered" if self.seconds is None else f"{self.seconds:.2f}"
-        return when, rank, self.cause, str(self.steps_redone), seconds
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -1,20 +1,25 @@
-"""What the driver shows while it waits: output of rank 0, the progress bar, and the user's callbacks."""
+"""What the driver shows while it waits: output of rank 0, the progress bar, failures, and the user's callbacks."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from torchtrainer.control.messages import Beat, CheckpointEnded, Heard, Output
 from torchtrainer.driver.causes import Cause
-from torchtrainer.driver.report import rank_of, short_cause
+from torchtrainer.driver.events import Joined, Recovered, ReplacingStopped
+from torchtrainer.driver.report import short_cause
+from torchtrainer.driver.stragglers import Straggler
+from torchtrainer.driver.views import WorkerView
 from torchtrainer.observe.devices import CpuMeter, DeviceUse, GpuMonitor
-from torchtrainer.observe.events import Callbacks, CheckpointEvent, FailureEvent, StepEvent
-from torchtrainer.observe.notices import notice
+from torchtrainer.observe.events import Callbacks, CheckpointEvent, StepEvent
+from torchtrainer.observe.failure_watch import FailureWatch
+from torchtrainer.observe.failures import FailureRecord, named
+from torchtrainer.observe.notices import PacedNotices, notice
 from torchtrainer.observe.progress_bar import PassBar, StartBar
 from torchtrainer.observe.shown import Shown
-from torchtrainer.observe.status import FailureRecord
 
 GPU_SAMPLE_S = 1.0
 """Seconds between two looks at the GPUs while a pass runs."""
@@ -32,7 +37,11 @@ class Watch:
         look: called several times a second while the driver waits.
         on_saved: called with the step of each checkpoint that is complete.
         on_signal: called with a signal that came to a rank, as a warning of a preemption.
-        clock, wall_clock: monotonic seconds, and seconds since 1970.
+        keep: writes a failure to the history.
+        clock: monotonic seconds.
+
+    Attributes:
+        failures: what is known of the failures so far.
     """
 
     def __init__(
@@ -46,8 +55,8 @@ class Watch:
         look: Callable[[], None] = lambda: None,
         on_saved: Callable[[int], None] = lambda _: None,
         on_signal: Callable[[int], None] = lambda _: None,
+        keep: Callable[[FailureRecord], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
-        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._callbacks = callbacks
         self._use_tqdm = use_tqdm
@@ -61,7 +70,6 @@ class Watch:
         self._told: set[str] = set()
         self._failing = False
         self._clock = clock
-        self._wall_clock = wall_clock
         self._pass_name: str | None = None
         self._bar: PassBar | None = None
         self._start_bar: StartBar | None = None
@@ -70,9 +78,19 @@ class Watch:
         self._gpu_use: tuple[DeviceUse, ...] = ()
         self._gpu_due = 0.0
         self._rate_from: tuple[float, int] | None = None
-        self.failures: list[FailureRecord] = []
+        self._views: Callable[[], tuple[WorkerView, ...]] = tuple
+        self._lines = PacedNotices(self._say, clock=clock)
+        self.failures = FailureWatch(callbacks=callbacks, lines=self._lines, keep=keep, clock=clock)
 
     # Calls of the trainer
+
+    def attach(self, views: Callable[[], tuple[WorkerView, ...]]) -> None:
+        """The ranks are there.
+
+        Args:
+            views: of the workers, as they are at the time.
+        """
+        self._views = self.failures.views = views
 
     def begin_start(self, what: str) -> None:
         """Workers are being started."""
@@ -84,14 +102,16 @@ class Watch:
             self._start_bar.close()
             self._start_bar = None
 
-    def begin_pass(self, name: str, call: int = 0) -> None:
+    def begin_pass(self, method: str, epoch: int, call: int = 0) -> None:
         """A pass begins.
 
         Args:
-            name: of it, such as ``train epoch 3``.
+            method: ``train`` or ``validate``.
+            epoch: passes over the training data that are started by then.
             call: place of the call among those of the trainer.
         """
-        self._pass_name = name
+        self._pass_name = f"{method} epoch {epoch}"
+        self.failures.epoch = epoch
         self._call = call
         self._rate_from = None
         self._meters.clear()
@@ -103,16 +123,24 @@ class Watch:
             self._bar.close()
             self._bar = None
 
-    def device_use(self) -> tuple[DeviceUse, ...]:
-        """Latest use of the GPUs, or of the CPU by rank."""
-        return self._gpu_use or tuple(use for _, use in sorted(self._cpu.items()))
+    def end_run(self, total_s: float) -> None:
+        """The trainer was shut down, after so many seconds: says what was held back, and what failures have cost."""
+        self._lines.say_due(all_held=True)
+        cost = self.failures.goodput(total_s)
+        if cost:
+            self._say(cost)
 
-    def use_of(self, rank: int, device: str) -> DeviceUse | None:
-        """Latest use of what one rank works on."""
+    def device_use(self) -> tuple[DeviceUse, ...]:
+        """Latest use of the GPUs, or of the CPU by each process that carries ranks, by lowest rank."""
+        carriers = [view.worker for view in self._views() if view.carries]
+        return self._gpu_use or tuple(self._cpu[worker] for worker in carriers if worker in self._cpu)
+
+    def use_of(self, view: WorkerView) -> DeviceUse | None:
+        """Latest use of what one process works on."""
         for use in self._gpu_use:
-            if use.device == device:
+            if use.device == view.device:
                 return use
-        return self._cpu.get(rank)
+        return self._cpu.get(view.worker)
 
     # Listener of the controller
 
@@ -120,6 +148,7 @@ class Watch:
         """The driver still waits."""
         if self._start_bar is not None:
             self._start_bar.tick()
+        self._lines.say_due()
         self._look()
 
     def on_checkpoint(self, ended: CheckpointEnded) -> None:
@@ -127,9 +156,9 @@ class Watch:
         for problem in ended.problems:
             if problem not in self._told:
                 self._told.add(problem)
-                notice(f"checkpoint of step {ended.step}: {problem}")
+                self._say(f"checkpoint of step {ended.step}: {problem}")
         if ended.error and not self._failing:
-            notice(f"no checkpoint of step {ended.step}, and training goes on: {ended.error}")
+            self._say(f"no checkpoint of step {ended.step}, and training goes on: {ended.error}")
         self._failing = bool(ended.error)
         if not ended.error:
             self._on_saved(ended.step)
@@ -148,12 +177,12 @@ class Watch:
         self._on_signal(heard.signum)
 
     def on_beat(self, beat: Beat) -> None:
-        """A rank told where it is."""
-        meter = self._meters.setdefault(beat.rank, CpuMeter(self._clock))
+        """A worker told where it is; steps are shown as the one that carries rank 0 takes them."""
+        meter = self._meters.setdefault(beat.worker, CpuMeter(self._clock))
         percent = meter.percent(beat.cpu_s)
-        if percent is not None or beat.rank not in self._cpu:
-            self._cpu[beat.rank] = DeviceUse(device="cpu", percent=percent, memory_used_bytes=beat.rss_bytes)
-        if beat.rank == 0 and beat.call and self._pass_name is not None:
+        if percent is not None or beat.worker not in self._cpu:
+            self._cpu[beat.worker] = DeviceUse(device="cpu", percent=percent, memory_used_bytes=beat.rss_bytes)
+        if 0 in beat.ranks and beat.call and self._pass_name is not None:
             self._show_step(beat)
 
     def on_output(self, output: Output) -> None:
@@ -170,14 +199,36 @@ class Watch:
 
     def on_failure(self, cause: Cause, error: BaseException) -> None:
         """The group failed."""
-        now = self._wall_clock()
-        self.failures.append(FailureRecord(time=now, rank=rank_of(cause), cause=short_cause(cause)))
-        message = "\n".join(_said(part) for part in (error, error.__cause__) if part is not None)
-        self._callbacks.on_failure(
-            FailureEvent(time=now, rank=rank_of(cause), cause=short_cause(cause), message=message)
+        self.failures.on_failure(cause, error)
+
+    def on_recovered(self, record: Recovered) -> None:
+        """A worker was lost, and what it had left undone is done."""
+        self.failures.on_recovered(record)
+
+    def on_joined(self, joined: Joined) -> None:
+        """A new worker has taken over ranks."""
+        self.failures.on_joined(joined)
+
+    def on_straggler(self, straggler: Straggler) -> None:
+        """A worker is much slower than the others."""
+        verb = "takes" if len(straggler.ranks) == 1 else "take"
+        self._say(
+            f"{named(straggler.ranks)} {verb} {straggler.factor:.1f} times as long per step as the others, most of it in "
+            f"{straggler.phase}"
         )
 
+    def on_replacing_stopped(self, stopped: ReplacingStopped) -> None:
+        """No more workers are built; the group goes on with those it has."""
+        why = stopped.why or (short_cause(stopped.cause) if stopped.cause is not None else "")
+        tries = "one that failed" if stopped.tries == 1 else f"{stopped.tries} that failed"
+        self._say(f"no more replacements are built after {tries}; training goes on with fewer processes ({why})")
+
     # Parts
+
+    def _say(self, text: str) -> None:
+        """Tells the user a line, above the bar if there is one."""
+        with self._bar.aside() if self._bar is not None else nullcontext():
+            notice(text)
 
     def _show_step(self, beat: Beat) -> None:
         if not self._use_tqdm and not self._callbacks:
@@ -211,11 +262,3 @@ class Watch:
             return None
         since, before = self._rate_from
         return (samples - before) / (now - since) if now > since and samples > before else None
-
-
-def _said(error: BaseException) -> str:
-    """``str(error)``, also for an exception of the user's whose own ``__str__`` fails."""
-    try:
-        return str(error)
-    except Exception:
-        return type(error).__name__

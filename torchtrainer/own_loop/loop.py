@@ -171,7 +171,7 @@ class OwnLoop:
         if answers[self._collective.rank][1] != answers[0][1]:  # most scripts have the same state on all ranks
             mine["own"] = state
         meta = {"step": step, "world_size": self._collective.world_size, "loop": "own"}
-        collected = Collected(shared={"state": state}, mine=mine, movable=set(), meta=meta)
+        collected = Collected(shared={"state": state}, mine={self._collective.rank: mine}, movable=set(), meta=meta)
         self._saver.save(lambda: collected, must=True)
         ended = self._saver.finish(self._write_s)
         if ended is None:

@@ -76,9 +76,10 @@ class Starter(Protocol):
 
 
 BOOT = """
-import runpy, sys
-parent, module = sys.argv[1:3]
+import sys
 sys.path[:] = [entry for entry in sys.path if entry]
+import runpy
+parent, module = sys.argv[1:3]
 if parent not in sys.path:
     site = [i for i, entry in enumerate(sys.path) if entry.endswith(("site-packages", "dist-packages"))]
     sys.path.insert(site[0] if site else len(sys.path), parent)

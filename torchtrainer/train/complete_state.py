@@ -40,6 +40,8 @@ def equal_on_all_ranks(operator: TrainingOperator) -> bool:
         return True
     if components is None:
         return False
+    if components.ours:
+        return True
     return all(
         wrapped is not raw or not any(one.requires_grad for one in raw.parameters())
         for raw, wrapped in zip(components.raw_models, components.models, strict=True)
@@ -178,8 +180,8 @@ def _has_own_loop(operator: TrainingOperator) -> bool:
 
 def _follow_first_rank(components: Components) -> bool:
     return all(
-        getattr(wrapped, "broadcast_buffers", not any(True for _ in raw.buffers()))
-        for raw, wrapped in zip(components.raw_models, components.models, strict=True)
+        follows or not any(True for _ in raw.buffers())
+        for raw, follows in zip(components.raw_models, components.follows, strict=True)
     )
 
 

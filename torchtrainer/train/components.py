@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from torchtrainer.comm.exchange import why_no_room
 from torchtrainer.comm.group import unwrap, wrap
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError
 
@@ -41,6 +42,9 @@ class Components:
         optimizers: in the order given.
         criterion: the loss, or None.
         schedulers: in the order given.
+        ours: gradients of every model are averaged over the ranks by us; none was wrapped by the user.
+        no_room: why there is no shared memory for gradients, on any rank; empty if there is.
+        follows: by model, whether all ranks take its buffers over from rank 0.
     """
 
     raw_models: list[nn.Module]
@@ -48,6 +52,9 @@ class Components:
     optimizers: list[Any]
     criterion: Any
     schedulers: list[Any]
+    ours: bool = False
+    no_room: str = ""
+    follows: list[bool] = field(default_factory=list)
 
     def trainable(self) -> Iterator[nn.Parameter]:
         """Every parameter that gets a gradient, once."""
@@ -71,6 +78,7 @@ class Internals:
         steps: the iterator of the call that is running.
         meters: those of the built-in loop in this call, once it ran.
         gradient_clock: in a call that is profiled.
+        bare_forward: the built-in step exchanges the gradients itself, and calls models without ``DistributedDataParallel``.
     """
 
     context: OperatorContext
@@ -80,6 +88,7 @@ class Internals:
     steps: StepIterator | None = None
     meters: AverageMeterCollection | None = None
     gradient_clock: GradientClock | None = None
+    bare_forward: bool = False
 
 
 def internals(operator: TrainingOperator) -> Internals:
@@ -165,18 +174,40 @@ def place(
         criterion = criterion.to(context.device)
     for optimizer in stepping:
         _move_state(optimizer, context.device)
-    wanted = context.collective.world_size > 1 and settings.wrap_ddp
-    arguments = {**settings.ddp_args, **(ddp_args or {})}
-    return Components(
-        raw_models=raw,
-        models=[
-            wrap(own, device=context.device, ddp_args=arguments) if wanted and own is model else model
-            for own, model in zip(raw, given, strict=True)
-        ],
-        optimizers=stepping,
-        criterion=criterion,
-        schedulers=scheduling,
+    return _wrapped(
+        Components(raw_models=raw, models=given, optimizers=stepping, criterion=criterion, schedulers=scheduling),
+        {**settings.ddp_args, **(ddp_args or {})},
+        context,
     )
+
+
+def _wrapped(plain: Components, ddp_args: dict[str, Any], context: OperatorContext) -> Components:
+    """The same with its models wrapped, but for those that the user has wrapped."""
+    wanted = context.collective.world_size > 1 and context.settings.wrap_ddp
+    ours = [wanted and raw is given for raw, given in zip(plain.raw_models, plain.models, strict=True)]
+    no_room = _no_room(plain.raw_models, context)
+    alone = context.in_memory and not no_room
+    models = [
+        wrap(raw, device=context.device, ddp_args=ddp_args, alone=alone) if mine else given
+        for raw, given, mine in zip(plain.raw_models, plain.models, ours, strict=True)
+    ]
+    follows = [_follows_first_rank(model, mine, ddp_args) for model, mine in zip(models, ours, strict=True)]
+    return replace(plain, models=models, ours=all(ours), no_room=no_room, follows=follows)
+
+
+def _no_room(models: list[nn.Module], context: OperatorContext) -> str:
+    """Why gradients cannot go through shared memory; the ranks agree, and each asks before any of them takes some."""
+    if not context.in_memory:
+        return ""
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    found: list[str] = context.collective.all_gather(why_no_room(parameters, context.collective.world_size))
+    return next((reason for reason in found if reason), "")
+
+
+def _follows_first_rank(model: nn.Module, ours: bool, ddp_args: dict[str, Any]) -> bool:
+    trained = any(one.requires_grad for one in model.parameters())
+    default = ddp_args.get("broadcast_buffers", True) if ours and trained else False
+    return bool(getattr(model, "broadcast_buffers", default))
 
 
 def _move_state(optimizer: Any, device: torch.device) -> None:

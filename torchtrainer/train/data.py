@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +37,8 @@ class RankLoader:
         training: the ranks step together, so one without samples borrows some; else it gets a step without data.
         device: of the rank; batches are pinned only for CUDA, and only if the loader asks for it.
         name: what the loader is for, in errors: ``train`` or ``validation``.
+        batch_shares: parts of the batch size of all ranks, by rank, where one process has the loaders of all: a loader with
+            this rank's part stands for loaders with theirs.
 
     Attributes:
         passes_started: passes that were started, those of an earlier process included.
@@ -56,24 +61,45 @@ class RankLoader:
         training: bool,
         device: torch.device | None,
         name: str,
+        batch_shares: Sequence[int] = (),
     ) -> None:
         mine = describe(loader, name=name, seed=seed, world_size=world_size, shard=shard)
         several = world_size > 1
         facts = [LoaderFacts(**one) for one in collective.all_gather(to_json(mine))] if several else [mine]
+        if batch_shares and mine.batch_size == batch_shares[rank]:
+            facts = [replace(one, batch_size=size) for one, size in zip(facts, batch_shares, strict=True)]
         check_facts(facts)
-        pinned = isinstance(loader, DataLoader) and loader.pin_memory and device is not None and device.type == "cuda"
-        agreement = collective if several else None
-        self._passes: _DealtPasses | _StreamPasses
-        if mine.kind in ("plain", "stream"):
-            self._passes = _StreamPasses(loader, facts, rank, agreement if training else None, pinned)
-        else:
-            self._passes = _DealtPasses(loader, facts, rank, agreement, training, pinned)
-        self.passes_started = 0
+        self._loader = loader
+        self._facts = facts
+        self._training = training
+        self._pinned = (
+            isinstance(loader, DataLoader) and loader.pin_memory and device is not None and device.type == "cuda"
+        )
         self._name = name
+        self._begin(rank, collective if several else None)
+
+    def _begin(self, rank: int, agreement: Agreement | None) -> None:
+        self._passes: _DealtPasses | _StreamPasses
+        if self._facts[rank].kind in ("plain", "stream"):
+            streaming = agreement if self._training else None
+            self._passes = _StreamPasses(self._loader, self._facts, rank, streaming, self._pinned)
+        else:
+            self._passes = _DealtPasses(self._loader, self._facts, rank, agreement, self._training, self._pinned)
+        self.passes_started = 0
         self._pass: Pass | None = None
         self._resume: dict[str, int] | None = None
         self._known: tuple[int | None, int | None] = self._passes.outline()
         self.any_world_size = isinstance(self._passes, _DealtPasses)
+
+    def for_rank(self, rank: int) -> RankLoader:
+        """Another rank's share of the same loader, at the same place; not a collective call.
+
+        Only for loaders that are dealt out (``any_world_size``): of others each rank has to have its own.
+        """
+        other = copy.copy(self)
+        other._begin(rank, None)
+        other.load_state_dict(self.state_dict())
+        return other
 
     @property
     def in_pass(self) -> bool:

@@ -289,13 +289,13 @@ def train_epoch(operator: TrainingOperator, iterator: Iterable[Any], info: Mappi
     steps, frequency = internals(operator).steps, operator.scheduler_step_freq
     for batch_idx, batch in enumerate(iterator, start=steps.first_batch if steps is not None else 0):
         if steps is not None and frequency == "epoch":
-            _step_for_passes(operator, steps)
+            step_for_passes(operator, steps)
         stats = hook(batch, {"batch_info": batch_info(info, batch_idx, operator.global_step)})
         _measure(operator, meters, stats, "train_batch")
         if frequency == "batch":
             step_schedulers(operator)
     if steps is not None and frequency == "epoch":
-        _step_for_passes(operator, steps)
+        step_for_passes(operator, steps)
     return meters.summary()
 
 
@@ -346,7 +346,7 @@ def schedulers_of(operator: TrainingOperator) -> list[Any]:
     return found
 
 
-def _step_for_passes(operator: TrainingOperator, steps: StepIterator) -> None:
+def step_for_passes(operator: TrainingOperator, steps: StepIterator) -> None:
     """Steps the schedulers once for every pass that was completed and had no such step yet."""
     while steps.passes_scheduled < steps.passes_completed:
         step_schedulers(operator)

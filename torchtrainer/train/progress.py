@@ -6,8 +6,18 @@ a progress bar and for a heartbeat. The training loop pays an attribute assignme
 
 from __future__ import annotations
 
+import mmap
+import os
+import struct
 import time
+from collections import deque
 from typing import Any, Protocol
+
+_STEP = struct.Struct("<q")
+LATEST_STEPS = 100
+"""How many steps count as the latest ones."""
+ENOUGH_STEPS = 10
+"""How many are needed to tell how long a step takes."""
 
 
 class Progress:
@@ -23,9 +33,26 @@ class Progress:
         batches: how many batches this call will take, if known.
         samples: samples of all ranks handled in this call.
         loss: latest loss of this rank (a float, or a 0-d tensor that the reporter converts).
+        spent_s: seconds in each phase that was left.
+        longest_s: the longest of the latest steps, whatever it waited for; 0.0: there were too few to tell.
+        mark: where the steps are marked too; None: nowhere.
     """
 
-    __slots__ = ("batch", "batches", "epoch", "loss", "phase", "phase_since", "samples", "step")
+    __slots__ = (
+        "_stepped_at",
+        "_steps_s",
+        "batch",
+        "batches",
+        "epoch",
+        "longest_s",
+        "loss",
+        "mark",
+        "phase",
+        "phase_since",
+        "samples",
+        "spent_s",
+        "step",
+    )
 
     def __init__(self) -> None:
         self.phase = "setup"
@@ -36,11 +63,58 @@ class Progress:
         self.batches: int | None = None
         self.samples = 0
         self.loss: Any = None
+        self.spent_s: dict[str, float] = {}
+        self.longest_s = 0.0
+        self._steps_s: deque[float] = deque(maxlen=LATEST_STEPS)
+        self._stepped_at: float | None = None
+        self.mark: StepMark | None = None
 
     def enter(self, phase: str) -> None:
         """Marks the start of a phase."""
+        now = time.monotonic()
+        left = self.phase
+        self.spent_s[left] = self.spent_s.get(left, 0.0) + now - self.phase_since
         self.phase = phase
-        self.phase_since = time.monotonic()
+        self.phase_since = now
+
+    def stepped(self) -> None:
+        """Marks the end of a training step."""
+        if self.mark is not None:
+            self.mark.show(self.step)
+        now = time.monotonic()
+        if self._stepped_at is not None:
+            self._steps_s.append(now - self._stepped_at)
+            if len(self._steps_s) >= ENOUGH_STEPS:
+                self.longest_s = max(self._steps_s)
+        self._stepped_at = now
+
+    def begin_pass(self) -> None:
+        """Marks the start of a call: the time since the last one belongs to no step."""
+        self._stepped_at = None
+
+
+class StepMark:
+    """Where a process marks its steps in memory that outlives it, so that even after a crash one knows how far it was.
+
+    Args:
+        path: of the file, which the processes of a group share.
+        place: number of this process.
+    """
+
+    def __init__(self, path: str, place: int) -> None:
+        fd = os.open(path, os.O_RDWR)
+        try:
+            end = (place + 1) * _STEP.size
+            if os.fstat(fd).st_size < end:
+                os.ftruncate(fd, end)
+            self._memory = mmap.mmap(fd, end)
+        finally:
+            os.close(fd)
+        self._offset = place * _STEP.size
+
+    def show(self, step: int) -> None:
+        """Marks the number of steps completed."""
+        _STEP.pack_into(self._memory, self._offset, step)
 
 
 class StepGate(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,9 @@ import torch
 from torchtrainer.train.sampler import derive_seed
 
 _NUMPY_SEEDS = 2**32
+_TWISTER_BYTES = 625 * 4
+_HAS_GAUSS = 3
+"""Where numpy's legacy state says that one of a pair of normal numbers is kept."""
 
 
 def seed_all(seed: int) -> None:
@@ -76,6 +80,58 @@ def rng_from_data(data: Mapping[str, Any]) -> None:
         kind, keys, *rest = numpy
         numpy = (kind, np.asarray(keys.tolist(), dtype=np.uint32), *rest)
     set_rng_state(RngState(python=data["python"], numpy=numpy, cpu=data["cpu"], cuda=list(data["cuda"])))
+
+
+class StreamReader:
+    """Reads the generators of this process again and again, for cards.
+
+    To have numpy's state as an object takes longer than all the rest together, so that its memory is compared first: as long as
+    the words and the position of its generator are the same, and no second half of a pair of normal numbers is kept, it has not
+    been drawn from.
+    """
+
+    def __init__(self) -> None:
+        self._numpy: tuple[Any, ...] | None = None
+        self._words = b""
+        self._generator: Any = None
+        self._address: int | None = None
+
+    def read(self) -> dict[str, Any]:
+        """The present state of every generator, as numbers, text and bytes."""
+        cpu = torch.get_rng_state().numpy().tobytes()
+        return {"python": random.getstate(), "numpy": self._read_numpy(), "cpu": cpu}
+
+    def _read_numpy(self) -> tuple[Any, ...] | None:
+        numpy = sys.modules.get("numpy")
+        if numpy is None:
+            return None
+        words = self._read_words(numpy)
+        if self._numpy is None or words is None or words != self._words or self._numpy[_HAS_GAUSS]:
+            kind, keys, *rest = numpy.random.get_state()
+            self._numpy, self._words = (kind, keys.tobytes(), *rest), words or b""
+        return self._numpy
+
+    def _read_words(self, numpy: Any) -> bytes | None:
+        """The memory of numpy's Mersenne twister: its words and the position among them; None for another generator."""
+        if not hasattr(numpy.random, "get_bit_generator"):
+            return None
+        generator = numpy.random.get_bit_generator()
+        if generator is not self._generator:
+            self._generator = generator
+            known = type(generator).__name__ == "MT19937"
+            self._address = generator.ctypes.state_address if known else None
+        return None if self._address is None else ctypes.string_at(self._address, _TWISTER_BYTES)
+
+
+def streams_from_plain(data: Mapping[str, Any]) -> RngState:
+    """What a `StreamReader` read, as generators take it."""
+    numpy = data["numpy"]
+    if numpy is not None:
+        import numpy as np
+
+        numpy = (numpy[0], np.frombuffer(numpy[1], dtype=np.uint32), *numpy[2:])
+    cpu = torch.frombuffer(bytearray(data["cpu"]), dtype=torch.uint8)
+    return RngState(python=data["python"], numpy=numpy, cpu=cpu, cuda=[])
 
 
 @contextmanager

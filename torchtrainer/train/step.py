@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from torchtrainer.errors import InvalidArgumentTypeError, OperatorUseError
 from torchtrainer.train.components import internals
@@ -21,10 +22,20 @@ TARGET_KEYS = ("target", "targets", "label", "labels", "y")
 
 def train_batch(operator: TrainingOperator, batch: Any) -> dict[str, Any]:
     """The built-in training step; see `TrainingOperator.train_batch`."""
+    stats = forward_backward(operator, batch)
+    internals(operator).context.progress.enter("step")
+    update(operator)
+    return stats
+
+
+def forward_backward(operator: TrainingOperator, batch: Any) -> dict[str, Any]:
+    """The first part of a step: the gradients of a batch; returns its loss and how many samples are behind it."""
     model, optimizer = required(operator, "model", "train_batch"), required(operator, "optimizer", "train_batch")
     criterion = required(operator, "criterion", "train_batch")
     inside, timers = internals(operator), operator.timers
     progress, scaler = inside.context.progress, inside.amp.scaler
+    if inside.bare_forward and isinstance(model, DistributedDataParallel):
+        model = model.module
     positional, named, target = split_batch(to_device(batch, operator.device))
     progress.enter("forward")
     with timers.record("fwd"), inside.amp.autocast():
@@ -35,13 +46,17 @@ def train_batch(operator: TrainingOperator, batch: Any) -> dict[str, Any]:
         scaler.scale(loss).backward()
         if inside.gradient_clock is not None:
             timers.push("sync", inside.gradient_clock.since_last())
-    progress.enter("step")
-    with timers.record("apply"):
+    return {"train_loss": reading(loss), "num_samples": samples_in(target)}
+
+
+def update(operator: TrainingOperator) -> None:
+    """The second part of a step: the optimizer's, by the gradients that are there."""
+    optimizer, scaler = operator.optimizer, internals(operator).amp.scaler
+    with operator.timers.record("apply"):
         scaler.unscale_(optimizer)
         operator.clip_gradients()
         scaler.step(optimizer)
         scaler.update()
-    return {"train_loss": reading(loss), "num_samples": samples_in(target)}
 
 
 def validate_batch(operator: TrainingOperator, batch: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Everything here runs in the thread that trains, at step boundaries or between ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,9 +24,12 @@ from torchtrainer.train.complete_state import (
 )
 from torchtrainer.train.components import internals
 from torchtrainer.train.loop import Resumed
+from torchtrainer.train.state import detached
 
 if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
+    from torchtrainer.train.seats import Seat
+    from torchtrainer.train.team import Team
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +38,13 @@ class Collected:
 
     Attributes:
         shared: alike on all ranks; its tensors are those of the training.
-        mine: of this rank only.
+        mine: of single ranks only: of each that this process carries.
         movable: addresses of tensors in ``shared`` that are equal on all ranks.
         meta: JSON data for the manifest; alike on all ranks.
     """
 
     shared: dict[str, Any]
-    mine: dict[str, Any]
+    mine: dict[int, dict[str, Any]]
     movable: set[int]
     meta: dict[str, Any]
 
@@ -70,6 +73,7 @@ class RankKeeper:
         mark: which call of the user's script is running, alike on all ranks; goes into the manifest.
         epoch_idx: of the pass hook that is running.
         modes: of the modules before a validation, while it runs.
+        team: the ranks of this process, if it can carry several.
     """
 
     def __init__(self, operator: TrainingOperator, saver: Saver | None, every_steps: int | None) -> None:
@@ -77,7 +81,9 @@ class RankKeeper:
         self._saver = saver
         self._every_steps = every_steps
         self._saved_step = 0
-        self._resumed: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None
+        self._resumed: Resumed | None = None
+        self._resumed_epoch_idx: int | None = None
+        self.team: Team | None = None
         self.mark: dict[str, Any] = {}
         self.epoch_idx = 0
         self.modes: Sequence[bool] | None = None
@@ -103,18 +109,31 @@ class RankKeeper:
             self._saver.save(self._collect, must=must)
 
     def _collect(self) -> Collected:
-        operator = self._operator
-        mine = rank_state(operator, self.modes)
-        mine["epoch_idx"] = self.epoch_idx
+        operator, team = self._operator, self.team
+        if team is None:
+            mine = {internals(operator).context.collective.rank: self._of_rank()}
+        else:
+            mine = {seat.rank: self._of_seat(seat, several=len(team.seats) > 1) for seat in team.each()}
         shared = shared_state(operator)
         meta = {
             "step": operator.global_step,
             "epoch": shared["epoch"],
             "world_size": internals(operator).context.collective.world_size,
-            "in_call": "steps" in mine,
+            "in_call": any("steps" in one for one in mine.values()),
             **self.mark,
         }
         return Collected(shared=shared, mine=mine, movable=exchanged_tensors(operator), meta=meta)
+
+    def _of_rank(self) -> dict[str, Any]:
+        return {**rank_state(self._operator, self.modes), "epoch_idx": self.epoch_idx}
+
+    def _of_seat(self, seat: Seat, *, several: bool) -> dict[str, Any]:
+        state = self._of_rank()
+        if "steps" in state and self.team is not None and self.team.training:
+            state["steps"]["samples"] = seat.samples
+        if several and "buffers" in state:  # the next rank's will take their place
+            state["buffers"] = detached(state["buffers"])
+        return state
 
     def restore(self, path: str) -> None:
         """Puts everything to where a checkpoint has it; a call that was interrupted goes on when it is called next.
@@ -135,33 +154,65 @@ class RankKeeper:
                 f"the checkpoint is of {len(ranks)} ranks that each had a state of their own, which {here} ranks cannot take "
                 f"over: use num_workers={len(ranks)}, or resume=False to start anew"
             )
-        step = shared["global_step"]
-        mine = rank_states_for(ranks, context.collective.rank, here, context.settings.seed, step)
-        put_loaders_back(operator, mine, same_ranks=len(ranks) == here)
-        put_back(operator, shared, mine)
-        set_modes(operator, mine["modes"])
+        states = {
+            rank: rank_states_for(ranks, rank, here, context.settings.seed, shared["global_step"])
+            for rank in self._ranks()
+        }
+        for rank in self._each_rank():
+            put_loaders_back(operator, states[rank], same_ranks=len(ranks) == here)
+            put_back(operator, shared, states[rank])
+            set_modes(operator, states[rank]["modes"])
         self._saved_step = operator.global_step
         context.progress.epoch, context.progress.step = shared["epoch"], operator.global_step
-        if "steps" in mine:
-            self._resumed = (shared, mine)
+        some = next(iter(states.values()))
+        if "steps" in some:
+            again = Resumed(steps=some["steps"], put_back=lambda: self._put_everything_back(shared, states))
+            self.resume_with(again, int(some["epoch_idx"]))
+
+    def resume_with(self, resumed: Resumed, epoch_idx: int | None = None) -> None:
+        """The next call goes on with an interrupted one.
+
+        Args:
+            resumed: where it stood.
+            epoch_idx: the number that its hook was given; None: it follows from the loader.
+        """
+        self._resumed, self._resumed_epoch_idx = resumed, epoch_idx
+
+    @property
+    def resuming(self) -> bool:
+        """Whether the next call goes on with an interrupted one."""
+        return self._resumed is not None
 
     def take_resumed(self) -> Resumed | None:
         """What the call that begins now goes on with; None if it begins at its beginning."""
-        if self._resumed is None:
-            return None
-        (shared, mine), self._resumed = self._resumed, None
+        resumed, self._resumed, self._resumed_epoch_idx = self._resumed, None, None
+        return resumed
 
-        def put_everything_back() -> None:
+    def epoch_idx_of_resumed(self, otherwise: int) -> int:
+        """The number that the hook of an interrupted call was given, or another one."""
+        return otherwise if self._resumed_epoch_idx is None else self._resumed_epoch_idx
+
+    def _put_everything_back(self, shared: Mapping[str, Any], states: Mapping[int, Mapping[str, Any]]) -> None:
+        for rank in self._each_rank():
+            mine = states[rank]
             put_back(self._operator, shared, mine)
+            if self.team is not None and self.team.training:
+                self.team.seats[rank].samples = mine["steps"]["samples"]
             meters = internals(self._operator).meters
             if meters is not None and mine["meters"] is not None:
                 meters.load_state_dict(mine["meters"])
 
-        return Resumed(steps=mine["steps"], put_back=put_everything_back)
+    def _ranks(self) -> list[int]:
+        return [internals(self._operator).context.collective.rank] if self.team is None else self.team.ranks
 
-    def epoch_idx_of_resumed(self, otherwise: int) -> int:
-        """The number that the hook of an interrupted call was given, or another one."""
-        return otherwise if self._resumed is None else int(self._resumed[1]["epoch_idx"])
+    def _each_rank(self) -> Iterator[int]:
+        """Every rank of this process in turn; what is changed while it is a rank's turn goes on that rank's card."""
+        if self.team is None:
+            yield from self._ranks()
+            return
+        for seat in self.team.each():
+            yield seat.rank
+            self.team.write_card(seat, self.team.exchange.number)
 
     def note_modes(self) -> None:
         """Remembers the modes of the modules, before a validation changes them."""

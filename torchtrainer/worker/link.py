@@ -13,21 +13,26 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torchtrainer.control.channel import Dealer
 from torchtrainer.control.messages import (
+    Assign,
     Beat,
     Boundary,
     Call,
+    Carry,
     EndWorker,
     Hello,
+    Join,
     PrepareStop,
+    Share,
     SnapshotAnswer,
     SnapshotDone,
     StopAt,
 )
-from torchtrainer.control.wire import Message
+from torchtrainer.control.wire import ForWorker, Message
 from torchtrainer.observe.devices import read_process_use
 from torchtrainer.train.progress import Progress
 
@@ -55,16 +60,27 @@ class StopGate:
         self._decided = threading.Event()
         self.stopped = False
         self.save_wanted = False
+        self.hold_wanted = False
         self.announce: Any = None  # set by the link: called with (call, round, boundary)
 
-    def begin(self, call: int) -> None:
-        """From the link's thread, in order with what it hears of stops: a call begins; forgets earlier agreements."""
+    def begin(self, call: int, at: int = 0, orders: Sequence[StopAt] = ()) -> None:
+        """From the link's thread, in order with what it hears of stops: a call begins; forgets earlier agreements.
+
+        Args:
+            call: its number.
+            at: boundary at which this process enters the call.
+            orders: what the ranks have agreed on in it; what comes at ``at`` or before is done.
+        """
         self._preparing = False
         self._orders = []
         self._decided.clear()
-        self.stopped = self.save_wanted = False
-        self._passed = -1
+        self.stopped = self.save_wanted = self.hold_wanted = False
+        self._passed = at - 1
         self._call, self._round = call, 0
+        self._orders = [order for order in orders if order.boundary > at]
+        if self._orders:
+            self._decided.set()
+            self._preparing = True
 
     def prepare(self, call: int, round_: int) -> None:
         """From the link's thread: a stop, or a save, is wanted in this call."""
@@ -89,7 +105,7 @@ class StopGate:
             TimeoutError: the driver did not answer.
         """
         self._passed = boundary
-        self.save_wanted = False
+        self.save_wanted = self.hold_wanted = False
         if not self._preparing:
             return False
         if not self._decided.wait(self._hold_s):
@@ -101,38 +117,47 @@ class StopGate:
                 bool(self._orders) or not self._decided.is_set()
             )  # asked again meanwhile: hold at the next
         self.save_wanted = any(order.save for order in reached)
+        self.hold_wanted = any(order.hold for order in reached)
         self.stopped = any(order.stop for order in reached)
         return self.stopped
 
 
 class Link:
-    """Connection of a worker to the host, with its thread."""
+    """Connection of a worker to the host, with its thread.
 
-    def __init__(self, *, socket: str, group: str, name: str, rank: int, progress: Progress, gate: StopGate) -> None:
+    Attributes:
+        call: the running call; 0: none.
+        beat_every_s: seconds between two heartbeats.
+        ranks: says which ranks this process carries; set when they are built.
+        orders: what the driver asks for, calls among it, in order; None: nothing more will come.
+    """
+
+    def __init__(self, *, socket: str, group: str, name: str, worker: int, progress: Progress, gate: StopGate) -> None:
         self._group = group
-        self._rank = rank
+        self._worker = worker
         self._progress = progress
         self._gate = gate
-        self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self.orders: queue.SimpleQueue[ForWorker | None] = queue.SimpleQueue()
         self._outbox: deque[Message] = deque()
         self._wake_read, self._wake_write = os.pipe()
         self._closing = False
         self._parent = os.getppid()
         self.call = 0
         self.beat_every_s = 1.0
+        self.ranks: Callable[[], list[int]] = list
         gate.announce = lambda call, round_, boundary: self.send(
-            Boundary(group=group, rank=rank, call=call, round=round_, boundary=boundary)
+            Boundary(group=group, worker=worker, call=call, round=round_, boundary=boundary)
         )
         self._snapshots: queue.SimpleQueue[SnapshotAnswer | SnapshotDone] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(socket, name), name="torchtrainer-link", daemon=True)
-        self.send(Hello(group=group, rank=rank, pid=os.getpid()))
+        self.send(Hello(group=group, worker=worker, pid=os.getpid()))
         self._thread.start()
 
     # Training thread
 
-    def next_call(self) -> Call | None:
-        """Waits for the next call; None: there will be none. Waits for as long as the user's process thinks."""
-        return self._calls.get()
+    def next_order(self) -> ForWorker | None:
+        """Waits for the next call or order; None: there will be none. Waits for as long as the user's process thinks."""
+        return self.orders.get()
 
     def send(self, message: Message) -> None:
         """Hands a message over to the link's thread."""
@@ -191,7 +216,13 @@ class Link:
     def _on_message(self, message: Message) -> None:
         if isinstance(message, Call):
             self._gate.begin(message.call)
-            self._calls.put(message)
+            self.orders.put(message)
+        elif isinstance(message, Join):
+            steps = message.at.get("steps") or {}
+            self._gate.begin(message.call, steps.get("batches", 0), [StopAt(**order) for order in message.orders])
+            self.orders.put(message)
+        elif isinstance(message, Carry | Share | Assign):
+            self.orders.put(message)
         elif isinstance(message, PrepareStop):
             self._gate.prepare(message.call, message.round)
         elif isinstance(message, StopAt):
@@ -199,14 +230,14 @@ class Link:
         elif isinstance(message, SnapshotAnswer | SnapshotDone):
             self._snapshots.put(message)
         elif isinstance(message, EndWorker):
-            self._calls.put(None)
+            self.orders.put(None)
 
     def _beat(self, now: float) -> Beat:
         at = self._progress
         use = read_process_use(os.getpid())
         return Beat(
             group=self._group,
-            rank=self._rank,
+            worker=self._worker,
             call=self.call,
             phase=at.phase,
             phase_age_s=now - at.phase_since,
@@ -218,6 +249,9 @@ class Link:
             loss=_as_number(at.loss),
             rss_bytes=(use and use.rss_bytes) or 0,
             cpu_s=use.cpu_s if use else 0.0,
+            longest_s=at.longest_s,
+            spent_s=dict(at.spent_s),
+            ranks=self.ranks(),
         )
 
 

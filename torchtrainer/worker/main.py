@@ -20,16 +20,20 @@ import cloudpickle
 import torch
 
 from torchtrainer.comm.group import open_group
-from torchtrainer.control.messages import Call, Failure, Heard, Reply, WorkerReady
+from torchtrainer.control.messages import Call, Carry, Failure, Heard, Join, Reply, WorkerReady
+from torchtrainer.control.wire import ForWorker
 from torchtrainer.process.child import flush_output
 from torchtrainer.process.error_file import write_error_file
 from torchtrainer.process.paths import RankPaths
 from torchtrainer.spec import BuildSpec
-from torchtrainer.train.progress import Progress
+from torchtrainer.train.progress import Progress, StepMark
+from torchtrainer.worker.crew import Released
 from torchtrainer.worker.encoding import encode_result
 from torchtrainer.worker.link import Link, StopGate
-from torchtrainer.worker.runtime import RankRuntime, run_initialization_hook
+from torchtrainer.worker.runtime import run_initialization_hook
 from torchtrainer.worker.saver import RegionSaver
+from torchtrainer.worker.seating import Seating, build_seating
+from torchtrainer.worker.team_runtime import ByRank
 
 EXIT_FAILED = 1
 FIRST_RANK_METHODS = frozenset({"get_model", "state_dict", "facts"})
@@ -37,12 +41,26 @@ FIRST_RANK_METHODS = frozenset({"get_model", "state_dict", "facts"})
 
 
 @dataclass(frozen=True)
+class Latest:
+    """The call that came last."""
+
+    call: int
+    method: str
+
+
+@dataclass(frozen=True)
 class WorkerArguments:
-    """What the host tells a worker; see `torchtrainer.control.messages.StartGroup` for units."""
+    """What the host tells a worker; see `torchtrainer.control.messages.StartGroup` for units.
+
+    ``ranks``: those that it carries at first, none for a spare, which is built like ``rank`` with the answers of ``record``.
+    ``memory``: paths of what is shared with the other workers, fields of `MemoryPaths`.
+    """
 
     group: str
     name: str
+    worker: int
     rank: int
+    ranks: list[int]
     world_size: int
     socket: str
     spec_path: str
@@ -55,6 +73,8 @@ class WorkerArguments:
     heartbeat_s: float
     progress_s: float
     hold_s: float
+    memory: dict[str, Any]
+    record: list[Any] | None = None
     checkpoint: dict[str, Any] | None = None
 
 
@@ -68,23 +88,25 @@ def main(arguments: dict[str, Any]) -> int:
 
 
 class Worker:
-    """One rank in one process. Everything here runs in the main thread."""
+    """The ranks of one process. Everything here runs in the main thread."""
 
     def __init__(self, arguments: WorkerArguments) -> None:
         self.arguments = arguments
         RankPaths.of(arguments.log_dir, arguments.rank).error.unlink(missing_ok=True)  # of an earlier run in this place
         self.progress = Progress()
+        self.progress.mark = StepMark(arguments.memory["steps"], arguments.worker)
         self.gate = StopGate(arguments.hold_s)
         self.link = Link(
             socket=arguments.socket,
             group=arguments.group,
             name=arguments.name,
-            rank=arguments.rank,
+            worker=arguments.worker,
             progress=self.progress,
             gate=self.gate,
         )
         self.link.beat_every_s = arguments.heartbeat_s
         self.saver = self._make_saver(arguments.checkpoint) if arguments.checkpoint is not None else None
+        self._latest = Latest(call=0, method="")
         self._interruptible = False
         signal.signal(signal.SIGINT, self._on_interrupt)
         self._pid = os.getpid()
@@ -96,9 +118,8 @@ class Worker:
         arguments = self.arguments
         return RegionSaver(
             group=arguments.group,
-            rank=arguments.rank,
-            world_size=arguments.world_size,
-            region=orders["region"],
+            worker=arguments.worker,
+            regions=orders["regions"],
             asynchronous=orders["asynchronous"],
             wait_s=max(orders["write_s"], arguments.hold_s),
             send=self.link.send,
@@ -106,37 +127,50 @@ class Worker:
         )
 
     def run(self) -> int:
-        """Builds the rank and serves calls until there are no more."""
+        """Builds what the process carries, and serves calls until there are no more."""
         before = set(sys.modules)
         try:
-            runtime = self._build()
+            seating = self._build()
         except BaseException as error:
             return self._report(error, call=0)
-        self.progress.enter("idle")
-        self.link.send(
-            WorkerReady(
-                group=self.arguments.group,
-                rank=self.arguments.rank,
-                device=str(runtime.operator.device),
-                facts=runtime.facts(),
-                modules=sorted(set(sys.modules) - before),
-            )
-        )
-        while (call := self.link.next_call()) is not None:
+        self.link.ranks = seating.ranks
+        self._say_ready(seating, sorted(set(sys.modules) - before))
+        next_order = self.link.next_order if seating.crew is None else seating.crew.next_order
+        while (order := next_order()) is not None:
             try:
-                self._serve(runtime, call)
+                with contextlib.suppress(Released):
+                    self._take(seating, order)
             except SystemExit as error:
-                return self._report(error, call.call)
+                return self._report(error, self.link.call)
             except BaseException as error:
-                self._report(error, call.call)
-            self.link.call = 0
-            self.link.beat_every_s = self.arguments.heartbeat_s
-            self.progress.enter("idle")
-        runtime.close()
+                self._report(error, self.link.call)
+            self._end_call(seating)
+        seating.runtime.close()
         # The process group ends with the process: torch's own way now and then aborts on its way out.
         return 0
 
-    def _build(self) -> RankRuntime:
+    def _say_ready(self, seating: Seating, modules: list[str]) -> None:
+        self.progress.enter("idle")
+        operator = seating.runtime.operator
+        self.link.send(
+            WorkerReady(
+                group=self.arguments.group,
+                worker=self.arguments.worker,
+                device=str(operator.device),
+                facts={**seating.runtime.facts(), "bound": seating.bound, "recovers": seating.recovers},
+                modules=modules,
+                record=seating.record if self.arguments.worker == 0 else [],
+            )
+        )
+
+    def _end_call(self, seating: Seating) -> None:
+        self.link.call = 0
+        if seating.crew is not None:
+            seating.crew.call = 0
+        self.link.beat_every_s = self.arguments.heartbeat_s
+        self.progress.enter("idle")
+
+    def _build(self) -> Seating:
         arguments = self.arguments
         torch.set_num_threads(arguments.threads)
         device = torch.device("cpu") if arguments.gpu is None else torch.device("cuda", arguments.gpu)
@@ -147,35 +181,51 @@ class Worker:
         self.progress.enter("initialization_hook")
         run_initialization_hook(spec)
         self.progress.enter("join process group")
-        collective = open_group(
+        founding = arguments.record is None
+        group = open_group(
             backend=arguments.backend,
-            rank=arguments.rank,
-            world_size=arguments.world_size,
+            rank=arguments.rank if founding else 0,
+            world_size=arguments.world_size if founding else 1,
             timeout_s=arguments.timeout_s,
             store_path=arguments.store_path,
             device=device,
         )
-        self.progress.enter("setup")
-        return RankRuntime(
+        return build_seating(
             spec,
-            collective=collective,
+            group=group if founding else None,
+            arguments=arguments,
             device=device,
-            local_rank=arguments.rank,
             progress=self.progress,
             gate=self.gate,
             saver=self.saver,
-            every_steps=arguments.checkpoint["every_steps"] if arguments.checkpoint is not None else None,
+            link=self.link,
         )
 
-    def _serve(self, runtime: RankRuntime, call: Call) -> None:
-        self.link.call = call.call
-        self.progress.enter(call.method)
-        if self.arguments.rank == 0:
+    def _take(self, seating: Seating, order: ForWorker) -> None:
+        """Does what an order asks for."""
+        if isinstance(order, Call):
+            self._serve(seating, order.call, order.method, order.blob)
+        elif isinstance(order, Join):
+            seating.join(order)
+            if order.call:
+                self._serve(seating, order.call, order.method, order.blob)
+        elif seating.crew is not None:
+            known = seating.ranks()
+            seating.crew.between_calls(order)
+            if isinstance(order, Carry) and order.call == self._latest.call:
+                self._reply(seating, self._latest, {r: seating.late_result(r) for r in order.ranks if r not in known})
+
+    def _serve(self, seating: Seating, number: int, method: str, blob: bytes) -> None:
+        self.link.call = number
+        seating.begin(number)
+        self._latest = Latest(call=number, method=method)
+        self.progress.enter(method)
+        if 0 in seating.ranks():
             self.link.beat_every_s = self.arguments.progress_s
-        keywords: dict[str, Any] = cloudpickle.loads(call.blob) if call.blob else {}
+        keywords: dict[str, Any] = cloudpickle.loads(blob) if blob else {}
         self._interruptible = True
         try:
-            value = getattr(runtime, call.method)(**keywords)
+            value = getattr(seating.runtime, method)(**keywords)
         except Exception:
             # The state is saved and the process about to leave. A loop of the user's own that did not expect its batches to
             # end has nothing to tell: it runs again.
@@ -184,30 +234,37 @@ class Worker:
             value = None
         finally:
             self._interruptible = False
-        if self.arguments.rank and call.method in FIRST_RANK_METHODS:
-            value = None
-        form, blob = encode_result(call.method, value)
-        flush_output()
-        if self.arguments.rank == 0:
+        seating.settle(method, value)
+        if 0 in seating.ranks():
             self.link.send_beat()
-        self.link.send(
-            Reply(
-                group=self.arguments.group,
-                rank=self.arguments.rank,
-                call=call.call,
-                form=form,
-                stopped=self.gate.stopped,
-                snapshot=self.saver.taken if self.saver is not None else 0,
-                step=self.progress.step,
-                epoch=self.progress.epoch,
-                blob=blob,
-            )
+        self._reply(
+            seating, self._latest, value if isinstance(value, ByRank) else dict.fromkeys(seating.ranks(), value)
         )
+
+    def _reply(self, seating: Seating, latest: Latest, values: dict[int, Any]) -> None:
+        """Sends what a call came to, rank by rank."""
+        for rank, value in values.items():
+            form, blob = encode_result(latest.method, None if rank and latest.method in FIRST_RANK_METHODS else value)
+            flush_output()
+            self.link.send(
+                Reply(
+                    group=self.arguments.group,
+                    worker=self.arguments.worker,
+                    rank=rank,
+                    call=latest.call,
+                    form=form,
+                    stopped=self.gate.stopped,
+                    snapshot=self.saver.taken if self.saver is not None else 0,
+                    step=self.progress.step,
+                    epoch=self.progress.epoch,
+                    blob=blob,
+                )
+            )
 
     def _on_notice(self, signum: int, frame: FrameType | None) -> None:
         """Hands a warning of a preemption on to the driver, which has all ranks stop; a loader's process leaves it to us."""
         if os.getpid() == self._pid:
-            self.link.send(Heard(group=self.arguments.group, rank=self.arguments.rank, signum=signum))
+            self.link.send(Heard(group=self.arguments.group, worker=self.arguments.worker, signum=signum))
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
         """Interrupts the running call, once; between calls there is nothing to interrupt."""
@@ -228,6 +285,7 @@ class Worker:
         self.link.send(
             Failure(
                 group=self.arguments.group,
+                worker=self.arguments.worker,
                 rank=self.arguments.rank,
                 call=call,
                 kind="exit" if leaving else "error",

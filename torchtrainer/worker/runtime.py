@@ -24,6 +24,7 @@ from torchtrainer.train.metrics import PassResult, plain
 from torchtrainer.train.progress import Progress, StepGate
 from torchtrainer.train.state import capture, restore
 from torchtrainer.train.step import GradientClock, GradientShare
+from torchtrainer.train.team import TeamLoader
 from torchtrainer.worker.digests import step_iterator
 from torchtrainer.worker.keeper import RankKeeper, Saver
 
@@ -39,8 +40,17 @@ def run_initialization_hook(spec: BuildSpec) -> None:
         spec.initialization_hook()
 
 
-class RankRuntime:
-    """One rank: builds the operator, then serves the trainer's calls. Everything runs in the thread that trains.
+def build_rank(
+    spec: BuildSpec,
+    *,
+    collective: Collective,
+    device: torch.device,
+    local_rank: int,
+    progress: Progress,
+    in_memory: bool = False,
+    batch_shares: tuple[int, ...] = (),
+) -> TrainingOperator:
+    """Builds the operator of a rank.
 
     Args:
         spec: the user's code and options.
@@ -48,43 +58,53 @@ class RankRuntime:
         device: where this rank trains.
         local_rank: place of the rank on its machine.
         progress: where the rank shows what it is doing.
+        in_memory: gradients are to be exchanged through shared memory.
+        batch_shares: parts of ``config[BATCH_SIZE]`` by rank, for a process that carries all ranks.
+    """
+    progress.enter("setup")
+    context = OperatorContext(
+        config=rank_config(spec.config, rank=collective.rank, world_size=collective.world_size),
+        settings=spec.settings,
+        device=device,
+        collective=collective,
+        local_rank=local_rank,
+        progress=progress,
+        in_memory=in_memory,
+        batch_shares=batch_shares,
+    )
+    operator = build_operator(spec, context)
+    _check_samples(operator, collective.world_size)
+    return operator
+
+
+class RankRuntime:
+    """One rank: serves the trainer's calls. Everything runs in the thread that trains.
+
+    Args:
+        operator: the user's, built.
         gate: asked at every step boundary whether to go on.
         saver: takes the rank's state to where it is durable; None: nothing is kept.
         every_steps: optimizer steps between two checkpoints; None: only when somebody asks.
 
     Attributes:
-        operator: the user's operator.
+        operator: as given.
     """
 
     def __init__(
         self,
-        spec: BuildSpec,
+        operator: TrainingOperator,
         *,
-        collective: Collective,
-        device: torch.device,
-        local_rank: int,
-        progress: Progress,
         gate: StepGate,
         saver: Saver | None = None,
         every_steps: int | None = None,
     ) -> None:
-        self._collective = collective
-        self._progress = progress
+        self.operator = operator
+        self._collective = internals(operator).context.collective
+        self._progress = internals(operator).context.progress
         self._gate = gate
-        progress.enter("setup")
-        context = OperatorContext(
-            config=rank_config(spec.config, rank=collective.rank, world_size=collective.world_size),
-            settings=spec.settings,
-            device=device,
-            collective=collective,
-            local_rank=local_rank,
-            progress=progress,
-        )
-        self.operator: TrainingOperator = build_operator(spec, context)
-        self._check_samples()
-        self._keeper = RankKeeper(self.operator, saver, every_steps)
-        self._new_steps = step_iterator(self.operator, self._keeper)
-        progress.enter("idle")
+        self._keeper = RankKeeper(operator, saver, every_steps)
+        self._new_steps = step_iterator(operator, self._keeper)
+        self._progress.enter("idle")
 
     def facts(self) -> dict[str, Any]:
         """What the driver wants to know about the operator, as JSON data."""
@@ -231,18 +251,13 @@ class RankRuntime:
         """Goes to where a checkpoint is; see `RankKeeper.restore`."""
         self._keeper.restore(path)
 
+    def settle(self, method: str, value: Any) -> None:
+        """To be called after every call, with its name and what it returned."""
+
     def close(self) -> None:
         """Ends the loaders' worker processes."""
         for loader in internals(self.operator).loaders.values():
             loader.close()
-
-    def _check_samples(self) -> None:
-        train, ranks = self._loader("train"), self._collective.world_size
-        if train is not None and train.samples_per_pass is not None and 0 < train.samples_per_pass < ranks:
-            raise InvalidArgumentError(
-                f"the train loader has {train.samples_per_pass} samples for num_workers={ranks} ranks, so that some would "
-                f"never train: use num_workers={train.samples_per_pass} or fewer, or more data"
-            )
 
     def _loader(self, name: str) -> RankLoader | None:
         return internals(self.operator).loaders.get(name)
@@ -256,10 +271,11 @@ class RankRuntime:
 
     @contextmanager
     def _pass(
-        self, loader: RankLoader | None, name: str, num_steps: int | None, profile: bool
+        self, loader: RankLoader | TeamLoader | None, name: str, num_steps: int | None, profile: bool
     ) -> Iterator[StepIterator]:
         """The iterator of one call, in place while the hook runs and taken down whatever happens in it."""
         operator, inside = self.operator, internals(self.operator)
+        self._progress.begin_pass()
         steps = self._new_steps(
             loader,
             missing=_NO_LOADER.format(name=name),
@@ -267,9 +283,9 @@ class RankRuntime:
             progress=self._progress,
             gate=self._gate,
             timers=operator.timers,
-            share=GradientShare(self._trainable, self._collective.world_size) if name == "train" else None,
+            share=GradientShare(self._trainable, self._exchanging) if name == "train" else None,
             on_step=self._count_step,
-            keeper=self._keeper if self._keeper.active else None,
+            keeper=self._keeper if self._keeps(name) else None,
             resumed=self._keeper.take_resumed(),
         )
         inside.steps, inside.meters = steps, None
@@ -289,6 +305,15 @@ class RankRuntime:
             if inside.gradient_clock is not None:
                 inside.gradient_clock.remove()
                 inside.gradient_clock = None
+
+    def _keeps(self, name: str) -> bool:
+        """Whether the state is saved at the step boundaries of a pass."""
+        return self._keeper.active
+
+    @property
+    def _exchanging(self) -> int:
+        """How many ranks average their gradients in a backward pass."""
+        return self._collective.world_size
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
@@ -336,6 +361,7 @@ class RankRuntime:
     def _count_step(self) -> None:
         self.operator.global_step += 1
         self._progress.step = self.operator.global_step
+        self._progress.stepped()
 
     def _result(self, returned: Any, steps: StepIterator, epoch: dict[str, int], profile: bool) -> PassResult:
         """The hook's dict with the counts that it does not have itself; other objects as they are."""
@@ -352,6 +378,15 @@ class RankRuntime:
         if profile:
             metrics["profile"] = self.operator.timers.stats()
         return PassResult(metrics, {name: weights[name] for name in values if name not in (NUM_SAMPLES, BATCH_COUNT)})
+
+
+def _check_samples(operator: TrainingOperator, ranks: int) -> None:
+    train = internals(operator).loaders.get("train")
+    if train is not None and train.samples_per_pass is not None and 0 < train.samples_per_pass < ranks:
+        raise InvalidArgumentError(
+            f"the train loader has {train.samples_per_pass} samples for num_workers={ranks} ranks, so that some would "
+            f"never train: use num_workers={train.samples_per_pass} or fewer, or more data"
+        )
 
 
 def _not_registered(operator: TrainingOperator) -> str:

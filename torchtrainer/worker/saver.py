@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from torchtrainer.checkpoint.snapshot import Region
+from torchtrainer.checkpoint.snapshot import Prepared, Region
 from torchtrainer.control.messages import SnapshotAnswer, SnapshotDone, SnapshotTaken, SnapshotWanted
 from torchtrainer.control.wire import Message
 from torchtrainer.errors import EngineError, SnapshotError
@@ -16,11 +16,11 @@ Receive = Callable[[float], SnapshotAnswer | SnapshotDone]
 
 
 class RegionSaver:
-    """Copies this rank's share into shared memory; used by the thread that trains.
+    """Copies the shares of this process's ranks into shared memory; used by the thread that trains.
 
     Args:
-        group, rank, world_size: of this worker.
-        region: path of this rank's region.
+        group, worker: of this process.
+        regions: paths of the ranks' regions, by rank.
         asynchronous: training goes on while the checkpoint is written.
         wait_s: longest wait for the host (hold_s), and for a checkpoint that is being written (write_s).
         send: hands a message over to the host.
@@ -31,17 +31,16 @@ class RegionSaver:
         self,
         *,
         group: str,
-        rank: int,
-        world_size: int,
-        region: str,
+        worker: int,
+        regions: Sequence[str],
         asynchronous: bool,
         wait_s: float,
         send: Callable[[Message], None],
         receive: Receive,
     ) -> None:
         self._group = group
-        self._rank = rank
-        self._region = Region(region, rank=rank, world_size=world_size)
+        self._worker = worker
+        self._regions = [Region(path, rank=rank, world_size=len(regions)) for rank, path in enumerate(regions)]
         self._asynchronous = asynchronous
         self._wait_s = wait_s
         self._send = send
@@ -58,25 +57,28 @@ class RegionSaver:
         started = time.monotonic()
         self.number += 1
         must = must or not self._asynchronous
-        self._send(SnapshotWanted(group=self._group, rank=self._rank, number=self.number, must=must))
-        collected, error, prepared = collect(), "", None
+        self._send(SnapshotWanted(group=self._group, worker=self._worker, number=self.number, must=must))
+        collected, error = collect(), ""
+        prepared: dict[int, Prepared] = {}
         try:
-            prepared = self._region.prepare(collected.shared, collected.mine, collected.movable)
+            for rank, mine in collected.mine.items():
+                prepared[rank] = self._regions[rank].prepare(collected.shared, mine, collected.movable)
         except SnapshotError as failed:  # training does not end because it cannot be saved; the user is told
             error = str(failed)
         if not self._answer(SnapshotAnswer):
             return
         try:
-            if prepared is not None:
-                self._region.copy(prepared, self.number)
+            for rank, one in prepared.items() if not error else ():
+                self._regions[rank].copy(one, self.number)
                 self.taken = self.number
         except SnapshotError as failed:
             error = str(failed)
         self._send(
             SnapshotTaken(
                 group=self._group,
-                rank=self._rank,
+                worker=self._worker,
                 number=self.number,
+                ranks=list(collected.mine),
                 meta=collected.meta,
                 stall_s=time.monotonic() - started,
                 error=error,
@@ -93,7 +95,7 @@ class RegionSaver:
                 message = self._receive(max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 raise EngineError(
-                    f"rank {self._rank} waited {self._wait_s:g} s (hold_s, write_s) for the host at snapshot {self.number}: "
+                    f"a worker waited {self._wait_s:g} s (hold_s, write_s) for the host at snapshot {self.number}: "
                     "the disk may have become slow or full; look at the run's directory"
                 ) from None
             if isinstance(message, kind) and message.number == self.number:

@@ -1,0 +1,533 @@
+"""Gradients through shared memory: the sum in rank order, on any number of processes, whoever dies in between."""
+
+from __future__ import annotations
+
+import importlib
+import mmap
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from torchtrainer.checkpoint import memory
+from torchtrainer.comm.bucket_hook import exchange_by_hook
+from torchtrainer.comm.exchange import (
+    SHARES_FROM_BYTES,
+    ExchangeUnavailableError,
+    GradientExchange,
+    why_not_shared,
+)
+from torchtrainer.comm.group import open_group
+from torchtrainer.errors import EngineError, NotAvailableError
+
+pytestmark = pytest.mark.skipif(why_not_shared() is not None, reason=str(why_not_shared()))
+
+TIMEOUT_S = 30.0
+KILL_EXCHANGES = 200
+SOAK_SEEDS = 200
+DEFAULT_SEEDS = 20
+
+
+# ------------------------------------------------------------------------------------------------------ processes
+
+
+@contextmanager
+def memory_file() -> Iterator[str]:
+    """A new file in memory that belongs to this process, by a path that other processes can open."""
+    file = os.memfd_create("exchange")
+    try:
+        yield f"/proc/{os.getpid()}/fd/{file}"
+    finally:
+        os.close(file)
+
+
+def fork(body: Callable[[], None]) -> int:
+    """Runs the body in a new process, which ends with 0 if it returns."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        body()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ends_well(pids: list[int]) -> bool:
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0] * len(pids)
+
+
+def make(path: str | None, parameters: list[torch.Tensor], *, world_size: int, processes: int = 1, **changes):
+    arguments = {"world_size": world_size, "parameters": parameters, "timeout_s": TIMEOUT_S, "processes": processes}
+    return GradientExchange(path, **{**arguments, **changes})
+
+
+def nothing() -> None:
+    pass
+
+
+def give(exchange: GradientExchange, rank: int, gradients: list[torch.Tensor | None]) -> None:
+    exchange.put(rank, exchange.number + 1, gradients)
+    exchange.publish(rank, exchange.number + 1)
+
+
+# ------------------------------------------------------------------------------------------------------ gradients
+
+
+def of_bytes(size_bytes: int) -> list[torch.Tensor]:
+    return [torch.zeros(size_bytes // 4)]
+
+
+def mixed() -> list[torch.Tensor]:
+    """All types, sizes from none to some, in no order."""
+    types = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+    shapes = ((), (3,), (0, 4), (17, 5), (1,), (129,))
+    found = [torch.zeros(shape, dtype=dtype) for shape in shapes for dtype in types]
+    return [*found, torch.zeros(4, 3, 5, 5).to(memory_format=torch.channels_last), torch.zeros(6, 7).t()]
+
+
+def hundreds() -> list[torch.Tensor]:
+    return [torch.zeros(1 + place % 37, 1 + place % 5) for place in range(400)]
+
+
+MODELS = {
+    "mixed": mixed,
+    "hundreds": hundreds,
+    "none": list,
+    "just below shares": lambda: of_bytes(SHARES_FROM_BYTES - 64),
+    "just at shares": lambda: of_bytes(SHARES_FROM_BYTES),
+    "odd shares": lambda: [torch.zeros(131, 1013), torch.zeros(5), torch.zeros(100_003, dtype=torch.bfloat16)],
+}
+
+
+def gradients_of(
+    rank: int, number: int, parameters: list[torch.Tensor], *, all_there: bool = True
+) -> list[torch.Tensor | None]:
+    """What a rank gives in an exchange, laid out as its parameters are; some are missing on some ranks, one on all."""
+    generator = torch.Generator().manual_seed(1000 * number + rank)
+    found = [
+        torch.empty_like(one).copy_(torch.randn(one.shape, generator=generator, dtype=torch.float64))
+        for one in parameters
+    ]
+    if all_there:
+        return [*found]
+    return [None if place == 1 or (place + rank + number) % 3 == 0 else one for place, one in enumerate(found)]
+
+
+def averaged(given: list[list[torch.Tensor | None]]) -> list[torch.Tensor | None]:
+    """By torch's plain operations, in rank order; a missing gradient counts as zeros beside others."""
+    found: list[torch.Tensor | None] = []
+    for ranks in zip(*given, strict=True):
+        there = [one for one in ranks if one is not None]
+        if not there:
+            found.append(None)
+            continue
+        whole = [torch.zeros_like(there[0]) if one is None else one for one in ranks]
+        total = whole[0].clone()
+        for one in whole[1:]:
+            total = total + one
+        found.append(total / len(ranks))
+    return found
+
+
+def same_bits(found: list[torch.Tensor | None], wanted: list[torch.Tensor | None]) -> bool:
+    def bits(one: torch.Tensor | None) -> bytes | None:
+        return None if one is None else one.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+    return len(found) == len(wanted) and all(bits(one) == bits(other) for one, other in zip(found, wanted, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------ sums
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("world_size", "processes"), [(1, 1), (2, 2), (3, 2), (4, 4), (5, 3), (5, 1)])
+def test_every_process_gets_the_average_in_rank_order(model, world_size, processes) -> None:
+    parameters = MODELS[model]()
+
+    def body(process: int, path: str) -> None:
+        ranks = [rank for rank in range(world_size) if rank * processes // world_size == process]
+        exchange = make(path, parameters, world_size=world_size, processes=processes)
+        for number in range(1, 6):
+            given = [gradients_of(rank, number, parameters, all_there=number % 2 == 1) for rank in range(world_size)]
+            for rank in ranks:
+                give(exchange, rank, given[rank])
+            found = exchange.finish(carried=lambda: ranks, on_wait=nothing)
+            assert same_bits(found, averaged(given)), number
+            for one in found:
+                if one is not None:
+                    one.fill_(float("nan"))  # as the caller may, without harm to others
+        assert exchange.number == 5
+        assert [exchange.given(rank) for rank in range(world_size)] == [5] * world_size
+
+    with memory_file() as path:
+        assert ends_well([fork(lambda process=process: body(process, path)) for process in range(processes)])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_one_process_alone_needs_no_file(model) -> None:
+    parameters = MODELS[model]()
+    exchange = make(None, parameters, world_size=3)
+    for number in (1, 2, 3):
+        given = [gradients_of(rank, number, parameters, all_there=number != 2) for rank in range(3)]
+        for rank in (2, 0, 1):
+            give(exchange, rank, given[rank])
+        assert same_bits(exchange.finish(carried=lambda: range(3), on_wait=nothing), averaged(given))
+    exchange.close()
+
+
+@pytest.mark.parametrize("size_bytes", [64, SHARES_FROM_BYTES])
+def test_sixty_four_ranks_on_two_processes(size_bytes) -> None:
+    parameters = of_bytes(size_bytes)
+    given = [gradients_of(rank, 1, parameters) for rank in range(64)]
+
+    def body(process: int, path: str) -> None:
+        ranks = range(process, 64, 2)
+        exchange = make(path, parameters, world_size=64, processes=2)
+        for rank in ranks:
+            give(exchange, rank, given[rank])
+        assert same_bits(exchange.finish(carried=lambda: ranks, on_wait=nothing), averaged(given))
+
+    with memory_file() as path:
+        assert ends_well([fork(lambda process=process: body(process, path)) for process in range(2)])
+
+
+def test_more_processes_than_cores_take_turns() -> None:
+    processes = 4 * len(os.sched_getaffinity(0))
+    parameters = of_bytes(1024)
+
+    def body(rank: int, path: str) -> None:
+        exchange = make(path, parameters, world_size=processes, processes=processes)
+        for number in range(1, 101):
+            give(exchange, rank, [torch.full_like(parameters[0], rank * number)])
+            (found,) = exchange.finish(carried=lambda: [rank], on_wait=nothing)
+            assert found is not None and found[0].item() == number * (processes - 1) / 2
+
+    with memory_file() as path:
+        assert ends_well([fork(lambda rank=rank: body(rank, path)) for rank in range(processes)])
+
+
+# ------------------------------------------------------------------------------------------------------ ranks that change hands
+
+
+SIZES = pytest.mark.parametrize("size_bytes", [4096, SHARES_FROM_BYTES])
+
+
+@contextmanager
+def two_carriers(
+    size_bytes: int,
+) -> Iterator[tuple[GradientExchange, GradientExchange, list[list[torch.Tensor | None]]]]:
+    """The exchanges of two processes, both in this one, and the gradients of two ranks."""
+    parameters = of_bytes(size_bytes)
+    with memory_file() as path:
+        pair = [make(path, parameters, world_size=2, timeout_s=0.05) for _ in range(2)]
+        yield pair[0], pair[1], [gradients_of(rank, 1, parameters) for rank in range(2)]
+
+
+@SIZES
+def test_what_a_rank_has_given_stays(size_bytes) -> None:
+    with two_carriers(size_bytes) as (one, other, given):
+        give(other, 1, given[1])
+        give(one, 0, given[0])
+        give(one, 1, [torch.zeros_like(given[1][0])])
+        assert same_bits(one.finish(carried=lambda: [0, 1], on_wait=nothing), averaged(given))
+
+
+@SIZES
+def test_a_half_written_slot_is_written_again(size_bytes) -> None:
+    with two_carriers(size_bytes) as (one, other, given):
+        other.put(1, 1, [torch.full_like(given[1][0], float("nan"))])
+        assert other.given(1) == 0
+        give(one, 0, given[0])
+        assert same_bits(one.finish(carried=lambda: [0, 1], on_wait=lambda: give(one, 1, given[1])), averaged(given))
+
+
+@SIZES
+def test_a_rank_taken_over_while_others_are_waited_for_is_finished(size_bytes) -> None:
+    with two_carriers(size_bytes) as (one, other, given):
+        give(other, 1, given[1])  # and is lost before its share of the sum is made
+        give(one, 0, given[0])
+        carried = [0]
+        waits = iter(range(100))
+
+        def take_over() -> None:
+            if next(waits) == 2:
+                carried.append(1)
+
+        assert same_bits(one.finish(carried=lambda: carried, on_wait=take_over), averaged(given))
+
+
+@SIZES
+def test_a_process_that_joins_goes_on_where_the_others_are(size_bytes) -> None:
+    with two_carriers(size_bytes) as (one, other, given):
+        for _ in range(3):
+            give(one, 0, given[0])
+            give(one, 1, given[1])
+            one.finish(carried=lambda: [0, 1], on_wait=nothing)
+        other.number = one.number
+        give(other, 1, given[1])
+        give(one, 0, given[0])
+        found = other.finish(carried=lambda: [0, 1], on_wait=nothing)
+        assert same_bits(found, averaged(given))
+        assert same_bits(one.finish(carried=lambda: [0, 1], on_wait=nothing), found)
+
+
+def test_only_the_running_exchange_takes_gradients() -> None:
+    with two_carriers(64) as (one, _, given), pytest.raises(ValueError, match="number is 2"):
+        one.put(0, 2, given[0])
+
+
+@SIZES
+def test_a_rank_that_does_not_come_is_named(size_bytes) -> None:
+    with two_carriers(size_bytes) as (one, _, given):
+        give(one, 0, given[0])
+        with pytest.raises(EngineError, match=r"ranks \[1\] .* exchange 1 .* timeout_s=0\.05 s"):
+            one.finish(carried=lambda: [0], on_wait=nothing)
+
+
+@SIZES
+def test_what_on_wait_raises_leaves_the_exchange_which_can_be_finished_later(size_bytes) -> None:
+    with two_carriers(size_bytes) as (one, other, given):
+        calls: list[int] = []
+
+        def leave() -> None:
+            calls.append(1)
+            if len(calls) == 3:  # the first comes before the first sleep, the others while nobody wakes this thread
+                raise KeyError("orders")
+
+        give(one, 0, given[0])
+        with pytest.raises(KeyError, match="orders"):
+            one.finish(carried=lambda: [0], on_wait=leave)
+        assert one.number == 0
+        give(other, 1, given[1])
+        assert same_bits(one.finish(carried=lambda: [0, 1], on_wait=nothing), averaged(given))
+
+
+# ------------------------------------------------------------------------------------------------------ deaths
+
+
+class Carriers:
+    """Which process carries which rank, in memory that all share; the parent changes it when a process is gone."""
+
+    def __init__(self, carriers: list[int]) -> None:
+        self._bytes = mmap.mmap(-1, len(carriers))
+        self._bytes[:] = bytes(carriers)
+
+    def of(self, process: int) -> list[int]:
+        return [rank for rank, carrier in enumerate(self._bytes[:]) if carrier == process]
+
+    def hand_over(self, gone: int, rng: random.Random, left: list[int]) -> None:
+        for rank in self.of(gone):
+            self._bytes[rank] = rng.choice(left)
+
+
+def by_formula(rank: int, number: int, base: torch.Tensor) -> torch.Tensor:
+    return base * (1.0 + 0.37 * rank + 0.011 * number)
+
+
+def train_on(path: str, process: int, carriers: Carriers, *, size_bytes: int, world_size: int) -> None:
+    """Two hundred exchanges; every total is compared."""
+    base = torch.arange(1.0, size_bytes // 4 + 1)
+    exchange = make(path, [base], world_size=world_size, processes=3)
+
+    def give_all() -> None:
+        for rank in carriers.of(process):
+            if exchange.given(rank) <= exchange.number:
+                give(exchange, rank, [by_formula(rank, exchange.number + 1, base)])
+
+    for number in range(1, KILL_EXCHANGES + 1):
+        give_all()
+        found = exchange.finish(carried=lambda: carriers.of(process), on_wait=give_all)
+        wanted = averaged([[by_formula(rank, number, base)] for rank in range(world_size)])
+        assert same_bits(found, wanted), f"process {process}, exchange {number}"
+
+
+def kill_within(watched: GradientExchange, rank: int, pid: int, rng: random.Random) -> None:
+    """At a drawn instant of a drawn exchange."""
+    number = rng.randrange(2, KILL_EXCHANGES - 50)
+    deadline = time.monotonic() + TIMEOUT_S
+    while watched.given(rank) < number:
+        assert time.monotonic() < deadline, f"rank {rank} did not come to exchange {number}"
+    instant = time.perf_counter() + rng.uniform(0, 1e-3)
+    while time.perf_counter() < instant:
+        pass
+    os.kill(pid, signal.SIGKILL)
+
+
+SEEDS = [
+    *range(DEFAULT_SEEDS),
+    *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(DEFAULT_SEEDS, DEFAULT_SEEDS + SOAK_SEEDS)),
+]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_survivors_finish_every_exchange_of_a_process_killed_at_any_instant(seed) -> None:
+    rng = random.Random(seed)
+    world_size, processes = 4, 3
+    size_bytes = (4096, SHARES_FROM_BYTES)[seed % 2]
+    carriers = Carriers([rank % processes for rank in range(world_size)])
+    with memory_file() as path:
+        pids = [
+            fork(
+                lambda process=process: train_on(path, process, carriers, size_bytes=size_bytes, world_size=world_size)
+            )
+            for process in range(processes)
+        ]
+        watched = make(path, of_bytes(size_bytes), world_size=world_size)
+        victim = rng.randrange(processes)
+        kill_within(watched, carriers.of(victim)[0], pids[victim], rng)
+        status = os.waitstatus_to_exitcode(os.waitpid(pids[victim], 0)[1])
+        left = [process for process in range(processes) if process != victim]
+        carriers.hand_over(victim, rng, left)
+        assert ends_well([pids[process] for process in left])
+        assert status == -signal.SIGKILL
+        assert [watched.given(rank) for rank in range(world_size)] == [KILL_EXCHANGES] * world_size
+
+
+# ------------------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_too_little_memory_is_said_with_how_much_is_needed(monkeypatch, alone) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10_000_000)
+    monkeypatch.setattr("torchtrainer.comm.slots.available_bytes", lambda: 10_000_000)
+    with (
+        memory_file() as path,
+        pytest.raises(ExchangeUnavailableError, match=r"need 42 MB .* 10 MB are free\. .*limit"),
+    ):
+        make(None if alone else path, of_bytes(42_000_000 // (3 if not alone else 2)), world_size=2)
+
+
+def test_a_closed_exchange_lets_go_of_the_memory() -> None:
+    with memory_file() as path:
+        exchange = make(path, of_bytes(4096), world_size=2)
+        assert "memfd:exchange" in Path("/proc/self/maps").read_text()
+        exchange.close()
+        assert "memfd:exchange" not in Path("/proc/self/maps").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------ inside DDP
+
+
+@pytest.fixture(scope="module")
+def _ddp_imported() -> None:
+    """DDP imports this when it is first used: here once, not in every process that is forked."""
+    importlib.import_module("torch._dynamo")
+
+
+class Branches(nn.Module):
+    """Two layers, of which a rank may use only the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.spare = (nn.Linear(40, 40) for _ in range(3))
+
+    def forward(self, rows: torch.Tensor, *, both: bool) -> torch.Tensor:
+        out = self.first(rows)
+        return self.second(out) if both else out
+
+
+def one_step(model: DistributedDataParallel, rank: int, step: int, *, unused: bool) -> None:
+    """Two backward passes, after one that is not exchanged; the branches differ between ranks where that is allowed."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    rows = torch.randn(3, 4, 40, generator=generator)
+    both = not unused or (rank + step) % 2 == 0
+    model.zero_grad(set_to_none=step % 2 == 0)
+    with model.no_sync():
+        model(rows[0], both=both).sum().backward()
+    model(rows[1], both=both).sum().backward()
+    model(rows[2], both=not unused or step == 1).square().sum().backward()
+
+
+def compare_with_plain(rank: int, path: str, place: Path, **options: bool) -> None:
+    group = open_group(backend="gloo", rank=rank, world_size=2, timeout_s=TIMEOUT_S, store_path=str(place / "store"))
+    alone = [dist.new_group([one]) for one in range(2)][rank]
+    unused = options.get("find_unused_parameters", False)
+    models = []
+    for process_group in (None, alone):
+        torch.manual_seed(0)
+        model = Branches()
+        model.spare.requires_grad_(unused)  # used by nobody
+        if not unused:
+            del model.spare
+        models.append(DistributedDataParallel(model, process_group=process_group, bucket_cap_mb=0.005, **options))
+    plain, ours = models
+    parameters = [nn.Parameter(torch.zeros(2)), *ours.parameters()]  # the first is another model's
+    exchange = make(path, parameters, world_size=2, processes=2)
+
+    def exchanged(gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        give(exchange, rank, gradients)
+        return exchange.finish(carried=lambda: [rank], on_wait=nothing)
+
+    exchange_by_hook(ours, parameters, exchanged)
+    for step in range(4):
+        for model in models:
+            one_step(model, rank, step, unused=unused)
+        found, wanted = ([one.grad for one in model.parameters()] for model in (ours, plain))
+        assert same_bits(found, wanted), (rank, step, found, wanted)
+    assert exchange.number == 8
+    group.close()
+
+
+@pytest.mark.usefixtures("_ddp_imported")
+@pytest.mark.parametrize("gradient_as_bucket_view", [True, False])
+@pytest.mark.parametrize("find_unused_parameters", [True, False])
+def test_gradients_are_those_of_plain_ddp(tmp_path, gradient_as_bucket_view, find_unused_parameters) -> None:
+    options = {
+        "gradient_as_bucket_view": gradient_as_bucket_view,
+        "find_unused_parameters": find_unused_parameters,
+    }
+    with memory_file() as path:
+        assert ends_well(
+            [fork(lambda rank=rank: compare_with_plain(rank, path, tmp_path, **options)) for rank in range(2)]
+        )
+
+
+@pytest.mark.usefixtures("_ddp_imported")
+def test_what_the_exchange_raises_comes_out_of_backward(tmp_path) -> None:
+    def body() -> None:
+        group = open_group(
+            backend="gloo", rank=0, world_size=1, timeout_s=TIMEOUT_S, store_path=str(tmp_path / "store")
+        )
+        model = DistributedDataParallel(nn.Linear(2, 2))
+
+        def refuse(gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+            raise KeyError("orders")
+
+        exchange_by_hook(model, [*model.parameters()], refuse)
+        with pytest.raises(KeyError, match="orders"):
+            model(torch.ones(1, 2)).sum().backward()
+        group.close()
+
+    assert ends_well([fork(body)])
+
+
+@pytest.mark.usefixtures("_ddp_imported")
+def test_sparse_gradients_are_refused_with_what_to_do(tmp_path) -> None:
+    def body() -> None:
+        group = open_group(
+            backend="gloo", rank=0, world_size=1, timeout_s=TIMEOUT_S, store_path=str(tmp_path / "store")
+        )
+        model = DistributedDataParallel(nn.Embedding(3, 2, sparse=True))
+        exchange_by_hook(model, [*model.parameters()], list)
+        with pytest.raises(NotAvailableError, match="sparse=False"):
+            model(torch.tensor([1])).sum().backward()
+        group.close()
+
+    assert ends_well([fork(body)])

@@ -1,0 +1,179 @@
+"""The ranks of a run are carried by any number of processes, which changes at any time, and the training is the same, to the bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from failing import workers
+from recovery_programs import (
+    GONE_S,
+    Job,
+    Plan,
+    Strike,
+    assert_as_undisturbed,
+    digest,
+    epochs_of,
+    one_epoch,
+    wait_for,
+)
+
+from torchtrainer import CheckpointConfig, InvalidArgumentError
+
+FOUR = Job(ranks=4)
+STATEFUL = Job(ranks=4, operator="stateful", optimizer="momentum")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """Every worker process of a test is gone when it ends."""
+    before = workers()
+    yield
+    wait_for(lambda: workers() <= before, GONE_S)
+
+
+@pytest.fixture
+def one_thread():
+    """This process computes as its workers do: sums depend on how many threads share them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def carried(trainer) -> list[tuple[int, ...]]:
+    """Ranks by process."""
+    return [process.ranks for process in trainer.status().processes]
+
+
+def assert_spread(trainer, processes: int) -> None:
+    """So many processes carry all ranks, as evenly as possible."""
+    ranks = carried(trainer)
+    assert len(ranks) == processes
+    assert sorted(rank for some in ranks for rank in some) == [0, 1, 2, 3]
+    assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
+
+
+@pytest.mark.parametrize("job", [FOUR, STATEFUL], ids=["adam", "stateful, momentum"])
+def test_four_ranks_on_any_number_of_processes(job) -> None:
+    with job.trainer() as trainer:
+        found = []
+        for processes in (4, 3, 2, 1, 4):
+            trainer.resize(processes)
+            assert_spread(trainer, processes)
+            found.append(one_epoch(trainer))
+            assert_spread(trainer, processes)
+        assert_as_undisturbed(found, job)
+        assert trainer.status().failures == ()
+
+
+class Resizing:
+    """Changes the number of processes while the ranks train: when one number is reached, to the next one on the list.
+
+    Attributes:
+        changes: those that were asked for and seen done within one call.
+    """
+
+    def __init__(self, *wanted: int) -> None:
+        self.left = list(wanted)
+        self.asked: int | None = None
+        self.batch = 0
+        self.changes: list[int] = []
+
+    def on_step(self, event) -> None:
+        if self.asked is not None and len(carried(self.trainer)) == self.asked:
+            if event.batch > self.batch:
+                self.changes.append(self.asked)
+            self.asked = None
+        if self.asked is None and self.left:
+            self.asked, self.batch = self.left.pop(0), event.batch
+            self.trainer.resize(self.asked)
+
+    @property
+    def done(self) -> bool:
+        return self.asked is None and not self.left
+
+
+STRETCH = 200
+"""Steps of a call, many passes over the data."""
+MOST_STRETCHES = 50
+
+
+def stretches_of(trainer, number: int, done=lambda: False) -> list[tuple[object, str]]:
+    """Trains in calls of many steps, so many of them or until it is done; what each returned, and the state after it."""
+    found = []
+    while len(found) < number and not done():
+        found.append((trainer.train(num_steps=STRETCH), digest(trainer.state_dict())))
+    return found
+
+
+@pytest.mark.parametrize("job", [FOUR, replace(STATEFUL, loader_workers=1)], ids=["adam", "stateful, loader workers"])
+def test_the_number_of_processes_changes_in_the_middle_of_a_call(job) -> None:
+    resizing = Resizing(3, 2, 1, 4)
+    with job.trainer(callbacks=[resizing]) as trainer:
+        resizing.trainer = trainer
+        found = stretches_of(trainer, MOST_STRETCHES, lambda: resizing.done)
+        assert resizing.done
+        assert resizing.changes
+        assert_spread(trainer, 4)
+        assert trainer.status().failures == ()
+    with job.trainer() as trainer:
+        assert stretches_of(trainer, len(found)) == found
+
+
+@pytest.mark.parametrize("job", [FOUR, STATEFUL], ids=["adam", "stateful, momentum"])
+def test_one_process_for_debuggers_gives_the_bits_of_four(job, one_thread) -> None:
+    with job.trainer(use_local=True, num_cpus_per_worker="auto") as trainer:
+        assert_as_undisturbed(epochs_of(trainer, 3), job)
+
+
+def test_processes_die_while_they_carry_several_ranks(tmp_path) -> None:
+    strikes = (Strike(phase="forward", rank=0, at=9), Strike(phase="stepped", rank=2, at=9))
+    with FOUR.trainer(Plan(directory=str(tmp_path), strikes=strikes)) as trainer:
+        trainer.resize(2)
+        found = epochs_of(trainer, 3)
+        assert_as_undisturbed(found, FOUR)
+        assert len(trainer.status().failures) == 1 + Plan(directory=str(tmp_path), strikes=strikes).fired(strikes[1])
+        wait_for(lambda: len(carried(trainer)) == 2)
+
+
+def test_a_checkpoint_of_two_processes_is_gone_on_with_by_four(tmp_path) -> None:
+    options = {"run_dir": tmp_path / "run", "checkpoint": CheckpointConfig(every_steps=1)}
+    with pytest.raises(RuntimeError, match="interrupted by intent"), FOUR.trainer(**options) as trainer:
+        trainer.resize(2)
+        trainer.train()
+        trainer.validate()
+        trainer.state_dict()
+        raise RuntimeError("interrupted by intent")
+    with FOUR.trainer(resume=True, **options) as trainer:
+        found = epochs_of(trainer, 3)
+        assert_spread(trainer, 4)
+        assert_as_undisturbed(found, FOUR)
+
+
+@pytest.mark.parametrize("processes", [0, 5, -1])
+def test_a_number_of_processes_that_cannot_be_is_refused(processes) -> None:
+    with FOUR.trainer() as trainer:
+        with pytest.raises(InvalidArgumentError, match=rf"carried by 1 to 4 processes, got {processes}$"):
+            trainer.resize(processes)
+        assert_as_undisturbed([one_epoch(trainer)], FOUR)
+
+
+def test_fewer_processes_than_min_workers_are_refused() -> None:
+    with Job(ranks=3).trainer(min_workers=2) as trainer, pytest.raises(InvalidArgumentError, match="min_workers=2"):
+        trainer.resize(1)
+
+
+def test_more_min_workers_than_ranks_are_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="min_workers"):
+        Job().trainer(min_workers=3)
+
+
+@pytest.mark.parametrize("hook", ["train_batch", "train_epoch"])
+def test_an_operator_that_makes_the_update_itself_says_why_it_cannot_share_a_process(hook) -> None:
+    with Job(operator=f"own {hook.removeprefix('train_')}").trainer() as trainer:
+        with pytest.raises(InvalidArgumentError, match=rf"has its own {hook}"):
+            trainer.resize(1)
+        trainer.resize(2)
+        trainer.train()

@@ -1,0 +1,226 @@
+"""Averages the gradients of all ranks of a machine through shared memory; whoever carries a rank speaks for it.
+
+Every rank has a *slot* for its gradients and two counters: ``given`` (number of the exchange for which its gradients are in its
+slot) and ``reduced`` (for which its share of the result is made). Exchange n goes one of two ways, chosen alike by all processes:
+
+    direct   put g into slot[r][n % 2], given[r] = n  ->  wait until all have given n  ->  sum all slots
+    shares   put g into slot[r],        given[r] = n  ->  wait until all have given n
+             -> sum share r of all slots into the result, reduced[r] = n  ->  wait until all have reduced n  ->  copy the result
+
+Why nothing is overwritten that somebody may still read. A process that takes part carries at least one rank that nobody else
+gives, and gives n + 1 for it only when it has finished n. So if all ranks have given n + 1, everybody has finished n.
+
+- direct: slot[r][n % 2] is written again for n + 2, by a process that has finished n + 1; then all have given n + 1, so all
+  have finished n, its only readers. With one buffer, n + 1 would be written while a slow process still sums n.
+- shares: slot[r] is written again for n + 1, by a process that has finished n; then all shares of n are made, and only who
+  makes a share reads slots. The result is written for n + 1 when all have given n + 1, so all have copied n.
+- which parameters a rank has gradients for is read by everybody, and has two buffers both ways.
+
+Why a process may die at any instruction. When it is gone, its ranks are taken over by a process that has finished n - 1 and
+not n, or joins in such a state. What is in a slot counts from ``given``, what is in a share of the result from ``reduced``;
+each is set after the whole was written. If the counter says n, the place is left alone. Otherwise nobody reads it for n, and by
+the rules above nobody reads it for an earlier number any more, so that it is written from the start, half written or not.
+Who died between setting a counter and waking others made them sleep `WAKE_S` longer. Numbers start from 1 in new memory: a
+group that starts anew needs a new file.
+
+Memory order: x86-64 shows stores in the order in which they were made (and the C library ends its streaming copies by a
+fence), so that a counter is seen after what it stands for. Elsewhere `why_not_shared` gives a reason not to.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+
+from torchtrainer.checkpoint.memory import available_bytes
+from torchtrainer.comm.counters import Counters
+from torchtrainer.comm.futex import why_not_shared
+from torchtrainer.comm.layout import SlotLayout
+from torchtrainer.comm.slots import ExchangeUnavailableError, GradientSlots
+from torchtrainer.comm.summing import average, share
+from torchtrainer.errors import EngineError
+
+__all__ = [
+    "SHARES_FROM_BYTES",
+    "WAKE_S",
+    "ExchangeUnavailableError",
+    "GradientExchange",
+    "why_no_room",
+    "why_not_shared",
+]
+
+WAKE_S = 0.005
+"""Longest sleep of a waiting process, after which it looks for orders."""
+SPIN_S = 0.0002
+"""How long a process with a core of its own looks for the others before it sleeps; to be woken takes about as long."""
+SHARES_FROM_BYTES = 512 * 1024
+"""Size of one rank's gradients from which on every rank sums a share of them."""
+
+
+def why_no_room(parameters: Sequence[torch.Tensor], world_size: int) -> str:
+    """Why the machine has no memory for exchanging gradients; empty if it has. To be asked before anybody takes any.
+
+    Args:
+        parameters: whose gradients are exchanged.
+        world_size: number of ranks.
+    """
+    needed, available = 2 * (world_size + 1) * SlotLayout(parameters).size_bytes, available_bytes()
+    if available is None or needed <= available:
+        return ""
+    return f"it takes {needed / 1e6:.0f} MB of shared memory, and {available / 1e6:.0f} MB are free"
+
+
+class GradientExchange:
+    """Averages the gradients of W ranks in rank order: the same bits on any number of processes.
+
+    Used by the thread that trains, in each process that carries ranks.
+
+    Args:
+        path: of a file in memory that all of them map, and nobody used before; each makes it as long as it has to be.
+            None: memory of this process alone, which carries all ranks.
+        world_size: number of ranks.
+        parameters: on the CPU, whose gradients are exchanged; of the same types and shapes in the same order everywhere.
+        timeout_s: longest sleep until other ranks come, in one exchange; what ``on_wait`` takes does not count.
+        processes: how many share the machine's cores; a process spins before it sleeps only if each has a core.
+
+    Attributes:
+        number: exchanges completed; set by a process that joins.
+        timeout_s: as given; may be set.
+
+    Raises:
+        ExchangeUnavailableError: not on this platform, or there is not enough memory.
+    """
+
+    def __init__(
+        self,
+        path: str | None,
+        *,
+        world_size: int,
+        parameters: Sequence[torch.Tensor],
+        timeout_s: float,
+        processes: int,
+    ) -> None:
+        self.number = 0
+        self.timeout_s = timeout_s
+        self._world_size = world_size
+        self._spins = path is not None and processes <= _cores()
+        layout = SlotLayout(parameters)
+        self._by_shares = path is not None and world_size > 1 and layout.size_bytes >= SHARES_FROM_BYTES
+        buffers = 2 if path is not None and not self._by_shares else 1
+        self._slots = GradientSlots(path, world_size=world_size, layout=layout, buffers=buffers, result=self._by_shares)
+        self._runs = layout.flat(torch.empty(layout.size_bytes, dtype=torch.uint8))
+        self._averages: list[torch.Tensor | None] = [*layout.by_parameter(self._runs)]
+
+    def given(self, rank: int) -> int:
+        """The latest exchange for which the rank's gradients are there."""
+        return self._slots.given[rank]
+
+    @torch.no_grad()
+    def put(self, rank: int, number: int, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Copies a rank's gradients for the running exchange; does nothing if the rank has given them already.
+
+        Args:
+            rank: whose gradients; this process carries it.
+            number: of the running exchange, which is one more than the completed ones.
+            gradients: one per parameter, in their order; None: the rank has none for it.
+        """
+        if self._slots.given[rank] >= number:
+            return
+        if number != self.number + 1:
+            raise ValueError(f"number is {number}, but exchange {self.number + 1} is the one that is running")
+        self._slots.put(rank, number, gradients)
+
+    def publish(self, rank: int, number: int) -> None:
+        """Says that the rank's gradients are there, and wakes who waits for them."""
+        if self._slots.given[rank] < number:
+            self._slots.given.publish(rank, number)
+
+    @torch.no_grad()
+    def finish(
+        self, *, carried: Callable[[], Collection[int]], on_wait: Callable[[], None]
+    ) -> list[torch.Tensor | None]:
+        """Waits until all ranks have given their gradients, and averages them.
+
+        Args:
+            carried: the ranks that this process carries now.
+            on_wait: called before this thread sleeps, and at least every `WAKE_S` while it waits. May put and publish for more
+                ranks and change what ``carried`` returns. What it raises leaves the exchange, which can be finished later.
+
+        Returns:
+            One tensor per parameter, None where no rank has a gradient; the caller's own until the next call.
+
+        Raises:
+            EngineError: a rank did not come within ``timeout_s``.
+        """
+        number = self.number + 1
+        self._wait(self._slots.given, number, on_wait)
+        absent = self._slots.absent(number)
+        if self._by_shares:
+            self._average_by_shares(number, carried, on_wait)
+        else:
+            for place, run in enumerate(self._runs):
+                average(run, [rank[place] for rank in self._slots.runs[number % len(self._slots.runs)]])
+        self.number = number
+        averages = self._averages.copy()
+        for place in absent:
+            averages[place] = None
+        return averages
+
+    def close(self) -> None:
+        """Lets go of the memory; nothing else may be called after it."""
+        self._slots.close()
+
+    def _average_by_shares(
+        self, number: int, carried: Callable[[], Collection[int]], on_wait: Callable[[], None]
+    ) -> None:
+        def reduce() -> None:
+            for rank in carried():
+                if self._slots.reduced[rank] < number:
+                    self._average_share(rank)
+                    self._slots.reduced.publish(rank, number)
+
+        def look() -> None:
+            on_wait()
+            reduce()  # a rank that has come to this process by now may have left its share undone
+
+        reduce()
+        self._wait(self._slots.reduced, number, look)
+        for run, result in zip(self._runs, self._slots.result, strict=True):
+            run.copy_(result)
+
+    def _average_share(self, rank: int) -> None:
+        for place, result in enumerate(self._slots.result):
+            summands = [share(runs[place], rank, self._world_size) for runs in self._slots.runs[0]]
+            average(share(result, rank, self._world_size), summands)
+
+    def _wait(self, counters: Counters, number: int, on_wait: Callable[[], None]) -> None:
+        if counters.reached(number) or (self._spins and _spin(counters, number)):
+            return
+        slept_s = 0.0
+        on_wait()
+        while missing := counters.missing(number):
+            if slept_s >= self.timeout_s:
+                raise EngineError(
+                    f"ranks {missing} did not take part in exchange {number} of gradients within timeout_s="
+                    f"{self.timeout_s:g} s; the other ranks wait for them. Look for what they do in their logs, or raise timeout_s"
+                )
+            began = time.monotonic()
+            counters.sleep(missing[0], number, WAKE_S)
+            slept_s += time.monotonic() - began
+            on_wait()
+
+
+def _spin(counters: Counters, number: int) -> bool:
+    end = time.monotonic() + SPIN_S
+    while not counters.reached(number):
+        if time.monotonic() > end:
+            return False
+        os.sched_yield()  # the process that is waited for may have been put on the same core
+    return True
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

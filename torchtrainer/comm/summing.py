@@ -1,0 +1,45 @@
+"""Averages of tensors in a fixed order, whole or in shares: the same bits however the elements are divided."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from torchtrainer.comm.layout import ALIGNMENT_BYTES
+
+BLOCK_BYTES = 256 * 1024
+"""Summed at a time: what stays in a core's cache while the ranks are added up and the sum is divided."""
+
+
+def share(run: torch.Tensor, part: int, parts: int) -> torch.Tensor:
+    """The part of a run that one rank sums; the parts do not overlap in a line of the cache, and may be empty."""
+    step = ALIGNMENT_BYTES // run.element_size()
+    steps = -(-run.numel() // step)
+    first, last = (min(run.numel(), steps * one // parts * step) for one in (part, part + 1))
+    return run[first:last]
+
+
+def average(into: torch.Tensor, summands: Sequence[torch.Tensor]) -> None:
+    """Adds up in the order given, divides by how many there are. Every element by itself: the parts do not matter."""
+    block = BLOCK_BYTES // into.element_size()
+    if into.numel() <= block:  # most runs: no views are made
+        _average_block(into, summands)
+        return
+    for first in range(0, into.numel(), block):
+        _average_block(into[first : first + block], [summand[first : first + block] for summand in summands])
+
+
+def _average_block(into: torch.Tensor, summands: Sequence[torch.Tensor]) -> None:
+    if len(summands) == 1:
+        into.copy_(summands[0])
+        return
+    torch.add(summands[0], summands[1], out=into)
+    for summand in itertools.islice(summands, 2, None):
+        into.add_(summand)
+    count = len(summands)
+    if count & (count - 1):
+        into.div_(count)
+    else:
+        into.mul_(1 / count)  # faster, and the same bits: the inverse of a power of two is exact

@@ -1,0 +1,73 @@
+"""Which worker hangs, and how long it may be quiet before it does. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from torchtrainer.driver.views import EXCHANGING, WorkerView
+
+HANG_FLOOR_S = 15.0
+"""Shortest learnt time without progress after which a worker counts as hung: loaders and disks have bad moments."""
+HANG_STEPS = 30
+"""A learnt limit is the time of so many of the longest recent step."""
+STEP_PHASES = frozenset({"data", "forward", "step", *EXCHANGING})
+"""The phases of a step: how long they take is learnt; others (set-up, hooks around a pass, a save) take their time."""
+
+
+def limit_s(view: WorkerView, longest_s: float, given_s: float, *, learnt: bool) -> float:
+    """How long a worker may go without progress.
+
+    Args:
+        view: of the worker.
+        longest_s: the longest recent step of any worker; 0.0: not known yet.
+        given_s: the limit where none can be learnt.
+        learnt: whether step times count; else ``given_s`` always holds.
+    """
+    if not learnt or not longest_s or not view.longest_s or view.phase not in STEP_PHASES or not view.batch:
+        return given_s
+    return min(given_s, max(HANG_FLOOR_S, HANG_STEPS * longest_s))
+
+
+def find_hung(
+    views: Iterable[WorkerView],
+    now: float,
+    given_s: float,
+    *,
+    learnt: bool = False,
+    held: Collection[int] = (),
+    excused: bool = False,
+) -> tuple[WorkerView, float] | None:
+    """Finds the worker that holds the others up, once it has shown no progress for too long.
+
+    In an exchange every worker looks hung, so one that is heard of while it waits there, or holds at a boundary, is not it. Of
+    the others that are over their limit it is the one at the lowest step and batch, among equals the one that entered its phase
+    first. If all wait, the same order tells which of them is furthest behind.
+
+    Args:
+        views: of the workers that carry ranks.
+        now: monotonic seconds.
+        given_s, learnt: see `limit_s`.
+        held: workers that wait at a boundary for the driver's word.
+        excused: some rank has no carrier, so that there is somebody to wait for.
+
+    Returns:
+        The worker and its limit in seconds.
+    """
+    busy = [view for view in views if view.busy and view.spoke and view.worker not in held]
+    longest_s = max((view.longest_s for view in busy), default=0.0)
+    limits = {view.worker: limit_s(view, longest_s, given_s, learnt=learnt) for view in busy}
+    over = [view for view in busy if silent_s(view, now) > limits[view.worker]]
+    mute = [view for view in over if now - view.heard_at > limits[view.worker]]
+    working = [view for view in busy if view.phase not in EXCHANGING or view in mute]
+    guilty = [view for view in over if view in working]
+    if not working and not held and not excused:
+        guilty = over  # all wait, for each other: something inside the exchange is broken
+    if not guilty:
+        return None
+    hung = min(guilty, key=lambda view: (view.step, view.batch, view.phase_since))
+    return hung, limits[hung.worker]
+
+
+def silent_s(view: WorkerView, now: float) -> float:
+    """Seconds since the worker last showed progress: entered a phase, or, when it is silent, was heard of."""
+    return now - min(view.phase_since, view.heard_at)

@@ -1,0 +1,171 @@
+"""What follows when a worker is lost: its ranks are carried by others, at once or by a replacement, or the group ends. Pure.
+
+lost ──> budget spent? ──> group ends
+  │                                     ┌──> Carry to the survivors with the fewest ranks
+  └──> may a worker carry any ranks, ───┤
+       and are enough workers left?     └──> wait for a replacement (see `moving`)
+
+The survivors keep their memory and wait in the exchange in which the ranks are missed; `Carried` says that they have got past it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torchtrainer.control.messages import Carried, Carry
+from torchtrainer.driver.causes import CrashLoop, StartTimedOut, UserCodeFailed, WorkerDied, WorkerLost
+from torchtrainer.driver.ending import kill
+from torchtrainer.driver.events import Action, Joined, Recovered, ReplacingStopped, Send
+from torchtrainer.driver.layout import spread
+from torchtrainer.driver.states import Budget, Calling, Idle, Loss, Machine, Result
+from torchtrainer.driver.views import WorkerView
+
+BURST_S = 0.1
+"""Workers that are lost within this time of each other are one failure of the budget: whatever it was, it took them together."""
+
+
+def lose(machine: Machine, view: WorkerView, cause: WorkerLost, now: float) -> Result:
+    """A worker that carries ranks is gone, and did not say why; who carries them now is up to `carry` and `moving`.
+
+    Args:
+        machine: of a group that can recover.
+        view: of the worker.
+        cause: how it was lost.
+        now: monotonic seconds.
+    """
+    machine = spend(machine, now)
+    step = max(view.step for view in machine.views)
+    loss = Loss(worker=view.worker, ranks=view.ranks, cause=cause, step=step, since=now, left=frozenset(view.ranks))
+    views = tuple(
+        replace(v, lost=True, busy=False, phase="gone") if v.worker == view.worker else v for v in machine.views
+    )
+    machine = replace(machine, views=views, losses=(*machine.losses, loss))
+    allowed, failures = machine.failure.max_failures, machine.budget.failures
+    if failures <= allowed:
+        return machine, ()
+    if not allowed:
+        return kill(machine, cause, now, why="FailureConfig(max_failures=0) allows no failure")
+    return kill(machine, CrashLoop(failures=failures, last=cause), now)
+
+
+def spend(machine: Machine, now: float) -> Machine:
+    """The machine with one more failure in its budget, unless it belongs to the one before."""
+    budget = machine.budget
+    step = max((view.step for view in machine.views), default=0)
+    if now - budget.since <= BURST_S:
+        return replace(machine, budget=replace(budget, step=max(step, budget.step)))
+    failures = 1 if budget.progressed else budget.failures + 1
+    return replace(machine, budget=Budget(failures=failures, since=now, step=step))
+
+
+def note_step(machine: Machine, step: int) -> Machine:
+    """The machine after an optimizer step was completed, as far as it makes up for failures."""
+    if machine.budget.progressed or step <= machine.budget.step:
+        return machine
+    return replace(machine, budget=replace(machine.budget, progressed=True))
+
+
+def lose_newcomer(
+    machine: Machine, view: WorkerView, cause: UserCodeFailed | WorkerLost | StartTimedOut, now: float
+) -> Result:
+    """A worker that was to join is gone, or will not come. What user code raises while it is built is not tried again."""
+    if not machine.at_work:
+        return machine.without(view.worker), ()
+    tries = machine.unbuilt + 1
+    users = isinstance(cause, UserCodeFailed) or (isinstance(cause, WorkerDied) and cause.failure is not None)
+    stops = users or tries >= machine.tries
+    machine = replace(machine.without(view.worker), unbuilt=max(tries, machine.tries) if stops else tries)
+    if not stops:
+        return machine, ()
+    if must_wait(machine):
+        final = cause if users or tries == 1 else CrashLoop(failures=tries, last=cause, building=True)
+        return kill(machine, final, now, why="the replacement of a lost worker could not be built")
+    return machine, (ReplacingStopped(tries=tries, cause=cause),)
+
+
+def must_wait(machine: Machine) -> bool:
+    """Whether ranks that nobody carries have to wait for a replacement."""
+    return bool(machine.uncarried) and (bool(machine.bound) or len(machine.carriers) < machine.min_workers)
+
+
+# What becomes possible after any event
+
+
+def give_up(machine: Machine, now: float) -> Result:
+    """Ends the group if ranks are lost and nobody is left, or will come, that could take them over."""
+    if not machine.uncarried:
+        return machine, ()
+    cause = machine.losses[0].cause
+    if not machine.carriers:
+        return kill(machine, cause, now, retry=True, why="no worker was left that has the state")
+    if must_wait(machine) and not machine.replacing and not machine.newcomers:
+        return kill(machine, cause, now, retry=True, why="a replacement is needed, and none could be built")
+    return machine, ()
+
+
+def carry(machine: Machine, now: float) -> Result:
+    """Has survivors carry the ranks that nobody carries, where they may."""
+    lost, able = machine.uncarried, machine.able
+    if not lost or not able or must_wait(machine):
+        return machine, ()
+    actions: list[Action] = []
+    views = {view.worker: view for view in machine.views if not view.lost}
+    for worker, ranks in spread(lost, {view.worker: view.ranks for view in able}).items():
+        views[worker] = with_ranks(machine, views[worker], (*views[worker].ranks, *ranks), "carry", now)
+        message = Carry(group=machine.group, worker=worker, call=machine.call, ranks=list(ranks))
+        actions.append(Send(message=message))
+    return replace(machine, views=tuple(views.values())), tuple(actions)
+
+
+def with_ranks(machine: Machine, view: WorkerView, ranks: tuple[int, ...], phase: str, now: float) -> WorkerView:
+    """A worker's view when it carries these ranks; one that did nothing enters a phase, if the call goes on for it."""
+    busy = machine.owing(ranks)
+    view = replace(view, ranks=tuple(sorted(ranks)), laps=())
+    if busy and not view.busy:
+        return replace(view, busy=True, phase=phase, phase_since=now, heard_at=now)
+    return replace(view, busy=busy)
+
+
+# What workers say
+
+
+def on_carried(machine: Machine, event: Carried, now: float) -> Result:
+    """Sent when all ranks have got past the step in which a worker was lost; also by a newcomer that has joined."""
+    view = machine.view(event.worker)
+    if view is None or not isinstance(machine.state, Idle | Calling):
+        return machine, ()
+    machine = note_step(machine, event.step)
+    joined: tuple[Action, ...] = ()
+    if view.joining:
+        machine = replace(machine.see(event.worker, joining=False, reading=False), unbuilt=0)
+        joined = (Joined(worker=event.worker, ranks=view.ranks),)
+    machine, recovered = done(machine, event.ranks, now, event.redone)
+    return machine, (*joined, *recovered)
+
+
+def done(machine: Machine, ranks: list[int], now: float, redone: int = 0) -> Result:
+    """These ranks are carried, as far as they were lost."""
+    losses: list[Loss] = []
+    actions: list[Action] = []
+    for loss in machine.losses:
+        if loss.left.isdisjoint(ranks):
+            losses.append(loss)
+            continue
+        rest = replace(loss, left=loss.left.difference(ranks), redone=loss.redone + redone)
+        if rest.left:
+            losses.append(rest)
+        else:
+            actions.append(_recovered(rest, now))
+    return replace(machine, losses=tuple(losses)), tuple(actions)
+
+
+def _recovered(loss: Loss, now: float) -> Recovered:
+    return Recovered(
+        worker=loss.worker,
+        ranks=loss.ranks,
+        cause=loss.cause,
+        step=loss.step,
+        redone=loss.redone,
+        seconds=now - loss.since,
+        how="replaced" if loss.replaced else "carried",
+    )

@@ -1,0 +1,192 @@
+"""Cards: what only one rank has at a step boundary, in memory that outlives the process that carries the rank.
+
+A card is written before the rank's share of a step is published, for the step after it. So whoever takes a rank over finds the
+card of the very step that the rank had not done yet. Each rank has a file with places for two cards, used in turn:
+
+    turn, room | number, where, size | number, where, size | ... tensors, plain data ... | ... tensors, plain data ...
+
+The turn is written last: a card that is half written when its process dies is not there. Written and read by threads that train;
+nobody writes the card of a rank that somebody else carries.
+"""
+
+from __future__ import annotations
+
+import marshal
+import math
+import mmap
+import pickle
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchtrainer.checkpoint.memory import map_shared
+from torchtrainer.errors import EngineError
+
+_TURN = struct.Struct("<QQ")
+"""Which place holds the latest card, and the room for plain data in each."""
+_ENTRY = struct.Struct("<QQQ")
+"""Number of the card, where its plain data begin, and how long they are."""
+_HEAD_BYTES = 256
+ALIGNMENT_BYTES = 64
+SPARE_BYTES = 16 * 1024
+"""Room for plain data beyond those of the first card: means of metrics come and go."""
+PLACES = 2
+
+
+def packed(value: Any) -> Any:
+    """Plain data as it is, anything else as bytes: what users' hooks call a loss may be any object."""
+    try:
+        marshal.dumps(value)
+    except ValueError:
+        return pickle.dumps(value)
+    return value
+
+
+def unpacked(value: Any) -> Any:
+    """What `packed` was given."""
+    return pickle.loads(value) if isinstance(value, bytes) else value  # as for `CardFile.read`
+
+
+class CardFile:
+    """The cards of one rank.
+
+    Args:
+        path: of the memory file; it may be empty still. None: memory of this process alone.
+        rank: whose cards they are.
+        tensors: the shapes and dtypes of what a card holds besides plain data; alike for all ranks.
+    """
+
+    def __init__(self, path: str | None, *, rank: int, tensors: Sequence[torch.Tensor]) -> None:
+        self._path = path
+        self._rank = rank
+        self._templates = [(one.shape, one.dtype, one.nbytes, one.numel()) for one in tensors]
+        offsets, end = [], 0
+        for _, _, nbytes, _ in self._templates:
+            offsets.append(end)
+            end += math.ceil(nbytes / ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        self._offsets, self._tensor_bytes = offsets, end
+        self._map: mmap.mmap | None = None
+        self._room = 0
+        self._views: list[list[torch.Tensor]] = []
+
+    def write(self, number: int, tensors: Sequence[torch.Tensor], plain: Any) -> None:
+        """Writes a card; the one before it stays until the next one is written.
+
+        Args:
+            number: of the exchange after which the rank is as the card says.
+            tensors: as many as were given at first; none: the card has none.
+            plain: numbers, text, bytes, and lists, tuples and dicts of them.
+
+        Raises:
+            EngineError: there is no memory for it.
+        """
+        data = marshal.dumps(plain)
+        memory = self._memory(len(data))
+        place = (_TURN.unpack_from(memory, 0)[0] + 1) % PLACES
+        if tensors:
+            torch._foreach_copy_(self._views[place], list(tensors))
+        start = self._start(place) + self._tensor_bytes
+        memory[start : start + len(data)] = data
+        _ENTRY.pack_into(memory, _TURN.size + place * _ENTRY.size, number, start, len(data))
+        _TURN.pack_into(memory, 0, place, self._room)
+
+    def read(self, number: int) -> tuple[list[torch.Tensor], Any]:
+        """The card with a number: its tensors, as for `tensors`, and its plain data.
+
+        Raises:
+            EngineError: there is no such card.
+        """
+        place, start, size = self._find(number)
+        assert self._map is not None
+        plain = marshal.loads(self._map[start : start + size])  # noqa: S302  # only this group's workers can open the file
+        return self._views[place], plain
+
+    def tensors(self, number: int) -> list[torch.Tensor]:
+        """The tensors of a card: views of the memory, valid until the card after the next one is written."""
+        place, _, _ = self._find(number)  # may map the file anew
+        return self._views[place]
+
+    def has(self, number: int) -> bool:
+        """Whether the card with a number is there."""
+        try:
+            self._find(number)
+        except EngineError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Lets the memory go."""
+        self._views, self._map = [], None
+
+    def _start(self, place: int) -> int:
+        return _HEAD_BYTES + place * (self._tensor_bytes + self._room)
+
+    def _find(self, number: int) -> tuple[int, int, int]:
+        self._follow()
+        if self._map is not None:
+            turn = _TURN.unpack_from(self._map, 0)[0]
+            for place in (turn, (turn + 1) % PLACES):
+                found, start, size = _ENTRY.unpack_from(self._map, _TURN.size + place * _ENTRY.size)
+                if found == number and size:
+                    return place, start, size
+        raise EngineError(f"rank {self._rank} left no state of exchange {number} behind")
+
+    def _follow(self) -> None:
+        """Maps the file if another process has made it, or has made it longer."""
+        if self._path is None or (self._map is not None and _TURN.unpack_from(self._map, 0)[1] == self._room):
+            return
+        size = Path(self._path).stat().st_size
+        if size:
+            self._use(map_shared(self._path, size))
+
+    def _memory(self, data_bytes: int) -> mmap.mmap:
+        self._follow()
+        if self._map is None:
+            self._open(data_bytes + SPARE_BYTES)
+        elif data_bytes > self._room:
+            self._move(data_bytes + SPARE_BYTES)
+        assert self._map is not None
+        return self._map
+
+    def _open(self, room: int) -> None:
+        size = _HEAD_BYTES + PLACES * (self._tensor_bytes + room)
+        try:
+            self._use(mmap.mmap(-1, size) if self._path is None else map_shared(self._path, size))
+        except OSError as error:
+            raise EngineError(
+                f"rank {self._rank} found no shared memory for {size / 1e6:.1f} MB of its own state ({error}): give the machine "
+                "or the container more memory"
+            ) from error
+
+    def _move(self, room: int) -> None:
+        """Makes room for longer plain data; both cards move along."""
+        assert self._map is not None
+        turn = _TURN.unpack_from(self._map, 0)[0]
+        kept = []
+        for place in ((turn + 1) % PLACES, turn):
+            number, start, size = _ENTRY.unpack_from(self._map, _TURN.size + place * _ENTRY.size)
+            kept.append((number, [one.clone() for one in self._views[place]], self._map[start : start + size], size))
+        self._open(room)
+        assert self._map is not None
+        _TURN.pack_into(self._map, 0, turn, self._room)
+        for place, (number, tensors, data, size) in enumerate(kept):
+            if tensors:
+                torch._foreach_copy_(self._views[place], tensors)
+            start = self._start(place) + self._tensor_bytes
+            self._map[start : start + size] = data
+            _ENTRY.pack_into(self._map, _TURN.size + place * _ENTRY.size, number, start, size)
+        _TURN.pack_into(self._map, 0, 1, self._room)
+
+    def _use(self, memory: mmap.mmap) -> None:
+        self._map = memory
+        self._room = (len(memory) - _HEAD_BYTES) // PLACES - self._tensor_bytes
+        self._views = [
+            [
+                torch.frombuffer(memory, dtype=dtype, count=count, offset=self._start(place) + offset).view(shape)
+                for (shape, dtype, _, count), offset in zip(self._templates, self._offsets, strict=True)
+            ]
+            for place in range(PLACES)
+        ]

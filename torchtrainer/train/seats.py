@@ -1,0 +1,181 @@
+"""What only one rank has while a process carries it, and what of an operator all ranks share or each has for itself."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from torchtrainer.errors import EngineError
+from torchtrainer.train.cards import CardFile
+from torchtrainer.train.components import Components, internals
+from torchtrainer.train.data import RankLoader
+from torchtrainer.train.metrics import AverageMeterCollection
+from torchtrainer.train.rng import RngState
+
+if TYPE_CHECKING:
+    from torchtrainer.operator import TrainingOperator
+
+
+def nothing() -> None:
+    """Nobody has anything to do while others are waited for."""
+
+
+@dataclass(kw_only=True)
+class Seat:
+    """What only one rank has.
+
+    Attributes:
+        rank: whose it is.
+        loaders: its shares of the loaders, by name.
+        streams: its random streams, while those of another rank are in use.
+        samples: that it had in the running call.
+        meters: its means in the running call.
+        extras: what the operator's own ``state_dict`` returned for it, while another rank's are in use.
+        packed: the same for its card, as of the latest call that was no training: the built-in loop does not change it.
+    """
+
+    rank: int
+    loaders: dict[str, RankLoader]
+    streams: RngState | None = None
+    samples: int = 0
+    meters: AverageMeterCollection = field(default_factory=AverageMeterCollection)
+    extras: Any = None
+    packed: bytes = b""
+
+    def close(self) -> None:
+        """Ends its loaders' workers."""
+        for loader in self.loaders.values():
+            loader.close()
+
+
+class Buffers:
+    """The buffers of an operator's models: those that all ranks take over from rank 0, and those that each rank has.
+
+    Args:
+        operator: of this process.
+    """
+
+    def __init__(self, operator: TrainingOperator) -> None:
+        components = internals(operator).components or _NOTHING
+        self._followed: list[tuple[dict[str, Any], str]] = []
+        self._own: list[tuple[dict[str, Any], str]] = []
+        seen: set[int] = set()
+        for raw, follows in zip(components.raw_models, components.follows, strict=True):
+            places = self._followed if follows else self._own
+            for module in raw.modules():
+                for name, buffer in module._buffers.items():
+                    if buffer is not None and buffer.numel() and id(buffer) not in seen:
+                        seen.add(id(buffer))
+                        places.append((module._buffers, name))
+
+    @property
+    def followed(self) -> list[torch.Tensor]:
+        """Those that all ranks take over from rank 0. Looked up each time: a module may put another tensor in its place."""
+        return [members[name] for members, name in self._followed]
+
+    @property
+    def own(self) -> list[torch.Tensor]:
+        """Those that each rank has."""
+        return [members[name] for members, name in self._own]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them, in the order of a card."""
+        return [*self.followed, *self.own]
+
+    def load_for(self, rank: int, cards: Sequence[CardFile], number: int, *, alone: bool) -> None:
+        """Makes the buffers those with which a rank begins a step: rank 0's, and the rank's own.
+
+        Args:
+            rank: about to begin.
+            cards: by rank.
+            number: of the exchange before.
+            alone: the process carries no other rank, so that its buffers are the rank's own already.
+        """
+        if self._followed and not (alone and rank == 0):
+            self.load(cards[0].tensors(number), followed=True)
+        if self._own and not alone:
+            self.load(cards[rank].tensors(number), followed=False)
+
+    @torch.no_grad()
+    def load(self, values: Sequence[torch.Tensor], *, followed: bool) -> None:
+        """Copies values of a card into the followed buffers, or into the others; autograd takes no notice."""
+        split = len(self._followed)
+        here, there = (self.followed, values[:split]) if followed else (self.own, values[split:])
+        if here:
+            torch._foreach_copy_([one.data for one in here], list(there))
+
+
+_NOTHING = Components(raw_models=[], models=[], optimizers=[], criterion=None, schedulers=[])
+
+
+def all_parameters(operator: TrainingOperator) -> list[nn.Parameter]:
+    """Every parameter of the models, once, trained now or not."""
+    components = internals(operator).components
+    found = {id(one): one for model in (components.raw_models if components else []) for one in model.parameters()}
+    return list(found.values())
+
+
+def keeps_extras(operator: TrainingOperator) -> bool:
+    """Whether the operator has a state of its own beside models, optimizers and schedulers."""
+    from torchtrainer.operator import TrainingOperator as Base
+
+    return type(operator).state_dict is not Base.state_dict
+
+
+def packed_extras(operator: TrainingOperator) -> bytes:
+    """The operator's own state for a card; empty if it has none."""
+    if not keeps_extras(operator):
+        return b""
+    buffer = io.BytesIO()
+    torch.save(operator.state_dict(), buffer)
+    return buffer.getvalue()
+
+
+def unpacked_extras(data: bytes) -> Any:
+    """What `packed_extras` was given.
+
+    Raises:
+        EngineError: it holds other things than tensors, numbers, text and containers of them.
+    """
+    try:
+        return torch.load(io.BytesIO(data), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise EngineError(
+            f"what the operator's state_dict() returned cannot be handed to another process ({str(error).splitlines()[0]}): let "
+            "it return tensors, numbers, text, and lists and dicts of them"
+        ) from error
+
+
+def trainable_of(operator: TrainingOperator) -> Callable[[], Iterable[nn.Parameter]]:
+    """A function that gives the parameters that are trained at the moment."""
+
+    def trainable() -> Iterable[nn.Parameter]:
+        components = internals(operator).components
+        return components.trainable() if components is not None else ()
+
+    return trainable
+
+
+def bound_reason(operator: TrainingOperator) -> str:
+    """Why a process can carry only one rank of an operator; empty if it can carry any number."""
+    from torchtrainer.operator import TrainingOperator as Base
+
+    inside, kind = internals(operator), type(operator)
+    for name in ("train_batch", "train_epoch"):
+        if getattr(kind, name) is not getattr(Base, name):
+            return f"{kind.__name__} has its own {name}, which makes the update itself"
+    for name, loader in inside.loaders.items():
+        if not loader.any_world_size:
+            return f"the {name} loader is a stream, or used as it is: only its own rank can go on with it"
+    for model in inside.components.raw_models if inside.components else []:
+        for part in model.modules():
+            if isinstance(part, nn.SyncBatchNorm):
+                return "the model has SyncBatchNorm layers, which exchange in the forward pass"
+    return ""

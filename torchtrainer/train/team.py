@@ -1,0 +1,329 @@
+"""The ranks that one process carries, and the step that they take together with the ranks of other processes.
+
+The process has one model and one optimizer, which are equal in all processes. What only a rank has is in its seat: random
+streams, loaders, means, and what its buffers were. In a step every seat in turn runs forward and backward, and gives its
+gradients to the exchange, with its card for the next step. When all ranks have given theirs, every process has the same
+mean of all gradients, summed in rank order, and makes the update. So the bits do not depend on who carries what.
+
+Everything here runs in the thread that trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchtrainer.comm.exchange import GradientExchange
+from torchtrainer.train.cards import CardFile, packed, unpacked
+from torchtrainer.train.components import internals
+from torchtrainer.train.data import RankBatch
+from torchtrainer.train.loop import StepIterator, modules_of, step_for_passes, step_schedulers
+from torchtrainer.train.metrics import AverageMeterCollection
+from torchtrainer.train.rng import (
+    StreamReader,
+    isolated_rng,
+    rng_state,
+    seed_rank,
+    set_rng_state,
+    streams_from_plain,
+)
+from torchtrainer.train.seats import (
+    Buffers,
+    Seat,
+    all_parameters,
+    keeps_extras,
+    nothing,
+    packed_extras,
+    trainable_of,
+    unpacked_extras,
+)
+from torchtrainer.train.step import GradientShare, forward_backward, update
+
+if TYPE_CHECKING:
+    from torchtrainer.operator import TrainingOperator
+
+
+class Team:
+    """The seats of this process.
+
+    Args:
+        operator: of this process; built for the lowest of its ranks.
+        exchange: with the other processes.
+        cards: of every rank, by rank.
+        ranks: that this process carries at first; none: it is a spare.
+
+    Attributes:
+        seats: by rank.
+        exchange: with the other processes.
+        on_wait: called while others are waited for.
+        training: a ``train`` call is running.
+        call: number of the call that is running, or was the latest; alike in all processes.
+    """
+
+    def __init__(
+        self,
+        operator: TrainingOperator,
+        *,
+        exchange: GradientExchange,
+        cards: Sequence[CardFile],
+        ranks: Collection[int],
+    ) -> None:
+        self.exchange = exchange
+        self.on_wait: Callable[[], None] = nothing
+        self.training = False
+        self.call = 0
+        self._operator = operator
+        self._cards = cards
+        self._parameters = all_parameters(operator)
+        self._buffers = Buffers(operator)
+        self._has_extras = keeps_extras(operator)
+        self._streams = StreamReader()
+        self._collective: Any = internals(operator).context.collective
+        self._share = GradientShare(trainable_of(operator), self._collective.world_size)
+        self.parts: dict[int, RankBatch] = {}
+        lead = Seat(rank=self._collective.rank, loaders=internals(operator).loaders)
+        self._now = lead
+        self.seats: dict[int, Seat] = {}
+        self._pattern = lead
+        for rank in sorted(ranks):
+            self.seats[rank] = lead if rank == lead.rank else self._new_seat(rank)
+        self._first_cards()
+
+    # Seats
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that this process carries."""
+        return sorted(self.seats)
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return int(self._collective.world_size)
+
+    def each(self) -> Iterator[Seat]:
+        """Every seat in rank order, with its streams, loaders, means and buffers in place."""
+        for rank in self.ranks:
+            seat = self.seats[rank]
+            self.turn_to(seat)
+            if len(self.seats) > 1:
+                self._buffers.load_for(rank, self._cards, self.exchange.number, alone=False)
+            yield seat
+
+    def turn_to(self, seat: Seat) -> None:
+        """Puts what belongs to a seat in the place of what belongs to another."""
+        left = self._now
+        if seat is left:
+            return
+        left.streams = rng_state()
+        if self._has_extras:
+            left.extras = self._operator.state_dict()
+            if seat.extras is not None:
+                self._operator.load_state_dict(seat.extras)
+        if seat.streams is not None:
+            set_rng_state(seat.streams)
+            seat.streams = None
+        self._now = seat
+        self._collective.rank = seat.rank
+        internals(self._operator).loaders = seat.loaders
+        self.show_means()
+
+    def show_means(self) -> None:
+        """Has the operator see the means of the seat in use, while it trains."""
+        if self.training:
+            internals(self._operator).meters = self._now.meters
+
+    def adopt(self, rank: int, number: int | None = None) -> Seat:
+        """Takes over a rank whose process is gone, as its card has it.
+
+        Args:
+            rank: that this process does not carry.
+            number: of the card; None: that of the latest exchange.
+        """
+        seat = self._new_seat(rank)
+        self._from_card(seat, self.exchange.number if number is None else number)
+        self.seats[rank] = seat
+        return seat
+
+    def adopt_again(self) -> None:
+        """Takes every rank over once more, as its card has it."""
+        for rank in self.ranks:
+            self.seats.pop(rank).close()
+            self.adopt(rank)
+
+    def assign(self, ranks: Collection[int]) -> None:
+        """Carries exactly these ranks from now on; at a step boundary or between calls. New ones are as their cards have them."""
+        for rank in set(self.seats) - set(ranks):
+            self.seats.pop(rank).close()
+        for rank in sorted(set(ranks) - set(self.seats)):
+            self.adopt(rank)
+
+    def _new_seat(self, rank: int) -> Seat:
+        return Seat(rank=rank, loaders={name: one.for_rank(rank) for name, one in self._pattern.loaders.items()})
+
+    # Cards
+
+    def _first_cards(self) -> None:
+        """Writes the cards of a run that begins; every rank has the random streams that a process of its own would have."""
+        seed = internals(self._operator).context.settings.seed
+        for rank in self.ranks:
+            if self.seats[rank] is not self._now:
+                with isolated_rng():
+                    seed_rank(seed, rank)
+                    self.seats[rank].streams = rng_state()
+        for rank in self.ranks:
+            self.turn_to(self.seats[rank])
+            self.write_card(self.seats[rank], self.exchange.number)
+
+    def refresh(self) -> None:
+        """Writes the cards anew: something else than a step has changed the seats, and perhaps the operator's own state."""
+        for seat in self.each():
+            seat.packed = packed_extras(self._operator)
+            self.write_card(seat, self.exchange.number)
+
+    def write_card(self, seat: Seat, number: int) -> None:
+        """Writes what a seat has after an exchange; the seat is the one in use."""
+        plain = {
+            "call": self.call,
+            "streams": self._streams.read(),
+            "samples": seat.samples,
+            "meters": packed(seat.meters.state_dict()),
+            "loaders": {name: loader.state_dict() for name, loader in seat.loaders.items()},
+            "extras": seat.packed,
+        }
+        self._cards[seat.rank].write(number, self._buffers.tensors, plain)
+
+    def _from_card(self, seat: Seat, number: int) -> None:
+        _, plain = self._cards[seat.rank].read(number)
+        seat.streams = streams_from_plain(plain["streams"])
+        seat.samples, seat.meters = 0, AverageMeterCollection()
+        if plain["call"] == self.call:  # else it was lost before it had begun this one
+            seat.samples = plain["samples"]
+            seat.meters.load_state_dict(unpacked(plain["meters"]))
+        for name, position in plain["loaders"].items():
+            seat.loaders[name].load_state_dict(position)
+        if plain["extras"]:
+            seat.extras, seat.packed = unpacked_extras(plain["extras"]), plain["extras"]
+
+    def follow_first_rank(self) -> None:
+        """Gives this process the buffers of rank 0, as they are after the latest exchange."""
+        if self._buffers.followed:
+            self._buffers.load(self._cards[0].tensors(self.exchange.number), followed=True)
+
+    def take_buffers(self) -> None:
+        """Makes the buffers what they were after the latest exchange, whatever forward passes have done to them since."""
+        self.follow_first_rank()
+        if len(self.seats) == 1:
+            self._buffers.load(self._cards[self.ranks[0]].tensors(self.exchange.number), followed=False)
+
+    # A call
+
+    def at_boundary(self) -> None:
+        """At every step boundary: nothing, as the cards were written with the gradients."""
+
+    def begin_call(self) -> None:
+        """Every seat begins a call of ``train``."""
+        for seat in self.seats.values():
+            seat.samples, seat.meters = 0, AverageMeterCollection()
+        for seat in self.each():
+            self.write_card(seat, self.exchange.number)
+
+    def deal(self) -> RankBatch | None:
+        """The batches of all seats for the next step, as one; None after the last step of a pass."""
+        self.parts = {}
+        for rank in self.ranks:
+            part = self.seats[rank].loaders["train"].next_batch()
+            if part is None:
+                return None
+            self.parts[rank] = part
+        parts = list(self.parts.values())
+        return RankBatch([part.data for part in parts], sum(part.size for part in parts), parts[0].global_size)
+
+    def step(self) -> None:
+        """One optimizer step of all ranks."""
+        number = self.exchange.number + 1
+        for rank in self.ranks:
+            if self.exchange.given(rank) < number:
+                self._give(self.seats[rank], number)
+            else:  # by a process that is gone
+                self._from_card(self.seats[rank], number)
+        progress = internals(self._operator).context.progress
+        progress.enter("exchange")
+        with self._operator.timers.record("sync"):
+            means = self.exchange.finish(carried=lambda: self.ranks, on_wait=self.on_wait)
+        progress.enter("step")
+        for parameter, mean in zip(self._parameters, means, strict=True):
+            parameter.grad = mean
+        self.follow_first_rank()
+        update(self._operator)
+
+    def catch_up(self, rank: int) -> int:
+        """In the middle of a step: takes a rank over and does what it had not done; returns the shares that were computed."""
+        number = self.exchange.number + 1
+        if self.exchange.given(rank) >= number:
+            self.adopt(rank, number)
+            return 0
+        part = self.adopt(rank).loaders["train"].next_batch()
+        assert part is not None  # the other ranks have one in this step
+        self.parts[rank] = part
+        with torch.enable_grad():  # the exchange waits without
+            self._give(self.seats[rank], number)
+        internals(self._operator).context.progress.enter("exchange")
+        return 1
+
+    def _give(self, seat: Seat, number: int) -> None:
+        """Computes a rank's share of the step, unless that was done, and publishes it with the card for the next step."""
+        self.turn_to(seat)
+        part = self.parts[seat.rank]
+        self._buffers.load_for(seat.rank, self._cards, number - 1, alone=len(self.seats) == 1)
+        self._share.apply(part.size, part.global_size)
+        try:
+            stats = forward_backward(self._operator, part.data)
+        finally:
+            self._share.remove()
+        samples = stats.pop("num_samples")
+        if part.size:
+            seat.meters.update(stats, samples)
+            internals(self._operator).context.progress.loss = stats["train_loss"]
+        else:
+            seat.meters.skip()
+        seat.samples += part.size
+        self.exchange.put(seat.rank, number, [parameter.grad for parameter in self._parameters])
+        self.write_card(seat, number)
+        self.exchange.publish(seat.rank, number)
+
+
+def train_epoch(team: Team, operator: TrainingOperator, steps: StepIterator) -> None:
+    """The built-in training loop for all seats of a process; see `torchtrainer.train.loop.train_epoch`."""
+    for module in modules_of(operator):
+        module.train()
+    frequency = operator.scheduler_step_freq
+    for _ in steps:
+        if frequency == "epoch":
+            step_for_passes(operator, steps)
+        team.step()
+        if frequency == "batch":
+            step_schedulers(operator)
+    if frequency == "epoch":
+        step_for_passes(operator, steps)
+
+
+class TeamLoader:
+    """The train loaders of all seats, as one: what a `StepIterator` draws from. All of them stand at the same place.
+
+    Args:
+        team: of this process.
+    """
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+
+    def __getattr__(self, name: str) -> Any:
+        team: Team = self.__dict__["_team"]
+        return getattr(team.seats[team.ranks[0]].loaders["train"], name)
+
+    def next_batch(self) -> RankBatch | None:
+        """The batches of all seats."""
+        return self._team.deal()

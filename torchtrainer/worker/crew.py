@@ -1,0 +1,241 @@
+"""What the driver asks of a worker while its training thread is at work, and when it does it.
+
+Orders come by the link's thread. The training thread looks for them where it waits for other ranks, at step boundaries and
+between calls: there, and only there, the state of the last boundary is still whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torchtrainer.checkpoint.snapshot import Region
+from torchtrainer.control.messages import Assign, Carried, Carry, Held, Join, Share, Shared
+from torchtrainer.control.wire import ForWorker, Message
+from torchtrainer.errors import EngineError, SnapshotError
+from torchtrainer.train.complete_state import shared_state
+from torchtrainer.train.components import internals
+from torchtrainer.train.lone import LoneRank
+from torchtrainer.train.team import Team
+from torchtrainer.worker.saver import RegionSaver
+
+LOOK_S = 0.2
+"""How often a worker that holds looks whether it has held too long."""
+
+
+class Released(BaseException):
+    """This worker carries no rank any more, and leaves the running call; not an error of the user's to catch."""
+
+
+class Crew:
+    """The worker's part in changes of who carries what. Used by the thread that trains.
+
+    Args:
+        group, worker: of this process.
+        carrier: the ranks of this process.
+        operator: of this process.
+        orders: filled by the link's thread.
+        send: hands a message over to the host.
+        shared_path: memory file for the state that is alike on all ranks.
+        saver: counts the snapshots; None: nothing is kept.
+        hold_s: longest wait for `Assign`.
+
+    Attributes:
+        call: the running call; 0: none.
+    """
+
+    def __init__(
+        self,
+        *,
+        group: str,
+        worker: int,
+        carrier: Team | LoneRank,
+        operator: Any,
+        orders: queue.SimpleQueue[ForWorker | None],
+        send: Callable[[Message], None],
+        shared_path: str,
+        saver: RegionSaver | None,
+        hold_s: float,
+    ) -> None:
+        self._group = group
+        self._worker = worker
+        self._carrier = carrier
+        self._operator = operator
+        self._orders = orders
+        self._send = send
+        self._region = Region(shared_path, rank=0, world_size=1)
+        self._saver = saver
+        self._hold_s = hold_s
+        self._kept: list[ForWorker | None] = []
+        self._taken: list[int] = []
+        self._redone = 0
+        self._in_first_step = False
+        self.call = 0
+
+    # Where orders are looked for
+
+    def on_wait(self) -> None:
+        """In an exchange, while other ranks are waited for."""
+        for order in self._waiting_orders(Carry, Share):
+            if isinstance(order, Carry):
+                self._carry(order, self._team.catch_up)
+            elif isinstance(order, Share):
+                self._share(order)
+
+    def at_boundary(self) -> None:
+        """At a step boundary."""
+        if not self._in_first_step:
+            self.tell_carried()
+        self._in_first_step = False
+        for order in self._waiting_orders(Carry):  # what is shared here would be before what the gate asks for
+            self._at_rest(order)
+
+    def hold(self, boundary: int) -> None:
+        """At a step boundary, until the driver has said who carries what.
+
+        Raises:
+            Released: nothing is left to carry.
+            EngineError: the driver said nothing.
+        """
+        self._send(Held(group=self._group, worker=self._worker, call=self.call, boundary=boundary))
+        deadline = time.monotonic() + self._hold_s
+        while time.monotonic() < deadline:
+            for order in self._waiting_orders(Carry, Share, Assign):
+                self._at_rest(order)
+                if isinstance(order, Assign):
+                    return
+            self._await_order(LOOK_S)
+        raise EngineError(f"held at a step boundary for {self._hold_s:g} s (hold_s), and nobody said how to go on")
+
+    def between_calls(self, order: ForWorker) -> None:
+        """An order that came while no call was running."""
+        with contextlib.suppress(Released):
+            self._at_rest(order)
+        self.tell_carried()
+
+    def tell_carried(self) -> None:
+        """Says that what was taken over is done; to be called when the step is over."""
+        if self._taken:
+            taken, redone = self._taken, self._redone
+            self._taken, self._redone = [], 0
+            self._send(
+                Carried(
+                    group=self._group,
+                    worker=self._worker,
+                    ranks=taken,
+                    call=self.call,
+                    step=self._operator.global_step,
+                    redone=redone,
+                )
+            )
+
+    def joined(self, order: Join) -> None:
+        """This worker has joined: told at once between two calls, else when its first step is over."""
+        self._taken = [*self._taken, *order.ranks]
+        if self._saver is not None:
+            self._saver.number = order.at["snapshots"]
+        if order.call:
+            self._in_first_step = True
+        else:
+            self.tell_carried()
+
+    # Orders
+
+    @property
+    def _team(self) -> Team:
+        if not isinstance(self._carrier, Team):
+            raise EngineError("a process whose operator makes the update itself can carry no other rank")
+        return self._carrier
+
+    def _waiting_orders(self, *kinds: type[ForWorker]) -> Iterator[ForWorker]:
+        """The orders of some kinds that have come, in order; others are left for where they belong."""
+        while not self._orders.empty():
+            self._kept.append(self._orders.get())
+        while (found := next((one for one in self._kept if isinstance(one, kinds)), None)) is not None:
+            self._kept.remove(found)
+            yield found
+
+    def _await_order(self, timeout_s: float) -> None:
+        with contextlib.suppress(queue.Empty):
+            self._kept.append(self._orders.get(timeout=timeout_s))
+
+    def next_order(self) -> ForWorker | None:
+        """Waits for the next order between two calls; None: nothing more will come."""
+        return self._kept.pop(0) if self._kept else self._orders.get()
+
+    def _at_rest(self, order: ForWorker) -> None:
+        if isinstance(order, Carry):
+            self._carry(order, self._adopt)
+        elif isinstance(order, Share):
+            self._share(order)
+        elif isinstance(order, Assign):
+            self._team.assign(order.ranks)
+            if not order.ranks:
+                raise Released
+
+    def _adopt(self, rank: int) -> int:
+        self._team.adopt(rank)
+        return 0
+
+    def _carry(self, order: Carry, take: Callable[[int], int]) -> None:
+        for rank in order.ranks:
+            if rank not in self._team.seats:
+                self._redone += take(rank)
+                self._taken.append(rank)
+
+    def _share(self, order: Share) -> None:
+        error = self._carrier.why_not_shared(order.ranks) if isinstance(self._carrier, LoneRank) else ""
+        inside = internals(self._operator)
+        at = {
+            "exchange": self._carrier.exchange.number,
+            "steps": inside.steps.state_dict() if inside.steps is not None else None,
+            "snapshots": self._saver.number if self._saver is not None else 0,
+        }
+        if not error:
+            try:
+                self._region.write(shared_state(self._operator), {}, set(), order.number)
+            except SnapshotError as failed:
+                error = str(failed)
+        self._send(
+            Shared(
+                group=self._group,
+                worker=self._worker,
+                number=order.number,
+                call=self.call,
+                at=at,
+                step=self._operator.global_step,
+                error=error,
+            )
+        )
+
+
+class CrewGate:
+    """A gate at which a worker also looks for orders, and holds if it is told to.
+
+    Args:
+        gate: of the link.
+        crew: of this worker.
+        before: called at every boundary first.
+    """
+
+    def __init__(self, gate: Any, crew: Crew, before: Callable[[], None]) -> None:
+        self._gate = gate
+        self._crew = crew
+        self._before = before
+
+    @property
+    def save_wanted(self) -> bool:
+        """See `torchtrainer.train.progress.StepGate`."""
+        return bool(self._gate.save_wanted)
+
+    def stop_requested(self, boundary: int) -> bool:
+        """See `torchtrainer.train.progress.StepGate`."""
+        self._before()
+        self._crew.at_boundary()
+        stop: bool = self._gate.stop_requested(boundary)
+        if self._gate.hold_wanted:
+            self._crew.hold(boundary)
+        return stop

@@ -1,0 +1,256 @@
+"""How a worker process carries its ranks: through shared memory, several or one, or over a process group as any DDP program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchtrainer.comm.changing import ChangingCollective
+from torchtrainer.comm.exchange import GradientExchange, why_not_shared
+from torchtrainer.comm.group import Collective, GroupCollective, SingleCollective
+from torchtrainer.config import BATCH_SIZE
+from torchtrainer.control.messages import Join
+from torchtrainer.errors import InvalidArgumentError
+from torchtrainer.observe.notices import notice
+from torchtrainer.operator import TrainingOperator
+from torchtrainer.spec import BuildSpec
+from torchtrainer.topology import share_of
+from torchtrainer.train.cards import CardFile
+from torchtrainer.train.components import internals
+from torchtrainer.train.lone import LoneRank
+from torchtrainer.train.progress import Progress
+from torchtrainer.train.seats import Buffers, all_parameters, bound_reason
+from torchtrainer.train.team import Team
+from torchtrainer.worker.crew import Crew, CrewGate
+from torchtrainer.worker.runtime import RankRuntime, build_rank
+from torchtrainer.worker.team_runtime import LoneRuntime, TeamRuntime
+
+if TYPE_CHECKING:
+    from torchtrainer.worker.link import Link
+    from torchtrainer.worker.main import WorkerArguments
+    from torchtrainer.worker.saver import RegionSaver
+
+NOT_IN_MEMORY = "the gradients of this run do not travel through shared memory"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPaths:
+    """Files in memory that the host holds for a group.
+
+    Attributes:
+        gradients: of the exchange.
+        cards: of the ranks, by rank, and one more for what all take over from rank 0.
+        shared: for the state that one worker shares with another.
+        steps: where each worker marks how far it is.
+    """
+
+    gradients: str
+    cards: list[str]
+    shared: str
+    steps: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seating:
+    """The ranks of a process, and what serves them.
+
+    Attributes:
+        runtime: serves calls.
+        crew: serves changes of who carries what; None: there are none.
+        bound: why this process can carry no other rank; empty: it can.
+        recovers: the ranks of a lost process can be taken over.
+        record: what the ranks said to each other while they were built.
+        shared_path: of the state that a worker shares.
+    """
+
+    runtime: RankRuntime
+    crew: Crew | None = None
+    bound: str = NOT_IN_MEMORY
+    recovers: bool = False
+    record: list[Any] = field(default_factory=list)
+    shared_path: str = ""
+
+    def ranks(self) -> list[int]:
+        """The ranks that this process carries now."""
+        if isinstance(self.runtime, TeamRuntime):
+            return self.runtime.team.ranks
+        return [internals(self.runtime.operator).context.collective.rank]
+
+    def settle(self, method: str, value: Any) -> None:
+        """To be called when a call has returned."""
+        self.runtime.settle(method, value)
+        if self.crew is not None:
+            self.crew.tell_carried()
+
+    def late_result(self, rank: int) -> Any:
+        """What the latest call returns for a rank that was taken over after it."""
+        return self.runtime.late_result(rank) if isinstance(self.runtime, TeamRuntime) else None
+
+    def begin(self, call: int) -> None:
+        """A call begins."""
+        if self.crew is not None:
+            self.crew.call = call
+        if isinstance(self.runtime, TeamRuntime):
+            self.runtime.team.call = call
+
+    def join(self, order: Join) -> None:
+        """Takes over ranks, with a state that another worker has shared."""
+        assert isinstance(self.runtime, TeamRuntime | LoneRuntime)
+        assert self.crew is not None
+        self.begin(order.call)
+        self.runtime.join(self.shared_path, order.number, order.ranks, order.at)
+        self.crew.joined(order)
+
+
+def build_seating(
+    spec: BuildSpec,
+    *,
+    group: GroupCollective | None,
+    arguments: WorkerArguments,
+    device: torch.device,
+    progress: Progress,
+    gate: Any,
+    saver: RegionSaver | None,
+    link: Link,
+) -> Seating:
+    """Builds what a worker process carries.
+
+    Args:
+        spec: the user's code and options.
+        group: the processes that are built together; None: this one comes later, alone.
+        arguments: of this worker.
+        device: where it trains.
+        progress, gate, saver, link: of this worker.
+    """
+    in_memory = (
+        spec.settings.wrap_ddp and device.type == "cpu" and arguments.world_size > 1 and why_not_shared() is None
+    )
+    changing = ChangingCollective(
+        rank=arguments.rank, world_size=arguments.world_size, group=group, record=arguments.record
+    )
+    collective: Collective = changing if in_memory else group or SingleCollective()
+    operator = build_rank(
+        spec,
+        collective=collective,
+        device=device,
+        local_rank=arguments.rank,
+        progress=progress,
+        in_memory=in_memory,
+    )
+    every_steps = arguments.checkpoint["every_steps"] if arguments.checkpoint is not None else None
+    keeping: dict[str, Any] = {"saver": saver, "every_steps": every_steps}
+    if in_memory and _goes_through_memory(operator, tells=arguments.rank == 0):
+        return _in_memory(operator, changing, arguments, gate, link, keeping)
+    return Seating(runtime=RankRuntime(operator, gate=gate, **keeping))
+
+
+def _goes_through_memory(operator: TrainingOperator, *, tells: bool) -> bool:
+    """Whether the operator's gradients do; ``tells``: this process says so if there is only no room for it."""
+    components = internals(operator).components
+    if components is not None and components.no_room and tells:
+        notice(
+            f"gradients go through Gloo, more slowly, and lost workers cannot be recovered in place: {components.no_room}"
+        )
+    return components is not None and components.ours and not components.no_room
+
+
+def _in_memory(
+    operator: TrainingOperator,
+    changing: ChangingCollective,
+    arguments: WorkerArguments,
+    gate: Any,
+    link: Link,
+    keeping: dict[str, Any],
+) -> Seating:
+    paths = MemoryPaths(**arguments.memory)
+    carrier = _carrier(operator, paths, arguments)
+    crew = Crew(
+        group=arguments.group,
+        worker=arguments.worker,
+        carrier=carrier,
+        operator=operator,
+        orders=link.orders,
+        send=link.send,
+        shared_path=paths.shared,
+        saver=keeping["saver"],
+        hold_s=arguments.hold_s,
+    )
+    carrier.on_wait = crew.on_wait
+    kind: Callable[..., Any] = TeamRuntime if isinstance(carrier, Team) else LoneRuntime
+    runtime = kind(operator, carrier, gate=CrewGate(gate, crew, carrier.at_boundary), **keeping)
+    record, streaming = changing.record, any(not one.any_world_size for one in internals(operator).loaders.values())
+    if not streaming:
+        changing.built()
+    if isinstance(carrier, LoneRank) and arguments.ranks:
+        carrier.at_boundary()
+    return Seating(
+        runtime=runtime,
+        crew=crew,
+        bound=bound_reason(operator),
+        recovers=not streaming,
+        record=record,
+        shared_path=paths.shared,
+    )
+
+
+def build_alone(spec: BuildSpec, *, world_size: int, progress: Progress, **arguments: Any) -> TeamRuntime:
+    """Builds all ranks of a run in this process, for debuggers.
+
+    Args:
+        spec: the user's code and options.
+        world_size: ranks.
+        progress: where the process shows what it is doing.
+        arguments: of `RankRuntime`.
+
+    Raises:
+        InvalidArgumentError: the operator cannot share a process with others of its kind.
+    """
+    operator = build_rank(
+        spec,
+        collective=ChangingCollective(rank=0, world_size=world_size, group=None),
+        device=torch.device("cpu"),
+        local_rank=0,
+        progress=progress,
+        in_memory=True,
+        batch_shares=_batch_shares(spec.config.get(BATCH_SIZE), world_size),
+    )
+    components, bound = internals(operator).components, bound_reason(operator)
+    if components is None or not components.ours:
+        bound = "its models are not wrapped by the trainer"
+    if bound:
+        raise InvalidArgumentError(
+            f"use_local=True cannot carry {world_size} ranks in one process: {bound}. Use num_workers=1, or worker processes"
+        )
+    exchange = GradientExchange(
+        None,
+        world_size=world_size,
+        parameters=all_parameters(operator),
+        timeout_s=spec.settings.timeout_s,
+        processes=1,
+    )
+    tensors = Buffers(operator).tensors
+    cards = [CardFile(None, rank=rank, tensors=tensors) for rank in range(world_size)]
+    team = Team(operator, exchange=exchange, cards=cards, ranks=range(world_size))
+    return TeamRuntime(operator, team, **arguments)
+
+
+def _batch_shares(size: Any, world_size: int) -> tuple[int, ...]:
+    return tuple(share_of(size, rank, world_size) for rank in range(world_size)) if isinstance(size, int) else ()
+
+
+def _carrier(operator: TrainingOperator, paths: MemoryPaths, arguments: WorkerArguments) -> Team | LoneRank:
+    exchange = GradientExchange(
+        paths.gradients,
+        world_size=arguments.world_size,
+        parameters=all_parameters(operator),
+        timeout_s=arguments.timeout_s,
+        processes=arguments.world_size,
+    )
+    tensors = Buffers(operator).tensors
+    cards = [CardFile(path, rank=rank, tensors=tensors) for rank, path in enumerate(paths.cards)]
+    if bound_reason(operator):
+        return LoneRank(operator, exchange=exchange, cards=cards)
+    return Team(operator, exchange=exchange, cards=cards, ranks=arguments.ranks)
