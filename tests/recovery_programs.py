@@ -13,8 +13,8 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ DEADLINE_S = 30.0
 """Only a deadlock takes this long."""
 GONE_S = 2.0
 """How long after its end a trainer's processes may still be there."""
-MOST_EPOCHS = 6
-"""Epochs of the runs that disturbed ones are compared with."""
+FEW_EPOCHS = 5
+"""What most disturbed runs take at most: they are compared with one and the same undisturbed run of so many."""
 WAIT = 0
 """In place of a signal: the process waits, for good."""
 RAISE = -1
@@ -47,8 +47,7 @@ class Strike:
     """Where the process that was started for a rank gets a signal, once in a run.
 
     Attributes:
-        phase: ``build``, ``join``, ``load``, ``forward``, ``backward``, ``giving`` (in the middle of publishing gradients),
-            ``exchanged`` (before the update), ``step``, ``stepped``, ``scheduler``, ``validation`` or ``save``.
+        phase: ``build``, ``join``, ``load``, ``forward``, ``backward``, ``exchanged`` (before the update), ``step``, ``stepped``, ``scheduler``, ``validation`` or ``save``.
         rank: for which the process was started; None: any.
         at: the how manieth time the process comes there, from 1.
         life: the how manieth process of this rank it is, from 1.
@@ -281,6 +280,7 @@ class Stateful(TrainingOperator):
     """Has a state of its own, which each rank keeps for itself; the built-in loop trains it."""
 
     def setup(self, config):
+        # Hooks of the wrapper around the model are not called by the built-in loop in worker processes.
         self.seen = torch.zeros((), dtype=torch.int64)
         getattr(self.model, "module", self.model).register_forward_pre_hook(self._count)
 
@@ -293,7 +293,6 @@ class Stateful(TrainingOperator):
         super().clip_gradients()
 
     def state_dict(self):
-        visit("giving")
         return {"seen": self.seen.clone()}
 
     def load_state_dict(self, state):
@@ -381,17 +380,18 @@ def epochs_of(trainer: TorchTrainer, epochs: int) -> list[Epoch]:
 
 
 @cache
-def undisturbed(job: Job) -> tuple[Epoch, ...]:
+def undisturbed(job: Job, epochs: int = FEW_EPOCHS) -> tuple[Epoch, ...]:
     """The epochs of a run to which nothing happens; made once."""
     with job.trainer() as trainer:
-        found = tuple(epochs_of(trainer, MOST_EPOCHS))
+        found = tuple(epochs_of(trainer, epochs))
         assert trainer.status().failures == ()
     return found
 
 
-def assert_as_undisturbed(found: Iterable[Epoch], job: Job) -> None:
+def assert_as_undisturbed(found: Sequence[Epoch], job: Job) -> None:
     """Fails at the first epoch that is not what it is without any failure, to the last bit."""
-    for number, (here, there) in enumerate(zip(found, undisturbed(replace(job)), strict=False), start=1):
+    expected = undisturbed(job) if len(found) <= FEW_EPOCHS else undisturbed(job, len(found))
+    for number, (here, there) in enumerate(zip(found, expected, strict=False), start=1):
         assert here == there, f"epoch {number} differs"
 
 

@@ -60,6 +60,25 @@ def test_image_classifier_learns_digits(tmp_path):
     assert accuracy_in(text) > 95
 
 
+def test_the_demo_kills_a_worker_says_what_it_cost_and_learns_the_same(tmp_path):
+    makefile = (ROOT / "Makefile").read_text()
+    assert "examples/cifar10/train.py --num-workers 2 --kill 1 $(DEMO_ARGS)" in makefile
+    script = EXAMPLES / "cifar10" / "train.py"
+    options = ["--num-workers", "2", "--dataset", "digits", "--epochs", "3", "--no-tqdm"]
+    command = [sys.executable, script, *options, "--kill", "1"]
+    killed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert killed.returncode == 0, killed.stderr
+    # The timer of the kill may fire between two steps or right after the last one: whose step it was does not matter.
+    assert re.search(
+        r"rank 1 \(pid \d+\) was killed by SIGKILL at step \d+; .* took it over, [\d.]+ s lost", killed.stderr
+    )
+    assert re.search(r"1 failure cost [\d.]+ s of \d.* % goodput\), no step was lost", killed.stderr)
+    undisturbed = output_of([sys.executable, script, *options], tmp_path)
+    losses = re.compile(r"^epoch .*?%", re.MULTILINE)
+    assert losses.findall(killed.stdout) == losses.findall(undisturbed)
+    assert accuracy_in(killed.stdout) == accuracy_in(undisturbed)
+
+
 @pytest.mark.soak
 def test_image_classifier_is_the_same_run_under_torchrun(tmp_path):
     script = [EXAMPLES / "cifar10" / "train.py", "--dataset", "digits", "--epochs", "3", "--no-tqdm"]

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
-
 from programs import run_program
 
 from torchtrainer.driver.causes import WorkerDied, WorkerHung
@@ -861,14 +860,18 @@ class Seen:
         (
             recovered(died(1, 3)),
             (view(0, 0, 1), view(2, 2, 3), view(4, 4)),
-            "ranks 1 and 3 (pid 4711) was killed by SIGKILL at step 37; the processes of ranks 0 and 2 took them over, "
-            "0.25 s lost",
+            (
+                "the process of ranks 1 and 3 (pid 4711) was killed by SIGKILL at step 37; "
+                "the processes of ranks 0 and 2 took them over, 0.25 s lost"
+            ),
         ),
         (
             recovered(hung(1), "replaced"),
             (view(0, 0), view(20, 1)),
-            "rank 1 (pid 4711) made no progress for 15 s in data at step 37; it was stopped, and a replacement (pid 4720) "
-            "took it over, 15 s lost",
+            (
+                "rank 1 (pid 4711) made no progress for 15 s in data at step 37; "
+                "it was stopped, and a replacement (pid 4720) took it over, 15 s lost"
+            ),
         ),
         (
             recovered(died(1)),

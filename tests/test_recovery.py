@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import threading
 from dataclasses import replace
@@ -83,9 +85,9 @@ IN_ANY_PHASE = {
         replace(THREE, optimizer="momentum"),
         (Strike(phase="step", rank=2, at=3), Strike(phase="scheduler", rank=0, at=11)),
     ),
-    "while it publishes gradients, and between exchange and update": (
+    "between exchange and update, with a state of its own": (
         replace(THREE, operator="stateful"),
-        (Strike(phase="giving", rank=1, at=9), Strike(phase="exchanged", rank=0, at=9)),
+        (Strike(phase="exchanged", rank=0, at=9), forward(1, 12)),
     ),
     "loading, in the process itself": (
         THREE,
@@ -227,23 +229,20 @@ def test_a_replacement_dies_while_it(plan_of, strike, operator) -> None:
 # Operators that make the update themselves
 
 
-@pytest.mark.parametrize(
-    ("job", "strikes"),
-    [
-        (Job(ranks=3, operator="own batch"), (forward(1), Strike(phase="backward", rank=0, at=11))),
-        (Job(operator="own batch", loader_workers=2), (Strike(phase="load", rank=1, at=11),)),
-        (Job(operator="own batch"), (Strike(phase="own update", rank=1, at=5),)),
-        (Job(operator="own epoch", optimizer="momentum"), (Strike(phase="stepped", rank=0, at=5), forward(1, 15))),
-        (Job(operator="own epoch"), (Strike(phase="validation", rank=0, at=2),)),
-    ],
-    ids=[
-        "own train_batch",
-        "with loader workers",
-        "between its exchange and its update",
-        "own train_epoch",
-        "validation",
-    ],
-)
+OWN_LOOPS = {
+    "own train_batch": (Job(ranks=3, operator="own batch"), (forward(1), Strike(phase="backward", rank=0, at=11))),
+    "with loader workers": (Job(operator="own batch", loader_workers=2), (Strike(phase="load", rank=1, at=11),)),
+    "between its exchange and its update": (Job(operator="own batch"), (Strike(phase="own update", rank=1, at=5),)),
+    "own train_epoch": (
+        Job(operator="own epoch", optimizer="momentum"),
+        (forward(1, 3), Strike(phase="backward", rank=0, at=15)),
+    ),
+    "after its update": (Job(operator="own epoch"), (Strike(phase="stepped", rank=0, at=5),)),
+    "validation": (Job(operator="own epoch"), (Strike(phase="validation", rank=0, at=2),)),
+}
+
+
+@pytest.mark.parametrize(("job", "strikes"), OWN_LOOPS.values(), ids=OWN_LOOPS)
 def test_own_loops_go_on_through_a_replacement(plan_of, job, strikes) -> None:
     status = run(job, plan_of(*strikes))
     assert [process.ranks for process in status.processes] == [(rank,) for rank in range(job.ranks)]
@@ -391,3 +390,53 @@ def test_many_deaths_in_one_run_leave_nothing_behind(cycles) -> None:
     assert last.descriptors == first.descriptors
     assert last.shared_bytes <= first.shared_bytes
     assert last.resident_bytes <= first.resident_bytes + GROWTH_BYTES
+
+
+class Killer:
+    """Kills processes of a trainer from outside, at moments that are drawn."""
+
+    def __init__(self, trainer, draw: random.Random, kills: int) -> None:
+        self._trainer, self._draw, self._kills = trainer, draw, kills
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._kill)
+        self.said: list[str] = []
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._stopped.set()
+        self._thread.join(DEADLINE_S)
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def _kill(self) -> None:
+        for _ in range(self._kills):
+            if self._stopped.wait(self._draw.choice((0.001, 0.02, self._draw.uniform(0.05, 0.5)))):
+                return
+            processes = self._trainer.status().processes
+            if processes:
+                victim = self._draw.choice(processes)
+                with contextlib.suppress(ProcessLookupError):  # it died by itself meanwhile: of the kill before
+                    os.kill(victim.pid, signal.SIGKILL)
+                self.said.append(f"ranks {victim.ranks} in {victim.phase} at step {victim.step}")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(50))
+def test_kills_at_any_moment_cost_nothing(seed) -> None:
+    draw = random.Random(seed)
+    operator = draw.choice(("", "", "stateful", "own batch"))
+    job = Job(ranks=draw.choice((2, 3, 4)), operator=operator, loader_workers=draw.choice((0, 0, 1)))
+    print(job)
+    with job.trainer(failure=FailureConfig(max_failures=20)) as trainer:
+        with Killer(trainer, draw, kills=8) as killer:
+            found = []
+            while not killer.done and len(found) < LONG:
+                found.append(one_epoch(trainer))
+        print(*killer.said, sep="\n")
+        found.append(one_epoch(trainer))
+        assert_as_undisturbed(found, job)

@@ -20,8 +20,8 @@ from torchtrainer import TrainingOperator
 FEATURES, HIDDEN, CLASSES = 64, 256, 10
 BATCH, STEPS, MEASURED = 8, 32, 64
 """Samples of a rank per step, steps per epoch, samples of a validation."""
-PHASES = ("load", "forward", "backward", "giving", "exchange", "step", "stepped", "scheduler", "save", "validation")
-"""giving: while a rank publishes its gradients; exchange: while it waits for the others', killed by one of them."""
+PHASES = ("load", "forward", "backward", "exchange", "exchanged", "step", "stepped", "scheduler", "save", "validation")
+"""exchange: while a rank waits for the others' gradients, killed by one of them; exchanged: right after that."""
 SAVE_EVERY = 16
 """Steps between two checkpoints."""
 WAITING_S = 0.005
@@ -70,7 +70,7 @@ class Place:
             return
         wanted, victim = PHASES[int(memory[PHASE])], int(memory[RANK])
         if wanted == phase and victim == self.rank:
-            self.kill(victim, needed=self.taken + (2 if phase == "step" else 1))
+            self.kill(victim, needed=self.taken + (2 if phase in ("exchanged", "step") else 1))
         elif wanted == "exchange" and phase == "forward" and victim == (self.rank + 1) % self.world_size:
             later = time.monotonic() + WAITING_S
             while time.monotonic() < later:
@@ -207,9 +207,9 @@ def scheduler_creator(optimizer, config):
     return Schedule(optimizer)
 
 
-class Giving(TrainingOperator):
-    """Has a state of its own, which is asked for while gradients are published."""
+class Clipping(TrainingOperator):
+    """Comes by between the exchange of gradients and the update."""
 
-    def state_dict(self):
-        visit(self.config.get("place"), "giving")
-        return {}
+    def clip_gradients(self):
+        visit(self.config.get("place"), "exchanged")
+        super().clip_gradients()

@@ -488,11 +488,13 @@ class WorkerExited(FromWorker):
         step: optimizer steps that it had completed.
         max_rss_bytes: peak resident memory.
         stderr_tail: last lines that it wrote to stderr.
+        oom: the system has just killed a process of this control group for memory.
     """
 
     pid: int
     exit_code: int
     step: int = 0
+    oom: bool = False
     max_rss_bytes: int = 0
     stderr_tail: str = ""
 

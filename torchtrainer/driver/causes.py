@@ -23,6 +23,7 @@ class WorkerDied:
         phase, step: where it was by its last heartbeat.
         stderr_tail: its last words.
         failure: what it said before, if it left by ``sys.exit``.
+        oom: the system killed it for memory.
     """
 
     ranks: tuple[int, ...]
@@ -33,6 +34,7 @@ class WorkerDied:
     stderr_tail: str = ""
     max_rss_bytes: int = 0
     failure: Failure | None = None
+    oom: bool = False
 
     @property
     def rank(self) -> int:

@@ -188,6 +188,7 @@ def _cause_of(machine: Machine, view: WorkerView, event: WorkerExited) -> Worker
         step=view.step,
         stderr_tail=event.stderr_tail,
         max_rss_bytes=event.max_rss_bytes,
+        oom=event.oom,
     )
 
 

@@ -124,6 +124,8 @@ def short_cause(cause: Cause) -> str:
     if isinstance(cause, UserCodeFailed):
         return f"{cause.failures[0].type_name} in user code"
     if isinstance(cause, WorkerDied):
+        if cause.oom:
+            return "was killed for memory"
         return "called sys.exit" if cause.failure is not None else describe_exit(cause.exit_code)
     if isinstance(cause, WorkerHung):
         return f"no progress for {cause.silent_s:.0f} s"
@@ -186,15 +188,25 @@ def _died(cause: WorkerDied, scene: Scene) -> WorkerDiedError:
     else:
         # Its own last report may be a heartbeat old.
         story = [f"{who} {describe_exit(cause.exit_code)} {scene.at(cause.phase, cause.step, ' or later')}."]
-        if cause.exit_code == MAY_BE_OUT_OF_MEMORY:
-            peak = f"; its peak was {cause.max_rss_bytes / MIB:.0f} MiB" if cause.max_rss_bytes else ""
-            story.append(f"If nobody killed it by hand, this is often the out-of-memory killer{peak}.")
+        story += _memory(cause)
         words = last_words(cause.stderr_tail)
         if words:
             story += ["The last lines of its stderr:", *(f"  {line}" for line in words)]
     story += scene.what_now()
     story.append(scene.where_log(cause.rank))
     return WorkerDiedError("\n".join(story), cause.rank, cause.exit_code)
+
+
+def _memory(cause: WorkerDied) -> list[str]:
+    """What is known, or may be guessed, of a lack of memory."""
+    if cause.exit_code != MAY_BE_OUT_OF_MEMORY:
+        return []
+    peak = f"; its peak was {cause.max_rss_bytes / MIB:.0f} MiB" if cause.max_rss_bytes else ""
+    if cause.oom:
+        return [
+            f"The system's out-of-memory killer did it{peak}. Use smaller batches, or give the machine or container more memory."
+        ]
+    return [f"If nobody killed it by hand, this is often the out-of-memory killer{peak}."]
 
 
 def _hung(cause: WorkerHung, scene: Scene) -> WorkerHungError:

@@ -24,11 +24,12 @@ from torch.distributed.elastic.utils.api import macros
 from torchtrainer.elastic.environment import Launch, worker_environment
 from torchtrainer.elastic.store import renew_store, store_of_restart
 from torchtrainer.elastic.workers import Attempt, Workers
-from torchtrainer.launcher.activity import HangDetector, oom_kills, read_step, sample, stacks_of
+from torchtrainer.launcher.activity import HangDetector, read_step, sample, stacks_of
 from torchtrainer.launcher.failure import WorkerEnd, describe, preempted
 from torchtrainer.launcher.fork_safety import Program
 from torchtrainer.launcher.summary import Summary
 from torchtrainer.launcher.watch import Watch
+from torchtrainer.process.oom import OomWatch
 from torchtrainer.process.paths import LaunchPaths
 
 ACTIVITY_CHECK_S = 1.0
@@ -82,7 +83,7 @@ class Agent(LocalElasticAgent):
         self._best_step = 0
         self._hangs: HangDetector | None = None
         self._next_look_s = 0.0
-        self._oom_kills = oom_kills()
+        self._oom = OomWatch()
         self.ends: list[WorkerEnd] = []
 
     # Starting
@@ -200,8 +201,7 @@ class Agent(LocalElasticAgent):
         self._stop_workers(group)
         if preempted(self.ends):
             raise Preempted
-        kills, self._oom_kills = self._oom_kills, oom_kills()
-        report = describe(self.ends, ranks, self._attempt, oom_killed=self._oom_kills > kills)
+        report = describe(self.ends, ranks, self._attempt, oom_killed=self._oom.killed())
         self._refill()
         if self._remaining_restarts == 0:
             self._summary.says(report)

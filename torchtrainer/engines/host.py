@@ -47,6 +47,7 @@ from torchtrainer.engines.saving import Saving
 from torchtrainer.engines.starting import Starters
 from torchtrainer.process.guard import kill_process_group, kill_session, open_pidfd, settle_signals, signal_process
 from torchtrainer.process.logs import LogTail
+from torchtrainer.process.oom import OomWatch
 from torchtrainer.process.paths import EnginePaths, RankPaths, private_directory
 from torchtrainer.process.signals import STACK_DUMP_SIGNAL
 from torchtrainer.process.starters import (
@@ -79,6 +80,7 @@ class Host:
         self._driver_watch = [fd for fd in (open_pidfd(driver_pid), driver_pipe) if fd is not None]
         self._groups: dict[str, Group] = {}
         self._preloaded: set[str] = set()
+        self._oom = OomWatch()
         self._quit = False
         self._exits: list[tuple[float, ChildExited]] = []
         self._saving = Saving(paths, self._starters.start, to_worker=self._to_worker, to_driver=self._to_driver)
@@ -322,7 +324,7 @@ class Host:
             del group.pids[worker]
             group.awaited.discard(worker)
             self._forward_output(group, flush=True)
-            self._to_driver(last_words(group, worker, event))
+            self._to_driver(last_words(group, worker, event, self._oom))
             self._saving.on_worker_exited(group)
             self._forget_if_gone(name, group)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torchtrainer.control.messages import Output, Stacks, WorkerExited
 from torchtrainer.engines.groups import Group
 from torchtrainer.process.logs import last_text
+from torchtrainer.process.oom import OomWatch
 from torchtrainer.process.paths import RankPaths
+from torchtrainer.process.signals import MAY_BE_OUT_OF_MEMORY
 from torchtrainer.process.starters import ChildExited
 
 
@@ -26,7 +28,7 @@ def written_stacks(group: Group) -> list[Stacks]:
     return [Stacks(group=group.spec.group, worker=worker, text=last_text(path)) for worker, path in paths.items()]
 
 
-def last_words(group: Group, worker: int, event: ChildExited) -> WorkerExited:
+def last_words(group: Group, worker: int, event: ChildExited, oom: OomWatch) -> WorkerExited:
     """How a worker ended, and what it wrote last."""
     log = RankPaths.of(group.spec.log_dir, group.like[worker]).stream("stderr")
     return WorkerExited(
@@ -37,4 +39,5 @@ def last_words(group: Group, worker: int, event: ChildExited) -> WorkerExited:
         step=group.memory.step_of(worker),
         max_rss_bytes=event.max_rss_bytes,
         stderr_tail=last_text(log),
+        oom=event.exit_code == MAY_BE_OUT_OF_MEMORY and oom.killed(),
     )

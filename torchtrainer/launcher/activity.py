@@ -152,30 +152,3 @@ def _cpu_s(pid: int) -> float:
         return 0.0
     fields = stat.rpartition(")")[2].split()
     return sum(map(int, fields[11:15])) / _TICKS_PER_S
-
-
-def oom_kills() -> int:
-    """How many processes of this control group were killed for memory so far; 0 where the system does not say."""
-    total = 0
-    for path in _memory_event_files():
-        try:
-            text = path.read_text()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill "))
-    return total
-
-
-def _memory_event_files() -> list[Path]:
-    try:
-        groups = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    files = []
-    for line in groups:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            files.append(Path(f"/sys/fs/cgroup{path}/memory.events"))
-        elif "memory" in controllers.split(","):
-            files.append(Path(f"/sys/fs/cgroup/memory{path}/memory.oom_control"))
-    return files

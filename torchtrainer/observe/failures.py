@@ -98,11 +98,11 @@ def recovery_line(found: Recovered, views: Iterable[WorkerView], lost_s: float) 
         views: the workers as they are now.
         lost_s: for how long training stood still.
     """
-    who = f"{named(found.ranks)} (pid {found.cause.pid})"
-    it, was = ("it", "it was") if len(found.ranks) == 1 else ("them", "they were")
-    stopped = f"{was} stopped, and " if isinstance(found.cause, WorkerHung) else ""
+    one = len(found.ranks) == 1
+    who = f"{'' if one else 'the process of '}{named(found.ranks)} (pid {found.cause.pid})"
+    stopped = "it was stopped, and " if isinstance(found.cause, WorkerHung) else ""
     takers = [view for view in views if view.carries and not set(view.ranks).isdisjoint(found.ranks)]
-    taken = f"{stopped}{_takers(takers, found)} took {it} over"
+    taken = f"{stopped}{_takers(takers, found)} took {'it' if one else 'them'} over"
     return f"{who} {_what(found.cause)} at step {found.step}; {taken}, {spell_s(lost_s)} s lost"
 
 

@@ -54,7 +54,7 @@ def plot_failures(history: str | os.PathLike[str], ax: Axes | None = None) -> Ax
     for failure in failures:
         _draw(ax, failure, _time_s(failure) - began_s, rows, labelled=len(failures) <= LABELS_UP_TO)
     ax.set_yticks(range(len(rows)), list(rows))
-    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     ax.set_xlabel("seconds since the first line of the history")
     ax.set_ylabel("rank")
     ax.set_title(f"{len(failures)} failure{'' if len(failures) == 1 else 's'}")

@@ -77,10 +77,16 @@ class Progress:
         self.phase = phase
         self.phase_since = now
 
+    def reach(self, step: int, epoch: int | None = None) -> None:
+        """The training is at a step, by taking it or because a state was loaded; in an epoch, if that is another one."""
+        self.step = step
+        if epoch is not None:
+            self.epoch = epoch
+        if self.mark is not None:
+            self.mark.show(step)
+
     def stepped(self) -> None:
         """Marks the end of a training step."""
-        if self.mark is not None:
-            self.mark.show(self.step)
         now = time.monotonic()
         if self._stepped_at is not None:
             self._steps_s.append(now - self._stepped_at)

@@ -163,7 +163,7 @@ class RankKeeper:
             put_back(operator, shared, states[rank])
             set_modes(operator, states[rank]["modes"])
         self._saved_step = operator.global_step
-        context.progress.epoch, context.progress.step = shared["epoch"], operator.global_step
+        context.progress.reach(operator.global_step, shared["epoch"])
         some = next(iter(states.values()))
         if "steps" in some:
             again = Resumed(steps=some["steps"], put_back=lambda: self._put_everything_back(shared, states))

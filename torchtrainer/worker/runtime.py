@@ -236,7 +236,7 @@ class RankRuntime:
             loader.load_state_dict(
                 {"passes_started": epoch if name == "train" else loader.passes_started, "samples": 0}
             )
-        self._progress.epoch, self._progress.step = epoch, self.operator.global_step
+        self._progress.reach(self.operator.global_step, epoch)
 
     def save_complete(self, *, mark: dict[str, Any]) -> None:
         """Saves the complete state between two calls, and returns when it is copied.
@@ -360,7 +360,7 @@ class RankRuntime:
 
     def _count_step(self) -> None:
         self.operator.global_step += 1
-        self._progress.step = self.operator.global_step
+        self._progress.reach(self.operator.global_step)
         self._progress.stepped()
 
     def _result(self, returned: Any, steps: StepIterator, epoch: dict[str, int], profile: bool) -> PassResult:

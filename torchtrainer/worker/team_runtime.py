@@ -139,7 +139,7 @@ class TeamRuntime(RankRuntime):
         team.exchange.number = at["exchange"]
         team.assign(ranks)
         team.take_buffers()
-        self._context.progress.epoch, self._context.progress.step = shared["epoch"], self.operator.global_step
+        self._context.progress.reach(self.operator.global_step, shared["epoch"])
         if at["steps"] is not None:
             self._keeper.resume_with(Resumed(steps=at["steps"], put_back=lambda: self._take_seats(shared)))
 
@@ -204,7 +204,7 @@ class LoneRuntime(RankRuntime):
         put_everything_back()
         set_modes(self.operator, mine["modes"])
         context = internals(self.operator).context
-        context.progress.epoch, context.progress.step = shared["epoch"], self.operator.global_step
+        context.progress.reach(self.operator.global_step, shared["epoch"])
         if "steps" in mine:  # it was lost in the running call; between two calls a card has none
             self._keeper.resume_with(Resumed(steps=mine["steps"], put_back=put_everything_back), mine["epoch_idx"])
 
