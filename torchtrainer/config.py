@@ -63,13 +63,15 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FailureConfig:
-    """What a run does about processes that die, hang or are taken away.
+    """What a run does about processes that die or hang: see "When a worker dies" in the manual.
 
     Attributes:
-        max_failures: failures in a row, without progress between them, after which the run stops.
-        max_preemptions: the same for preemptions; None: no limit.
-        replace: build a replacement for a process that was lost.
-        hang_timeout_s: seconds without progress after which a worker counts as hung; "auto": ``timeout_s``.
+        max_failures: failures in a row without a new step between them, after which the run stops with the latest error; 0: it
+            stops at the first one. So many replacements in a row may also fail to be built, at least one.
+        max_preemptions: not used yet: a preemption ends the run with its state saved, and who starts it again decides.
+        replace: build a replacement for a process that was lost; False: the others keep its ranks, where they can.
+        hang_timeout_s: seconds without progress after which a worker counts as hung; "auto": in a step 30 times the longest of
+            the latest ones, at least 15 and at most ``timeout_s``; elsewhere ``timeout_s``.
     """
 
     max_failures: int = 3

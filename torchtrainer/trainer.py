@@ -300,13 +300,17 @@ class TorchTrainer:
     # Reaching into the ranks
 
     def apply_all_workers(self, fn: Callable[[], Any]) -> list[Any]:
-        """Runs a function without arguments in every worker process; returns the results in rank order."""
+        """Runs a function without arguments in every worker process.
+
+        Returns:
+            One result per rank, in rank order. With fewer processes than ranks, it stands for all ranks of its process.
+        """
         _check_function("apply_all_workers", fn)
         found: list[Any] = self._remembered(spell_function("apply_all_workers", fn), "apply_worker", list, fn=fn)
         return found
 
     def apply_all_operators(self, fn: Callable[[TrainingOperator], Any]) -> list[Any]:
-        """Runs a function of the operator on every rank; returns the results in rank order."""
+        """Runs a function of the operator in every worker process; returns as `apply_all_workers`."""
         _check_function("apply_all_operators", fn)
         found: list[Any] = self._remembered(spell_function("apply_all_operators", fn), "apply_operator", list, fn=fn)
         return found
@@ -400,7 +404,7 @@ class TorchTrainer:
     # Seeing and ending
 
     def status(self) -> Status:
-        """Says who carries the ranks, what they do, and what went wrong so far."""
+        """Says who carries the ranks, what they do, and what went wrong so far; also from callbacks and other threads."""
         views = self._group.views if self._group is not None else ()
         processes = tuple(
             ProcessStatus(

@@ -325,7 +325,7 @@ class Host:
             group.awaited.discard(worker)
             self._forward_output(group, flush=True)
             self._to_driver(last_words(group, worker, event, self._oom))
-            self._saving.on_worker_exited(group)
+            self._saving.on_worker_exited(group, worker)
             self._forget_if_gone(name, group)
 
     def _kill_and_forget(self, group: Group) -> None:

@@ -73,11 +73,11 @@ class Saving:
         self.write_if_due(group)
         self._answer(group, snapshots.answers(name))
 
-    def on_worker_exited(self, group: Group) -> None:
+    def on_worker_exited(self, group: Group, worker: int) -> None:
         """A worker of a group is gone, while others go on."""
         if group.snapshots is None or not group.pids:
             return
-        for ended in group.snapshots.give_up(group.spec.group):
+        for ended in group.snapshots.give_up(group.spec.group, group.memory.step_of(worker)):
             self._tell_ended(group, ended)
 
     def begin_again(self, groups: Iterable[Group]) -> None:

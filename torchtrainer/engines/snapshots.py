@@ -119,15 +119,20 @@ class Snapshots:
             group=message.group, number=message.number, step=int(message.meta["step"]), error=errors[0]
         )
 
-    def give_up(self, group: str) -> list[CheckpointEnded]:
-        """A worker is gone, and with it perhaps shares that the others wait for; returns what to tell of snapshots under way."""
+    def give_up(self, group: str, step: int) -> list[CheckpointEnded]:
+        """A worker is gone, and with it perhaps shares that the others wait for; returns what to tell of snapshots under way.
+
+        Args:
+            group: its name.
+            step: at which the worker was lost.
+        """
         begun = {*self._answers, *self._copied}
         lost = sorted(n for n in begun if n > self.written and len(self._copied.get(n, {})) < self.world_size)
         for number in lost:
             self._copied.pop(number, None)
             self._given_up = number
         error = "a worker process was lost while the state was copied"
-        return [CheckpointEnded(group=group, number=number, step=0, error=error) for number in lost]
+        return [CheckpointEnded(group=group, number=number, step=step, error=error) for number in lost]
 
     def due(self, *, ranks_left: bool) -> int:
         """Number of a snapshot that is whole and not written; 0: there is none.

@@ -37,7 +37,6 @@ class Seat:
         samples: that it had in the running call.
         meters: its means in the running call.
         extras: what the operator's own ``state_dict`` returned for it, while another rank's are in use.
-        packed: the same for its card, as of the latest call that was no training: the built-in loop does not change it.
     """
 
     rank: int
@@ -46,7 +45,6 @@ class Seat:
     samples: int = 0
     meters: AverageMeterCollection = field(default_factory=AverageMeterCollection)
     extras: Any = None
-    packed: bytes = b""
 
     def close(self) -> None:
         """Ends its loaders' workers."""

@@ -178,9 +178,8 @@ class Team:
             self.write_card(self.seats[rank], self.exchange.number)
 
     def refresh(self) -> None:
-        """Writes the cards anew: something else than a step has changed the seats, and perhaps the operator's own state."""
+        """Writes the cards anew: something else than a step has changed the seats."""
         for seat in self.each():
-            seat.packed = packed_extras(self._operator)
             self.write_card(seat, self.exchange.number)
 
     def write_card(self, seat: Seat, number: int) -> None:
@@ -191,7 +190,7 @@ class Team:
             "samples": seat.samples,
             "meters": packed(seat.meters.state_dict()),
             "loaders": {name: loader.state_dict() for name, loader in seat.loaders.items()},
-            "extras": seat.packed,
+            "extras": packed_extras(self._operator) if self._has_extras else b"",
         }
         self._cards[seat.rank].write(number, self._buffers.tensors, plain)
 
@@ -205,7 +204,7 @@ class Team:
         for name, position in plain["loaders"].items():
             seat.loaders[name].load_state_dict(position)
         if plain["extras"]:
-            seat.extras, seat.packed = unpacked_extras(plain["extras"]), plain["extras"]
+            seat.extras = unpacked_extras(plain["extras"])
 
     def follow_first_rank(self) -> None:
         """Gives this process the buffers of rank 0, as they are after the latest exchange."""
@@ -227,8 +226,7 @@ class Team:
         """Every seat begins a call of ``train``."""
         for seat in self.seats.values():
             seat.samples, seat.meters = 0, AverageMeterCollection()
-        for seat in self.each():
-            self.write_card(seat, self.exchange.number)
+        self.refresh()
 
     def deal(self) -> RankBatch | None:
         """The batches of all seats for the next step, as one; None after the last step of a pass."""
