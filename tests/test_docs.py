@@ -16,7 +16,7 @@ from programs import run_program
 import torchtrainer
 from torchtrainer import TorchTrainer, TorchTrainerError
 from torchtrainer.arguments import RETIRED
-from torchtrainer.config import Timeouts
+from torchtrainer.config import FailureConfig, Timeouts
 from torchtrainer.launcher.cli import COMMANDS, make_parser
 from torchtrainer.observe.events import CALLBACK_METHODS
 
@@ -118,7 +118,7 @@ def test_programs_run(block, tmp_path):
 
 
 def test_there_are_programs():
-    assert {block.page.stem for block in PROGRAMS} >= {"quick_start", "data", "errors_and_logs"}
+    assert {block.page.stem for block in PROGRAMS} >= {"quick_start", "data", "errors_and_logs", "recovery"}
 
 
 def everything() -> str:
@@ -159,6 +159,17 @@ def test_table_of_timeouts_agrees_with_the_code():
         codes(name)[0]: float(seconds) for name, seconds, _ in table(page_text("errors_and_logs"), "`Timeouts`")
     }
     assert documented == {field.name: field.default for field in fields(Timeouts)}
+
+
+def test_table_of_failure_settings_agrees_with_the_code():
+    documented = {
+        codes(name)[0]: ast.literal_eval(default.strip("`"))
+        for name, default, _ in table(page_text("recovery"), "setting")
+    }
+    expected = {f"FailureConfig.{one.name}": one.default for one in fields(FailureConfig)}
+    trainers = inspect.signature(TorchTrainer.__init__).parameters
+    expected |= {name: trainers[name].default for name in ("num_workers", "min_workers")}
+    assert documented == expected
 
 
 def test_table_of_arguments_agrees_with_the_code():

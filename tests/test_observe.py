@@ -18,7 +18,8 @@ from typing import Any, Literal
 import pytest
 from programs import run_program
 
-from torchtrainer.driver.causes import WorkerDied, WorkerHung
+from torchtrainer.control.messages import Failure
+from torchtrainer.driver.causes import UserCodeFailed, WorkerDied, WorkerHung
 from torchtrainer.driver.events import Joined, Recovered
 from torchtrainer.driver.views import WorkerView
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, RunDirectoryError
@@ -819,6 +820,20 @@ def hung(rank: int) -> WorkerHung:
     )
 
 
+RAISED = Failure(
+    group="",
+    worker=1,
+    rank=1,
+    call=1,
+    kind="error",
+    type_name="ValueError",
+    text="label 7",
+    traceback="",
+    phase="forward",
+    step=37,
+)
+
+
 def recovered(cause: WorkerDied | WorkerHung, how: Literal["carried", "replaced"] = "carried") -> Recovered:
     return Recovered(worker=1, ranks=cause.ranks, cause=cause, step=37, redone=1, seconds=0.25, how=how)
 
@@ -937,16 +952,18 @@ def test_a_failure_of_the_whole_group_is_told_when_its_outcome_is_known() -> Non
     assert len(seen.kept) == len(seen.watch.records) == 2
 
 
-def test_an_error_that_ends_the_call_is_one_event_that_says_so() -> None:
+@pytest.mark.parametrize("cause", [died(1), UserCodeFailed(failures=(RAISED,))], ids=["died", "user code"])
+def test_an_error_that_ends_the_call_is_one_event_that_says_so(cause: WorkerDied | UserCodeFailed) -> None:
     seen = Seen(view(0, 0))
     error = ValueError("label 7")
     error.__cause__ = RuntimeError("raised on rank 1")
-    seen.watch.on_failure(died(1), error)
+    seen.watch.on_failure(cause, error)
     seen.watch.settle()
     seen.watch.settle()
     (event,) = seen.events
     assert event.message == "label 7\nraised on rank 1"
-    assert (event.rank, event.seconds, event.how) == (1, None, "")
+    assert (event.rank, event.step, event.seconds, event.how) == (1, 37, None, "")
+    assert len(seen.kept) == isinstance(cause, WorkerDied), "what user code raises is in error.json"
     assert seen.watch.goodput(50.0) == ""
 
 

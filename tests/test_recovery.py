@@ -31,6 +31,7 @@ from recovery_programs import (
 
 from torchtrainer import CheckpointConfig, FailureConfig, WorkerDiedError
 
+SOAK = pytest.mark.soak
 EPOCHS = 3
 LONG = 100
 """More epochs than any delay here lasts."""
@@ -110,8 +111,7 @@ IN_ANY_PHASE = {
             Strike(phase="load", rank=3, at=60),
         ),
     ),
-    "the uneven tail of a pass": (FOUR, (forward(2, 6),)),
-    "the first step": (TWO, (forward(0, 1),)),
+    "the first step, and the uneven tail of a pass": (FOUR, (forward(0, 1), forward(2, 6))),
     "the last step": (THREE, (Strike(phase="scheduler", rank=1, at=1 + EPOCHS * 8),)),
 }
 
@@ -163,7 +163,9 @@ def test_deaths_while_checkpoints_are_taken(plan_of, tmp_path) -> None:
 # Several deaths
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.03, 0.2, 0.5])
+@pytest.mark.parametrize(
+    "delay_s", [0.0, pytest.param(0.03, marks=SOAK), 0.1, pytest.param(0.25, marks=SOAK), pytest.param(0.5, marks=SOAK)]
+)
 def test_a_second_death_soon_after_the_first(plan_of, delay_s) -> None:
     first = forward(2)
     plan = plan_of(first)
@@ -212,7 +214,7 @@ REPLACEMENT_DIES = {
 
 
 @pytest.mark.parametrize("strike", REPLACEMENT_DIES.values(), ids=REPLACEMENT_DIES)
-@pytest.mark.parametrize("operator", ["", "own batch"])
+@pytest.mark.parametrize("operator", ["", pytest.param("own batch", marks=SOAK)])
 def test_a_replacement_dies_while_it(plan_of, strike, operator) -> None:
     job = Job(operator=operator)
     plan = plan_of(forward(1), strike)
@@ -373,7 +375,7 @@ def both_there(trainer) -> bool:
     return [process.ranks for process in trainer.status().processes] == [(0,), (1,)]
 
 
-@pytest.mark.parametrize("cycles", [15, pytest.param(100, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("cycles", [15, pytest.param(100, marks=SOAK)])
 def test_many_deaths_in_one_run_leave_nothing_behind(cycles) -> None:
     uses = []
     with TWO.trainer() as trainer:

@@ -108,7 +108,11 @@ def stretches_of(trainer, number: int, done=lambda: False) -> list[tuple[object,
     return found
 
 
-@pytest.mark.parametrize("job", [FOUR, replace(STATEFUL, loader_workers=1)], ids=["adam", "stateful, loader workers"])
+@pytest.mark.parametrize(
+    "job",
+    [FOUR, pytest.param(replace(STATEFUL, loader_workers=1), marks=pytest.mark.soak)],
+    ids=["adam", "stateful, loader workers"],
+)
 def test_the_number_of_processes_changes_in_the_middle_of_a_call(job) -> None:
     resizing = Resizing(3, 2, 1, 4)
     with job.trainer(callbacks=[resizing]) as trainer:
@@ -152,11 +156,11 @@ def test_a_checkpoint_of_two_processes_is_gone_on_with_by_four(tmp_path) -> None
         assert_as_undisturbed(found, FOUR)
 
 
-@pytest.mark.parametrize("processes", [0, 5, -1])
-def test_a_number_of_processes_that_cannot_be_is_refused(processes) -> None:
+def test_a_number_of_processes_that_cannot_be_is_refused() -> None:
     with FOUR.trainer() as trainer:
-        with pytest.raises(InvalidArgumentError, match=rf"carried by 1 to 4 processes, got {processes}$"):
-            trainer.resize(processes)
+        for processes in (0, 5, -1):
+            with pytest.raises(InvalidArgumentError, match=rf"carried by 1 to 4 processes, got {processes}$"):
+                trainer.resize(processes)
         assert_as_undisturbed([one_epoch(trainer)], FOUR)
 
 

@@ -94,6 +94,7 @@ class SpmdEngine:
                 local_rank=self.topology.local_rank,
                 listener=listener,
                 gather=True,
+                one_machine=self.topology.one_machine,
             )
             self._wait_until_built(collective)
         except BaseException:

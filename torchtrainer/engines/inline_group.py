@@ -14,6 +14,7 @@ from torchtrainer.driver.controller import Listener
 from torchtrainer.driver.policies import MIN_SAVE_EVERY_S, STEPPING_METHODS, save_interval_s
 from torchtrainer.driver.views import WorkerView
 from torchtrainer.engines.base import CallResult, GroupPlan
+from torchtrainer.engines.launched_memory import LaunchedMemory
 from torchtrainer.errors import EngineError, InvalidArgumentError, InvalidArgumentTypeError
 from torchtrainer.observe.devices import read_process_use
 from torchtrainer.preempt.notice import Notice, is_more_urgent
@@ -41,10 +42,18 @@ class InlineGroup:
         local_rank: place of the rank on its machine.
         listener: of the trainer in this process; that of rank 0 sees the progress of its rank.
         gather: results of the other ranks are wanted.
+        one_machine: all processes are on this machine.
     """
 
     def __init__(
-        self, plan: GroupPlan, collective: Collective, *, local_rank: int, listener: Listener, gather: bool
+        self,
+        plan: GroupPlan,
+        collective: Collective,
+        *,
+        local_rank: int,
+        listener: Listener,
+        gather: bool,
+        one_machine: bool = False,
     ) -> None:
         import torch
 
@@ -59,6 +68,7 @@ class InlineGroup:
         self._save_every_s = plan.save_every_s
         self._saver: GatheringSaver | None = None
         self._agreement: Agreement | None = None
+        self._memory = LaunchedMemory(collective) if one_machine and collective.world_size > 1 else None
         device = device_of(plan.gpus, local_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -69,17 +79,23 @@ class InlineGroup:
         self._device = str(device)
 
     def _built(self, plan: GroupPlan, collective: Collective, device: torch.device, local_rank: int) -> RankRuntime:
-        from torchtrainer.worker.runtime import RankRuntime, build_rank
-        from torchtrainer.worker.seating import build_alone
+        from torchtrainer.worker.seating import build_alone, build_launched
 
         gate, every_steps = self._gate(plan), plan.checkpoint.every_steps if plan.checkpoint is not None else None
         keeping: dict[str, Any] = {"gate": gate, "saver": self._saver, "every_steps": every_steps}
         if self.world_size > collective.world_size:
             return build_alone(plan.spec, world_size=self.world_size, progress=self._progress, **keeping)
-        operator = build_rank(
-            plan.spec, collective=collective, device=device, local_rank=local_rank, progress=self._progress
+        memory = self._memory
+        return build_launched(
+            plan.spec,
+            collective=collective,
+            device=device,
+            local_rank=local_rank,
+            progress=self._progress,
+            memory=memory.paths if memory is not None else None,
+            on_wait=memory.watch() if memory is not None else lambda: None,
+            **keeping,
         )
-        return RankRuntime(operator, **keeping)
 
     def _gate(self, plan: GroupPlan) -> InlineGate:
         """The gate of the rank; if states are kept, with what it takes to agree and to save."""
@@ -116,7 +132,7 @@ class InlineGroup:
         return (
             WorkerView(
                 worker=self._collective.rank,
-                ranks=(self._collective.rank,),
+                ranks=(self._collective.rank,) if self._gather else tuple(range(self.world_size)),
                 pid=os.getpid(),
                 phase=at.phase,
                 phase_since=at.phase_since,
@@ -151,6 +167,8 @@ class InlineGroup:
         if not self._gather:
             values = list(value.values()) if isinstance(value, ByRank) else [value] * self.world_size
             return CallResult(values=values, stopped=stopped, snapshot=snapshot)
+        if isinstance(value, ByRank):
+            value = value[self._collective.rank]
         if method in OWN_RESULT_METHODS:
             return CallResult(values=[value] * self.world_size)
         return CallResult(values=self._gathered(method, value), stopped=stopped, snapshot=snapshot)
@@ -262,6 +280,8 @@ class InlineGroup:
         if not force:
             self._collective.barrier()  # a rank that leaves early would cut off what the others still receive
         self._collective.close()
+        if self._memory is not None:
+            self._memory.close()
         # DDP holds the group in reference cycles. It has to go while the interpreter is whole: its threads give tensors
         # back, and if that happens while Python is dismantled, torch aborts the process.
         del runtime

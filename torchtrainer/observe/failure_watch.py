@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
-from torchtrainer.driver.causes import Cause, WorkerHung
+from torchtrainer.driver.causes import Cause, UserCodeFailed, WorkerHung
 from torchtrainer.driver.events import Joined, Recovered
 from torchtrainer.driver.report import short_cause
 from torchtrainer.driver.views import WorkerView
@@ -31,11 +31,13 @@ class _Open:
         place: of its record.
         since: when it was seen (monotonic).
         message: the whole story.
+        raised: user code raised an exception, which is no matter for the history of processes.
     """
 
     place: int
     since: float
     message: str
+    raised: bool
 
 
 class FailureWatch:
@@ -44,7 +46,7 @@ class FailureWatch:
     Args:
         callbacks: the user's.
         lines: to the user.
-        keep: writes a failure to the history.
+        keep: writes the loss of processes to the history.
         clock, wall_clock: monotonic seconds, and seconds since 1970.
 
     Attributes:
@@ -109,7 +111,8 @@ class FailureWatch:
     def on_failure(self, cause: Cause, error: BaseException) -> None:
         """The group failed; whether that is the end, `on_restarted` or `settle` says."""
         message = "\n".join(_said(part) for part in (error, error.__cause__) if part is not None)
-        self._open.append(_Open(place=len(self.records), since=self._clock(), message=message))
+        raised = isinstance(cause, UserCodeFailed)
+        self._open.append(_Open(place=len(self.records), since=self._clock(), message=message, raised=raised))
         record = FailureRecord(
             time=self._wall_clock(),
             ranks=ranks_of(cause),
@@ -152,10 +155,11 @@ class FailureWatch:
 
     def _close(self, one: _Open, record: FailureRecord) -> None:
         self.records[one.place] = record
-        self._tell(record, one.message)
+        self._tell(record, one.message, kept=not one.raised)
 
-    def _tell(self, record: FailureRecord, message: str) -> None:
-        self._keep(record)
+    def _tell(self, record: FailureRecord, message: str, *, kept: bool = True) -> None:
+        if kept:
+            self._keep(record)
         self._callbacks.on_failure(FailureEvent(**asdict(record), message=message))
 
     def _epoch(self, views: tuple[WorkerView, ...]) -> int:

@@ -44,7 +44,7 @@ def forward_backward(operator: TrainingOperator, batch: Any) -> dict[str, Any]:
     with timers.record("grad"):
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        if inside.gradient_clock is not None:
+        if inside.gradient_clock is not None and not inside.bare_forward:
             timers.push("sync", inside.gradient_clock.since_last())
     return {"train_loss": reading(loss), "num_samples": samples_in(target)}
 

@@ -107,6 +107,7 @@ class Worker:
         self.link.beat_every_s = arguments.heartbeat_s
         self.saver = self._make_saver(arguments.checkpoint) if arguments.checkpoint is not None else None
         self._latest = Latest(call=0, method="")
+        self._seating: Seating | None = None
         self._interruptible = False
         signal.signal(signal.SIGINT, self._on_interrupt)
         self._pid = os.getpid()
@@ -286,7 +287,7 @@ class Worker:
             Failure(
                 group=self.arguments.group,
                 worker=self.arguments.worker,
-                rank=self.arguments.rank,
+                rank=self.arguments.rank if self._seating is None else self._seating.turn(),
                 call=call,
                 kind="exit" if leaving else "error",
                 type_name=type(error).__name__,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,11 @@ class Seating:
         """The ranks that this process carries now."""
         if isinstance(self.runtime, TeamRuntime):
             return self.runtime.team.ranks
-        return [internals(self.runtime.operator).context.collective.rank]
+        return [self.turn()]
+
+    def turn(self) -> int:
+        """The rank whose turn it is."""
+        return internals(self.runtime.operator).context.collective.rank
 
     def settle(self, method: str, value: Any) -> None:
         """To be called when a call has returned."""
@@ -166,7 +170,7 @@ def _in_memory(
     keeping: dict[str, Any],
 ) -> Seating:
     paths = MemoryPaths(**arguments.memory)
-    carrier = _carrier(operator, paths, arguments)
+    carrier = _carrier(operator, paths, arguments.ranks, arguments.world_size, arguments.timeout_s)
     crew = Crew(
         group=arguments.group,
         worker=arguments.worker,
@@ -237,20 +241,58 @@ def build_alone(spec: BuildSpec, *, world_size: int, progress: Progress, **argum
     return TeamRuntime(operator, team, **arguments)
 
 
+def build_launched(
+    spec: BuildSpec,
+    *,
+    collective: Collective,
+    device: torch.device,
+    local_rank: int,
+    progress: Progress,
+    memory: dict[str, Any] | None,
+    on_wait: Callable[[], None],
+    **keeping: Any,
+) -> RankRuntime:
+    """Builds the rank of a process that a launcher started.
+
+    Args:
+        spec: the user's code and options.
+        collective: the ranks.
+        device: where this rank trains.
+        local_rank: place of the rank on its machine.
+        progress: where the rank shows what it is doing.
+        memory: fields of `MemoryPaths`, if the ranks are on one machine and share some.
+        on_wait: called while other ranks are waited for.
+        keeping: other arguments of `RankRuntime`.
+    """
+    in_memory = memory is not None and spec.settings.wrap_ddp and device.type == "cpu" and why_not_shared() is None
+    operator = build_rank(
+        spec, collective=collective, device=device, local_rank=local_rank, progress=progress, in_memory=in_memory
+    )
+    if memory is None or not in_memory or not _goes_through_memory(operator, tells=collective.rank == 0):
+        return RankRuntime(operator, **keeping)
+    paths, rank, world_size = MemoryPaths(**memory), collective.rank, collective.world_size
+    carrier = _carrier(operator, paths, [rank], world_size, spec.settings.timeout_s)
+    carrier.on_wait = on_wait
+    kind: Callable[..., RankRuntime] = TeamRuntime if isinstance(carrier, Team) else LoneRuntime
+    return kind(operator, carrier, **keeping)
+
+
 def _batch_shares(size: Any, world_size: int) -> tuple[int, ...]:
     return tuple(share_of(size, rank, world_size) for rank in range(world_size)) if isinstance(size, int) else ()
 
 
-def _carrier(operator: TrainingOperator, paths: MemoryPaths, arguments: WorkerArguments) -> Team | LoneRank:
+def _carrier(
+    operator: TrainingOperator, paths: MemoryPaths, ranks: Sequence[int], world_size: int, timeout_s: float
+) -> Team | LoneRank:
     exchange = GradientExchange(
         paths.gradients,
-        world_size=arguments.world_size,
+        world_size=world_size,
         parameters=all_parameters(operator),
-        timeout_s=arguments.timeout_s,
-        processes=arguments.world_size,
+        timeout_s=timeout_s,
+        processes=world_size,
     )
     tensors = Buffers(operator).tensors
     cards = [CardFile(path, rank=rank, tensors=tensors) for rank, path in enumerate(paths.cards)]
     if bound_reason(operator):
         return LoneRank(operator, exchange=exchange, cards=cards)
-    return Team(operator, exchange=exchange, cards=cards, ranks=arguments.ranks)
+    return Team(operator, exchange=exchange, cards=cards, ranks=ranks)
