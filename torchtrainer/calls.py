@@ -204,7 +204,7 @@ class Calls:
             except Exception as error:
                 if self._ended or not self._living().retryable or not self._may_go_back():
                     raise
-                tell(f"{str(error).splitlines()[0]} The ranks are started anew")
+                tell(f"{str(error).splitlines()[0]} All ranks are started anew")
                 again = True
 
     def _may_go_back(self) -> bool:
@@ -224,9 +224,11 @@ class Calls:
         reached = self._checkpoint.step if self._checkpoint is not None else 0
         where = f"the checkpoint of step {reached}" if self._checkpoint is not None else "the beginning"
         redone = max(self._lost_at - reached, 0)
-        tell(f"going on from {where}: {redone} steps are taken again")
+        seconds = time.monotonic() - began
+        taken_again = "no step is" if redone == 0 else "1 step is" if redone == 1 else f"{redone} steps are"
+        tell(f"going on from {where} after {seconds:.1f} s: {taken_again} taken again")
         if self._on_restart is not None:
-            self._on_restart(redone, time.monotonic() - began)
+            self._on_restart(redone, seconds)
 
     def _step(self) -> int:
         return max((view.step for view in self._living().views), default=0)

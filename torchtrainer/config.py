@@ -68,7 +68,7 @@ class FailureConfig:
     Attributes:
         max_failures: failures in a row without a new step between them, after which the run stops with the latest error; 0: it
             stops at the first one. So many replacements in a row may also fail to be built, at least one.
-        max_preemptions: not used yet: a preemption ends the run with its state saved, and who starts it again decides.
+        max_preemptions: preemptions in a row, without a new step between them, after which a start refuses to go on; None: any.
         replace: build a replacement for a process that was lost; False: the others keep its ranks, where they can.
         hang_timeout_s: seconds without progress after which a worker counts as hung; "auto": in a step 30 times the longest of
             the latest ones, at least 15 and at most ``timeout_s``; elsewhere ``timeout_s``.

@@ -21,7 +21,7 @@ from torchtrainer.engines.base import Engine, GroupPlan
 from torchtrainer.engines.inline import LocalModeEngine, SpmdEngine, spmd_engine
 from torchtrainer.engines.local import shared_engine
 from torchtrainer.engines.snapshots import CheckpointOrders
-from torchtrainer.errors import InvalidArgumentError
+from torchtrainer.errors import InvalidArgumentError, ResumeError
 from torchtrainer.observe.devices import gpu_count
 from torchtrainer.observe.notices import notice
 from torchtrainer.resume import OpenRun, borrowed, known, open_run
@@ -110,11 +110,25 @@ class RunPlan:
         """
 
         def open_here() -> OpenRun:
-            return open_run(run_dir, resume=resume, config=self.checkpoint, spec=self.spec, world_size=self.world_size)
+            opened = open_run(
+                run_dir, resume=resume, config=self.checkpoint, spec=self.spec, world_size=self.world_size
+            )
+            self._check_preemptions(opened)
+            return opened
 
         if isinstance(self.engine, SpmdEngine):
             return self.engine.share(open_here, known, borrowed, self.spec.settings, self.gpus)
         return open_here()
+
+    def _check_preemptions(self, opened: OpenRun) -> None:
+        record, allowed = opened.record, self.failure.max_preemptions
+        if record is not None and allowed is not None and record.preemptions > allowed:
+            opened.directory.close()
+            raise ResumeError(
+                f"the run in {opened.directory.root} was preempted {record.preemptions} times in a row at step "
+                f"{record.preempted_at}, without a step of progress; FailureConfig.max_preemptions allows {allowed}. Give it "
+                "machines that stay longer, or pass a larger max_preemptions"
+            )
 
 
 def plan_run(given: Mapping[str, Any]) -> RunPlan:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ class OpenRun:
         """Writes how the run stands. A disk that does not take it does not end the run."""
         if self.record is None or self.record.state == state == "running":
             return
-        self.record = replace(self.record, state=state, step=step, epoch=epoch)
+        self.record = self.record.noted(state, step=step, epoch=epoch)
         try:
             self.write_record()
         except (OSError, CheckpointError) as error:
@@ -312,7 +312,7 @@ def _take_over(opened: OpenRun, previous: RunRecord, config: CheckpointConfig) -
     root = opened.directory.root
     opened.records = Journal.read(root)
     this_script_run().name = previous.script_run
-    opened.record = replace(opened.record, script_run=previous.script_run)
+    opened.record = opened.record.after(previous)
     if opened.checkpoints.is_dir() or opened.remote is not None:
         store = CheckpointStore(opened.checkpoints, keep=config.keep, generation=opened.generation, on_problem=notice)
         opened.checkpoint = store.newest()

@@ -263,7 +263,10 @@ def on_end_requested(machine: Machine, event: EndRequested, now: float) -> Resul
     if event.force or not isinstance(machine.state, Idle):
         return kill(machine, None, now)
     ending = Ending(until=now + machine.timeouts.shutdown_s)
-    return machine.to(ending), (Send(message=EndWorker(group=machine.group)),)
+    newcomers = tuple(  # which may take long to build, and have nothing to clean up
+        Send(message=KillWorker(group=machine.group, worker=view.worker)) for view in machine.views if view.newcomer
+    )
+    return machine.to(ending), (Send(message=EndWorker(group=machine.group)), *newcomers)
 
 
 _ON: dict[type, Callable[[Machine, Any, float], Result]] = {

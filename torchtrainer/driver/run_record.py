@@ -11,7 +11,7 @@ import json
 import secrets
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +44,8 @@ class RunRecord:
         step, epoch: progress, when it was written.
         version: of torchtrainer.
         format: of this record.
+        preemptions: how often in a row it was preempted without a new step between.
+        preempted_at: step at the latest of them.
     """
 
     script_run: str
@@ -59,6 +61,25 @@ class RunRecord:
     epoch: int = 0
     version: str = ""
     format: int = FORMAT
+    preemptions: int = 0
+    preempted_at: int = -1
+
+    def noted(self, state: RunState, *, step: int, epoch: int) -> RunRecord:
+        """The record of the run as it stands now."""
+        now = replace(self, state=state, step=step, epoch=epoch)
+        if state != "preempted" or self.state == state:
+            return now
+        in_a_row = self.preemptions + 1 if step <= self.preempted_at else 1
+        return replace(now, preemptions=in_a_row, preempted_at=step)
+
+    def after(self, previous: RunRecord) -> RunRecord:
+        """The record of a start that goes on with an earlier one."""
+        return replace(
+            self,
+            script_run=previous.script_run,
+            preemptions=previous.preemptions,
+            preempted_at=previous.preempted_at,
+        )
 
     def write(self, root: Path) -> None:
         """Replaces the record of a run directory.

@@ -33,6 +33,7 @@ class Group:
         spec: what it was started with.
         pids: of the processes that exist.
         unborn: those that were asked for.
+        unwanted: those that are to end as soon as they exist.
         like: the rank that each process is built for.
         tails: of what rank 0 writes.
         awaited: those that are being built or run a call.
@@ -47,6 +48,7 @@ class Group:
     memory: SharedMemory
     pids: dict[int, int] = field(default_factory=dict)
     unborn: set[int] = field(default_factory=set)
+    unwanted: set[int] = field(default_factory=set)
     like: dict[int, int] = field(default_factory=dict)
     tails: dict[str, LogTail] = field(default_factory=dict)
     awaited: set[int] = field(default_factory=set)

@@ -209,8 +209,12 @@ class Host:
 
     def _kill_worker(self, message: KillWorker) -> None:
         group = self._groups.get(message.group)
-        if group is not None and message.worker in group.pids:
+        if group is None:
+            return
+        if message.worker in group.pids:
             kill_session(group.pids[message.worker])
+        else:
+            group.unwanted.add(message.worker)
 
     def _living(self, name: str) -> list[int]:
         group = self._groups.get(name)
@@ -307,7 +311,7 @@ class Host:
         worker = int(number)
         group.unborn.discard(worker)
         group.pids[worker] = event.pid
-        if group.killed:
+        if group.killed or worker in group.unwanted:
             kill_session(event.pid)
         self._to_driver(WorkerStarted(group=name, worker=worker, pid=event.pid))
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchtrainer.driver.run_dir import BorrowedRunDirectory
+from torchtrainer.observe.history import FAILURE
 from torchtrainer.process.guard import process_exists
 from torchtrainer.process.paths import RankPaths
 
@@ -245,6 +246,8 @@ def read_results(history: Path, *, running: bool) -> tuple[list[dict[str, Any]],
     for line in lines:
         try:
             record = json.loads(line)
+            if record["kind"] == FAILURE:
+                continue
             if not isinstance(record["metrics"], dict) or not isinstance(record["kind"], str):
                 raise TypeError("not a result")
             json.dumps(record, allow_nan=False)  # what a run writes has no such numbers, and JSON has none

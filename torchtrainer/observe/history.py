@@ -28,6 +28,9 @@ HTML_ROWS = 20
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """Strict JSON has no such numbers: they are written as these texts and read back as numbers."""
 
+FAILURE = "failure"
+"""Kind of a line that tells of a failure, and has no metrics."""
+
 
 class History(list[dict[str, Any]]):
     """The metrics of each epoch, as a list of dicts that also draws itself.
@@ -133,7 +136,7 @@ class HistoryFile:
         """
         first = {
             "time": _iso(failure.time),
-            "kind": "failure",
+            "kind": FAILURE,
             "epoch": failure.epoch,
             "step": failure.step,
             "metrics": {},

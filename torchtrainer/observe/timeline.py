@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from torchtrainer.observe.history import read_history
+from torchtrainer.observe.history import FAILURE, read_history
 from torchtrainer.observe.plot import new_axes
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def plot_failures(history: str | os.PathLike[str], ax: Axes | None = None) -> Ax
     """
     lines = read_history(history)
     ax = new_axes("plot_failures()") if ax is None else ax
-    failures = [line for line in lines if line["kind"] == "failure"]
+    failures = [line for line in lines if line["kind"] == FAILURE]
     began_s = min(map(_time_s, lines), default=0.0)
     for line in lines:
         if line["kind"] == "train":

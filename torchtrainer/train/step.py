@@ -34,7 +34,7 @@ def forward_backward(operator: TrainingOperator, batch: Any) -> dict[str, Any]:
     criterion = required(operator, "criterion", "train_batch")
     inside, timers = internals(operator), operator.timers
     progress, scaler = inside.context.progress, inside.amp.scaler
-    if inside.bare_forward and isinstance(model, DistributedDataParallel):
+    if inside.bare_forward and isinstance(model, DistributedDataParallel) and not _has_hooks(model):
         model = model.module
     positional, named, target = split_batch(to_device(batch, operator.device))
     progress.enter("forward")
@@ -47,6 +47,12 @@ def forward_backward(operator: TrainingOperator, batch: Any) -> dict[str, Any]:
         if inside.gradient_clock is not None and not inside.bare_forward:
             timers.push("sync", inside.gradient_clock.since_last())
     return {"train_loss": reading(loss), "num_samples": samples_in(target)}
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    """Whether somebody wants to see the calls of this very module."""
+    hooks = (model._forward_hooks, model._forward_pre_hooks, model._backward_hooks, model._backward_pre_hooks)
+    return any(hooks)
 
 
 def update(operator: TrainingOperator) -> None:

@@ -152,6 +152,7 @@ class Team:
         for rank in self.ranks:
             self.seats.pop(rank).close()
             self.adopt(rank)
+        self.turn_to_lowest()
 
     def assign(self, ranks: Collection[int]) -> None:
         """Carries exactly these ranks from now on; at a step boundary or between calls. New ones are as their cards have them."""
@@ -159,6 +160,12 @@ class Team:
             self.seats.pop(rank).close()
         for rank in sorted(set(ranks) - set(self.seats)):
             self.adopt(rank)
+        self.turn_to_lowest()
+
+    def turn_to_lowest(self) -> None:
+        """Between steps and calls the operator is that of the lowest rank here."""
+        if self.seats:
+            self.turn_to(self.seats[self.ranks[0]])
 
     def _new_seat(self, rank: int) -> Seat:
         return Seat(rank=rank, loaders={name: one.for_rank(rank) for name, one in self._pattern.loaders.items()})

@@ -48,8 +48,7 @@ class TeamRuntime(RankRuntime):
             self._late = lambda _: value
         if method != "train":
             self.team.refresh()
-        if self.team.seats:  # for calls that are made once per process, the operator is its lowest rank's
-            self.team.turn_to(self.team.seats[self.team.ranks[0]])
+        self.team.turn_to_lowest()  # for calls that are made once per process
 
     # Calls
 
