@@ -105,7 +105,11 @@ WRONG = [
     ({"preemption": "SIGTERM"}, InvalidArgumentTypeError, "preemption must be a PreemptionConfig"),
     ({"resume": True}, ResumeError, "resume=True needs a run_dir"),
     ({"engine": "ray"}, NotAvailableError, 'the Ray engine is not in this version: use engine="local"'),
-    ({"use_local": True, "wrap_ddp": False}, InvalidArgumentError, "use_local=True cannot carry 2 ranks in one process"),
+    (
+        {"use_local": True, "wrap_ddp": False},
+        InvalidArgumentError,
+        "use_local=True cannot carry 2 ranks in one process",
+    ),
 ]
 
 

@@ -184,6 +184,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_a_forked_package_sees_what_an_execd_one_sees_and_each_draws_a_seed(tmp_path) -> None:
     (tmp_path / "package").mkdir()

@@ -216,6 +216,7 @@ def test_others_go_on_without_a_killed_node(make_cluster, command) -> None:
     finish(others, again)
 
 
+@pytest.mark.soak
 @BOTH
 def test_a_node_that_joins_makes_the_world_bigger_and_costs_no_restart(make_cluster, command) -> None:
     cluster = make_cluster(command, 2, own_store=command is TORCHRUN)

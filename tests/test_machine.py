@@ -58,7 +58,7 @@ from torchtrainer.driver.events import (
     StopRequested,
     Tick,
 )
-from torchtrainer.driver.hangs import HANG_FLOOR_S, HANG_STEPS, limit_s
+from torchtrainer.driver.hangs import HANG_FLOOR_S, HANG_STEPS, MUTE_FLOOR_S, limit_s
 from torchtrainer.driver.machine import handle
 from torchtrainer.driver.policies import MIN_SAVE_EVERY_S, why_not_resize
 from torchtrainer.driver.recovery import BURST_S
@@ -921,7 +921,7 @@ def test_nobody_is_blamed_for_the_time_in_which_the_driver_was_stopped() -> None
     ("phase", "batch", "longest_s", "given_s", "limit"),
     [
         ("data", 5, 0.01, 1800.0, HANG_FLOOR_S),
-        ("data", 5, 2.0, 1800.0, HANG_STEPS * 2.0),
+        ("data", 5, 5.0, 1800.0, HANG_STEPS * 5.0),
         ("data", 5, 100.0, 1800.0, 1800.0),
         ("data", 0, 0.01, 1800.0, 1800.0),
         ("train", 5, 0.01, 1800.0, 1800.0),
@@ -932,6 +932,11 @@ def test_the_time_that_a_step_may_take_is_learnt(phase, batch, longest_s, given_
     view = WorkerView(worker=0, phase=phase, batch=batch, longest_s=longest_s)
     assert limit_s(view, longest_s, given_s, learnt=True) == limit
     assert limit_s(view, longest_s, given_s, learnt=False) == given_s
+
+
+def test_a_worker_that_is_not_heard_of_may_take_less_time() -> None:
+    view = WorkerView(worker=0, phase="data", batch=5, longest_s=0.01)
+    assert limit_s(view, 0.01, 1800.0, learnt=True, mute=True) == MUTE_FLOOR_S < HANG_FLOOR_S
 
 
 def test_a_worker_that_is_much_slower_than_the_others_is_told_once_a_call() -> None:

@@ -265,6 +265,7 @@ print(len(list(loader)), torch.get_num_threads())
 """
 
 
+@pytest.mark.soak
 def test_a_kernel_that_used_torch_before_trains_the_same(kernel) -> None:
     kernel.run(DEFINITIONS)
     kernel.run(MAKE)

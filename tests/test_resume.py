@@ -116,6 +116,7 @@ def test_a_driver_killed_while_a_checkpoint_is_written_loses_nothing_that_was_co
     assert "state after step 4 saved" in resuming(last)[0]
 
 
+@pytest.mark.soak
 def test_interruptions_while_it_starts_and_a_second_signal_tear_nothing(tmp_path, undisturbed) -> None:
     run = Run(tmp_path, PLAIN)
     other = undisturbed.get(PLAIN)
@@ -257,6 +258,7 @@ def test_resume_true_needs_a_run_to_go_on_with(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.soak
 def test_a_script_that_asks_for_other_calls_is_told_both_and_can_be_put_back(preempted, undisturbed) -> None:
     preempted.options = {**PLAIN, "script": "steps"}
     program = preempted.once()

@@ -180,6 +180,7 @@ def test_a_rank_in_the_users_process_stops_and_goes_on(tmp_path, tmp_path_factor
     assert results(second.output) == expected
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_a_checkpoint_that_another_machine_does_not_see_is_an_error_on_all_ranks(tmp_path) -> None:

@@ -6,26 +6,31 @@ from collections.abc import Collection, Iterable
 
 from torchtrainer.driver.views import EXCHANGING, WorkerView
 
-HANG_FLOOR_S = 15.0
-"""Shortest learnt time without progress after which a worker counts as hung: loaders and disks have bad moments."""
+HANG_FLOOR_S = 120.0
+"""Shortest learnt time without progress after which a worker that is heard of counts as hung: disks have bad moments."""
+MUTE_FLOOR_S = 30.0
+"""The same for one that is not heard of either: it is stopped, or code that is not Python's holds it."""
+MUTE_AFTER_S = 5.0
+"""How long after its last heartbeat a worker is not heard of."""
 HANG_STEPS = 30
 """A learnt limit is the time of so many of the longest recent step."""
 STEP_PHASES = frozenset({"data", "forward", "step", *EXCHANGING})
 """The phases of a step: how long they take is learnt; others (set-up, hooks around a pass, a save) take their time."""
 
 
-def limit_s(view: WorkerView, longest_s: float, given_s: float, *, learnt: bool) -> float:
+def limit_s(view: WorkerView, longest_s: float, given_s: float, *, learnt: bool, mute: bool = False) -> float:
     """How long a worker may go without progress.
 
     Args:
         view: of the worker.
+        mute: it is not heard of.
         longest_s: the longest recent step of any worker; 0.0: not known yet.
         given_s: the limit where none can be learnt.
         learnt: whether step times count; else ``given_s`` always holds.
     """
     if not learnt or not longest_s or not view.longest_s or view.phase not in STEP_PHASES or not view.batch:
         return given_s
-    return min(given_s, max(HANG_FLOOR_S, HANG_STEPS * longest_s))
+    return min(given_s, max(MUTE_FLOOR_S if mute else HANG_FLOOR_S, HANG_STEPS * longest_s))
 
 
 def find_hung(
@@ -55,7 +60,10 @@ def find_hung(
     """
     busy = [view for view in views if view.busy and view.spoke and view.worker not in held]
     longest_s = max((view.longest_s for view in busy), default=0.0)
-    limits = {view.worker: limit_s(view, longest_s, given_s, learnt=learnt) for view in busy}
+    limits = {
+        view.worker: limit_s(view, longest_s, given_s, learnt=learnt, mute=now - view.heard_at > MUTE_AFTER_S)
+        for view in busy
+    }
     over = [view for view in busy if silent_s(view, now) > limits[view.worker]]
     mute = [view for view in over if now - view.heard_at > limits[view.worker]]
     working = [view for view in busy if view.phase not in EXCHANGING or view in mute]
