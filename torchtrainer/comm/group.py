@@ -21,6 +21,7 @@ from torch.distributed import FileStore, PrefixStore, TCPStore  # type: ignore[a
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from torchtrainer.comm.flat import broadcast_tensors
 from torchtrainer.errors import EngineError, InvalidArgumentError
 from torchtrainer.topology import LOOPBACK, Topology, attempt
 
@@ -153,19 +154,7 @@ class GroupCollective:
             modules: the same modules on every rank; wrapped or not; buffers may have any dtype and device.
             src: the rank whose values win.
         """
-        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-        seen: set[int] = set()
-        for module in modules:
-            for buffer in module.buffers():
-                if id(buffer) not in seen and buffer.numel() > 0:
-                    seen.add(id(buffer))
-                    by_dtype.setdefault(buffer.dtype, []).append(buffer)
-        for buffers in by_dtype.values():
-            flat = torch.cat([buffer.detach().reshape(-1).to(self._device) for buffer in buffers])
-            dist.broadcast(flat.view(torch.uint8), src=src)  # as bytes: Gloo knows neither bool nor complex
-            parts = torch.split(flat, [buffer.numel() for buffer in buffers])
-            for buffer, part in zip(buffers, parts, strict=True):
-                buffer.copy_(part.view(buffer.shape))
+        broadcast_tensors((buffer for module in modules for buffer in module.buffers()), src=src, device=self._device)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

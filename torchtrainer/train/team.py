@@ -10,7 +10,7 @@ Everything here runs in the thread that trains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from torchtrainer.comm.exchange import GradientExchange
 from torchtrainer.train.cards import CardFile, packed, unpacked
 from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankBatch
+from torchtrainer.train.equality import checksums, compare
 from torchtrainer.train.loop import StepIterator, modules_of, step_for_passes, step_schedulers
 from torchtrainer.train.metrics import AverageMeterCollection
 from torchtrainer.train.rng import (
@@ -67,13 +68,14 @@ class Team:
         operator: TrainingOperator,
         *,
         exchange: GradientExchange,
-        cards: Sequence[CardFile],
+        cards: list[CardFile],
         ranks: Collection[int],
     ) -> None:
         self.exchange = exchange
         self.on_wait: Callable[[], None] = nothing
         self.training = False
         self.call = 0
+        self._sums: list[int] | None = None
         self._operator = operator
         self._cards = cards
         self._parameters = all_parameters(operator)
@@ -197,6 +199,7 @@ class Team:
             "samples": seat.samples,
             "meters": packed(seat.meters.state_dict()),
             "loaders": {name: loader.state_dict() for name, loader in seat.loaders.items()},
+            "sums": self._sums,
             "extras": packed_extras(self._operator) if self._has_extras else b"",
         }
         self._cards[seat.rank].write(number, self._buffers.tensors, plain)
@@ -233,6 +236,7 @@ class Team:
         """Every seat begins a call of ``train``."""
         for seat in self.seats.values():
             seat.samples, seat.meters = 0, AverageMeterCollection()
+        self._sums = checksums(self._operator)
         self.refresh()
 
     def deal(self) -> RankBatch | None:
@@ -258,6 +262,9 @@ class Team:
         progress.enter("exchange")
         with self._operator.timers.record("sync"):
             means = self.exchange.finish(carried=lambda: self.ranks, on_wait=self.on_wait)
+        if self._sums is not None:
+            sums, self._sums = self._sums, None
+            compare(self._operator, sums, self._cards[: self.world_size], number - 1)
         progress.enter("step")
         for parameter, mean in zip(self._parameters, means, strict=True):
             parameter.grad = mean

@@ -20,6 +20,7 @@ from torchtrainer.spec import BuildSpec
 from torchtrainer.topology import share_of
 from torchtrainer.train.cards import CardFile
 from torchtrainer.train.components import internals
+from torchtrainer.train.equality import make_equal
 from torchtrainer.train.lone import LoneRank
 from torchtrainer.train.progress import Progress
 from torchtrainer.train.seats import Buffers, all_parameters, bound_reason
@@ -170,6 +171,7 @@ def _in_memory(
     keeping: dict[str, Any],
 ) -> Seating:
     paths = MemoryPaths(**arguments.memory)
+    make_equal(operator, alone=arguments.record is not None)
     carrier = _carrier(operator, paths, arguments.ranks, arguments.world_size, arguments.timeout_s)
     crew = Crew(
         group=arguments.group,
@@ -271,6 +273,7 @@ def build_launched(
     if memory is None or not in_memory or not _goes_through_memory(operator, tells=collective.rank == 0):
         return RankRuntime(operator, **keeping)
     paths, rank, world_size = MemoryPaths(**memory), collective.rank, collective.world_size
+    make_equal(operator, alone=False)
     carrier = _carrier(operator, paths, [rank], world_size, spec.settings.timeout_s)
     carrier.on_wait = on_wait
     kind: Callable[..., RankRuntime] = TeamRuntime if isinstance(carrier, Team) else LoneRuntime

@@ -180,6 +180,12 @@ class LoneRuntime(RankRuntime):
         self.lone = lone
         lone.epoch_idx = lambda: self._keeper.epoch_idx
 
+    def train(self, **keywords: Any) -> PassResult:
+        """See `RankRuntime.train`."""
+        if not self._keeper.resuming:
+            self.lone.begin_call()
+        return super().train(**keywords)
+
     def settle(self, method: str, value: Any) -> None:
         """To be called after every call: the card follows what it changed."""
         self.lone.at_boundary()
