@@ -824,6 +824,13 @@ def play(seed: int, *, tells: bool = False) -> Fleet:
 
 
 PARTS = 10
+ONCE_BROKEN = (94595,)
+"""Seeds that found something among many thousands."""
+
+
+@pytest.mark.parametrize("seed", ONCE_BROKEN)
+def test_a_history_that_was_wrong_once_is_right(seed: int) -> None:
+    play(seed)
 
 
 @pytest.mark.parametrize("part", range(PARTS))

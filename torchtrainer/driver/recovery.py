@@ -98,9 +98,18 @@ def give_up(machine: Machine, now: float) -> Result:
     cause = machine.losses[0].cause
     if not machine.carriers:
         return kill(machine, cause, now, retry=True, why="no worker was left that has the state")
-    if must_wait(machine) and not machine.replacing and not machine.newcomers:
+    if must_wait(machine) and not _enough_will_come(machine):
         return kill(machine, cause, now, retry=True, why="a replacement is needed, and none could be built")
     return machine, ()
+
+
+def _enough_will_come(machine: Machine) -> bool:
+    """Whether the newcomers that are there, or may still be built, can end the wait."""
+    if machine.replacing:
+        return True
+    if machine.bound:
+        return set(machine.awaited) <= {view.like for view in machine.newcomers}
+    return bool(machine.newcomers) and len(machine.carriers) + len(machine.newcomers) >= machine.min_workers
 
 
 def carry(machine: Machine, now: float) -> Result:
