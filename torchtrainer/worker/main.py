@@ -214,7 +214,12 @@ class Worker:
             known = seating.ranks()
             seating.crew.between_calls(order)
             if isinstance(order, Carry) and order.call == self._latest.call:
-                self._reply(seating, self._latest, {r: seating.late_result(r) for r in order.ranks if r not in known})
+                late = {rank: seating.late_result(rank) for rank in order.ranks if rank not in known}
+                if (
+                    self._latest.method == "validate"
+                ):  # it was made here, and the cards have to follow before it is told
+                    seating.settle(self._latest.method, late)
+                self._reply(seating, self._latest, late)
 
     def _serve(self, seating: Seating, number: int, method: str, blob: bytes) -> None:
         self.link.call = number
