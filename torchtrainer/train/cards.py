@@ -47,7 +47,7 @@ def packed(value: Any) -> Any:
 
 def unpacked(value: Any) -> Any:
     """What `packed` was given."""
-    return pickle.loads(value) if isinstance(value, bytes) else value  # as for `CardFile.read`
+    return pickle.loads(value) if isinstance(value, bytes) else value  # own workers' memory, as in `CardFile.read`
 
 
 class CardFile:
@@ -116,10 +116,6 @@ class CardFile:
         except EngineError:
             return False
         return True
-
-    def close(self) -> None:
-        """Lets the memory go."""
-        self._views, self._map = [], None
 
     def _start(self, place: int) -> int:
         return _HEAD_BYTES + place * (self._tensor_bytes + self._room)

@@ -34,6 +34,31 @@ def checksums(operator: TrainingOperator) -> list[int]:
     return found
 
 
+class Comparison:
+    """Compares the parameters of the ranks once in a call, when all of them have given their first gradients.
+
+    Args:
+        operator: of this process.
+
+    Attributes:
+        sums: checksums as the call began, for the cards; None: they were compared.
+    """
+
+    def __init__(self, operator: TrainingOperator) -> None:
+        self.sums: list[int] | None = None
+        self._operator = operator
+
+    def begin(self) -> None:
+        """A call begins."""
+        self.sums = checksums(self._operator)
+
+    def finish(self, cards: list[CardFile], number: int) -> None:
+        """To be called after every exchange; arguments and errors as for `compare`."""
+        if self.sums is not None:
+            sums, self.sums = self.sums, None
+            compare(self._operator, sums, cards, number)
+
+
 def compare(operator: TrainingOperator, mine: list[int], cards: list[CardFile], number: int) -> None:
     """Compares with what is on the cards of the other ranks.
 

@@ -19,7 +19,7 @@ from torchtrainer.comm.exchange import GradientExchange
 from torchtrainer.train.cards import CardFile, packed, unpacked
 from torchtrainer.train.complete_state import module_modes
 from torchtrainer.train.components import internals
-from torchtrainer.train.equality import checksums, compare
+from torchtrainer.train.equality import Comparison
 from torchtrainer.train.rng import StreamReader
 from torchtrainer.train.seats import Buffers, all_parameters, nothing, packed_extras, unpacked_extras
 
@@ -57,7 +57,7 @@ class LoneRank:
         self._streams = StreamReader()
         self._rank = internals(operator).context.collective.rank
         self._boundary = exchange.number
-        self._sums: list[int] | None = None
+        self._comparison = Comparison(operator)
         parameters = all_parameters(operator)
         components = internals(operator).components
         for model in components.models if components is not None else []:
@@ -80,7 +80,7 @@ class LoneRank:
 
     def begin_call(self) -> None:
         """A call of ``train`` begins."""
-        self._sums = checksums(self._operator)
+        self._comparison.begin()
 
     def at_boundary(self) -> None:
         """Writes the card of this rank: a replacement would go on from here."""
@@ -93,7 +93,7 @@ class LoneRank:
             "steps": inside.steps.state_dict() if inside.steps is not None else None,
             "meters": packed(inside.meters.state_dict()) if inside.meters is not None else None,
             "epoch_idx": self.epoch_idx(),
-            "sums": self._sums,
+            "sums": self._comparison.sums,
             "extras": packed_extras(self._operator),
         }
         self._cards[self._rank].write(self._boundary, self._buffers.tensors, plain)
@@ -123,9 +123,7 @@ class LoneRank:
         self.exchange.publish(self._rank, number)
         progress.enter("exchange")
         means = self.exchange.finish(carried=lambda: [self._rank], on_wait=self.on_wait)
-        if self._sums is not None:
-            sums, self._sums = self._sums, None
-            compare(self._operator, sums, self._cards[:-1], number - 1)
+        self._comparison.finish(self._cards[:-1], number - 1)
         self.follow_first_rank()
         progress.enter(phase)
         return means

@@ -19,7 +19,7 @@ from torchtrainer.comm.exchange import GradientExchange
 from torchtrainer.train.cards import CardFile, packed, unpacked
 from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankBatch
-from torchtrainer.train.equality import checksums, compare
+from torchtrainer.train.equality import Comparison
 from torchtrainer.train.loop import StepIterator, modules_of, step_for_passes, step_schedulers
 from torchtrainer.train.metrics import AverageMeterCollection
 from torchtrainer.train.rng import (
@@ -75,7 +75,7 @@ class Team:
         self.on_wait: Callable[[], None] = nothing
         self.training = False
         self.call = 0
-        self._sums: list[int] | None = None
+        self._comparison = Comparison(operator)
         self._operator = operator
         self._cards = cards
         self._parameters = all_parameters(operator)
@@ -122,15 +122,18 @@ class Team:
         left.streams = rng_state()
         if self._has_extras:
             left.extras = self._operator.state_dict()
-            if seat.extras is not None:
-                self._operator.load_state_dict(seat.extras)
-        if seat.streams is not None:
-            set_rng_state(seat.streams)
-            seat.streams = None
+        self._put_in_place(seat)
         self._now = seat
         self._collective.rank = seat.rank
         internals(self._operator).loaders = seat.loaders
         self.show_means()
+
+    def _put_in_place(self, seat: Seat) -> None:
+        if self._has_extras and seat.extras is not None:
+            self._operator.load_state_dict(seat.extras)
+        if seat.streams is not None:
+            set_rng_state(seat.streams)
+            seat.streams = None
 
     def show_means(self) -> None:
         """Has the operator see the means of the seat in use, while it trains."""
@@ -199,7 +202,7 @@ class Team:
             "samples": seat.samples,
             "meters": packed(seat.meters.state_dict()),
             "loaders": {name: loader.state_dict() for name, loader in seat.loaders.items()},
-            "sums": self._sums,
+            "sums": self._comparison.sums,
             "extras": packed_extras(self._operator) if self._has_extras else b"",
         }
         self._cards[seat.rank].write(number, self._buffers.tensors, plain)
@@ -215,6 +218,8 @@ class Team:
             seat.loaders[name].load_state_dict(position)
         if plain["extras"]:
             seat.extras = unpacked_extras(plain["extras"])
+        if seat is self._now:  # what is put aside for other seats is in use for this one
+            self._put_in_place(seat)
 
     def follow_first_rank(self) -> None:
         """Gives this process the buffers of rank 0, as they are after the latest exchange."""
@@ -236,7 +241,7 @@ class Team:
         """Every seat begins a call of ``train``."""
         for seat in self.seats.values():
             seat.samples, seat.meters = 0, AverageMeterCollection()
-        self._sums = checksums(self._operator)
+        self._comparison.begin()
         self.refresh()
 
     def deal(self) -> RankBatch | None:
@@ -262,9 +267,7 @@ class Team:
         progress.enter("exchange")
         with self._operator.timers.record("sync"):
             means = self.exchange.finish(carried=lambda: self.ranks, on_wait=self.on_wait)
-        if self._sums is not None:
-            sums, self._sums = self._sums, None
-            compare(self._operator, sums, self._cards[: self.world_size], number - 1)
+        self._comparison.finish(self._cards[: self.world_size], number - 1)
         progress.enter("step")
         for parameter, mean in zip(self._parameters, means, strict=True):
             parameter.grad = mean

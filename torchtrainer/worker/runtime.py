@@ -22,6 +22,7 @@ from torchtrainer.train.hooks import bind_hook
 from torchtrainer.train.loop import StepIterator, schedulers_of
 from torchtrainer.train.metrics import PassResult, plain
 from torchtrainer.train.progress import Progress, StepGate
+from torchtrainer.train.seats import trainable_of
 from torchtrainer.train.state import capture, restore
 from torchtrainer.train.step import GradientClock, GradientShare
 from torchtrainer.train.team import TeamLoader
@@ -283,7 +284,7 @@ class RankRuntime:
             progress=self._progress,
             gate=self._gate,
             timers=operator.timers,
-            share=GradientShare(self._trainable, self._exchanging) if name == "train" else None,
+            share=GradientShare(trainable_of(operator), self._exchanging) if name == "train" else None,
             on_step=self._count_step,
             keeper=self._keeper if self._keeps(name) else None,
             resumed=self._keeper.take_resumed(),
@@ -292,7 +293,7 @@ class RankRuntime:
         if profile:
             operator.timers.reset()
             operator.timers.enable()
-            inside.gradient_clock = GradientClock(self._trainable()) if name == "train" else None
+            inside.gradient_clock = GradientClock(trainable_of(operator)()) if name == "train" else None
         completed = False
         try:
             yield steps
@@ -340,9 +341,12 @@ class RankRuntime:
             The wrapped models that exchange between ranks in their forward.
         """
         syncing = [model for model in self._wrapped() if model.require_forward_param_sync]
+        self._take_buffers(syncing)
+        return syncing
+
+    def _take_buffers(self, syncing: list[Any]) -> None:
         if syncing:
             self._collective.broadcast_buffers([model for model in syncing if model.broadcast_buffers])
-        return syncing
 
     def _wrapped(self) -> list[Any]:
         """Every ``DistributedDataParallel`` of the operator: ours, and those that the user keeps as attributes."""
@@ -353,10 +357,6 @@ class RankRuntime:
                 if isinstance(one, nn.Module):
                     found[id(one)] = one
         return [one for one in found.values() if hasattr(one, "require_forward_param_sync")]
-
-    def _trainable(self) -> Iterator[nn.Parameter]:
-        components = internals(self.operator).components
-        return components.trainable() if components is not None else iter(())
 
     def _count_step(self) -> None:
         self.operator.global_step += 1

@@ -185,8 +185,7 @@ def _in_memory(
         hold_s=arguments.hold_s,
     )
     carrier.on_wait = crew.on_wait
-    kind: Callable[..., Any] = TeamRuntime if isinstance(carrier, Team) else LoneRuntime
-    runtime = kind(operator, carrier, gate=CrewGate(gate, crew, carrier.at_boundary), **keeping)
+    runtime = _runtime_of(operator, carrier, gate=CrewGate(gate, crew, carrier.at_boundary), **keeping)
     record, streaming = changing.record, any(not one.any_world_size for one in internals(operator).loaders.values())
     if not streaming:
         changing.built()
@@ -202,7 +201,7 @@ def _in_memory(
     )
 
 
-def build_alone(spec: BuildSpec, *, world_size: int, progress: Progress, **arguments: Any) -> TeamRuntime:
+def build_alone(spec: BuildSpec, *, world_size: int, progress: Progress, **arguments: Any) -> RankRuntime:
     """Builds all ranks of a run in this process, for debuggers.
 
     Args:
@@ -230,17 +229,8 @@ def build_alone(spec: BuildSpec, *, world_size: int, progress: Progress, **argum
         raise InvalidArgumentError(
             f"use_local=True cannot carry {world_size} ranks in one process: {bound}. Use num_workers=1, or worker processes"
         )
-    exchange = GradientExchange(
-        None,
-        world_size=world_size,
-        parameters=all_parameters(operator),
-        timeout_s=spec.settings.timeout_s,
-        processes=1,
-    )
-    tensors = Buffers(operator).tensors
-    cards = [CardFile(None, rank=rank, tensors=tensors) for rank in range(world_size)]
-    team = Team(operator, exchange=exchange, cards=cards, ranks=range(world_size))
-    return TeamRuntime(operator, team, **arguments)
+    carrier = _carrier(operator, None, range(world_size), world_size, spec.settings.timeout_s)
+    return _runtime_of(operator, carrier, **arguments)
 
 
 def build_launched(
@@ -276,26 +266,33 @@ def build_launched(
     make_equal(operator, alone=False)
     carrier = _carrier(operator, paths, [rank], world_size, spec.settings.timeout_s)
     carrier.on_wait = on_wait
-    kind: Callable[..., RankRuntime] = TeamRuntime if isinstance(carrier, Team) else LoneRuntime
-    return kind(operator, carrier, **keeping)
+    return _runtime_of(operator, carrier, **keeping)
 
 
 def _batch_shares(size: Any, world_size: int) -> tuple[int, ...]:
     return tuple(share_of(size, rank, world_size) for rank in range(world_size)) if isinstance(size, int) else ()
 
 
+def _runtime_of(operator: TrainingOperator, carrier: Team | LoneRank, **arguments: Any) -> RankRuntime:
+    if isinstance(carrier, Team):
+        return TeamRuntime(operator, carrier, **arguments)
+    return LoneRuntime(operator, carrier, **arguments)
+
+
 def _carrier(
-    operator: TrainingOperator, paths: MemoryPaths, ranks: Sequence[int], world_size: int, timeout_s: float
+    operator: TrainingOperator, paths: MemoryPaths | None, ranks: Sequence[int], world_size: int, timeout_s: float
 ) -> Team | LoneRank:
+    """What carries the ranks of this process; ``paths``: None if they are all ranks."""
     exchange = GradientExchange(
-        paths.gradients,
+        None if paths is None else paths.gradients,
         world_size=world_size,
         parameters=all_parameters(operator),
         timeout_s=timeout_s,
-        processes=world_size,
+        processes=1 if paths is None else world_size,
     )
     tensors = Buffers(operator).tensors
-    cards = [CardFile(path, rank=rank, tensors=tensors) for rank, path in enumerate(paths.cards)]
+    card_paths = [None] * world_size if paths is None else paths.cards
+    cards = [CardFile(path, rank=rank, tensors=tensors) for rank, path in enumerate(card_paths)]
     if bound_reason(operator):
         return LoneRank(operator, exchange=exchange, cards=cards)
     return Team(operator, exchange=exchange, cards=cards, ranks=ranks)

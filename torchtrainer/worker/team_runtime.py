@@ -138,7 +138,7 @@ class TeamRuntime(RankRuntime):
         team.exchange.number = at["exchange"]
         team.assign(ranks)
         team.take_buffers()
-        self._context.progress.reach(self.operator.global_step, shared["epoch"])
+        self._progress.reach(self.operator.global_step, shared["epoch"])
         if at["steps"] is not None:
             self._keeper.resume_with(Resumed(steps=at["steps"], put_back=lambda: self._take_seats(shared)))
 
@@ -150,10 +150,6 @@ class TeamRuntime(RankRuntime):
 
     # Parts
 
-    @property
-    def _context(self) -> Any:
-        return internals(self.operator).context
-
     def _keeps(self, name: str) -> bool:
         """A validation of several ranks, one after the other, has no boundary at which all of them stand."""
         return super()._keeps(name) and (name == "train" or len(self.team.seats) == 1)
@@ -162,9 +158,8 @@ class TeamRuntime(RankRuntime):
     def _exchanging(self) -> int:
         return 1  # each rank's share is weighed when it is computed
 
-    def _follow_first_rank(self) -> list[Any]:
+    def _take_buffers(self, syncing: list[Any]) -> None:
         self.team.follow_first_rank()
-        return [model for model in self._wrapped() if model.require_forward_param_sync]
 
 
 class LoneRuntime(RankRuntime):
@@ -208,14 +203,12 @@ class LoneRuntime(RankRuntime):
 
         put_everything_back()
         set_modes(self.operator, mine["modes"])
-        context = internals(self.operator).context
-        context.progress.reach(self.operator.global_step, shared["epoch"])
+        self._progress.reach(self.operator.global_step, shared["epoch"])
         if "steps" in mine:  # it was lost in the running call; between two calls a card has none
             self._keeper.resume_with(Resumed(steps=mine["steps"], put_back=put_everything_back), mine["epoch_idx"])
 
-    def _follow_first_rank(self) -> list[Any]:
+    def _take_buffers(self, syncing: list[Any]) -> None:
         self.lone.follow_first_rank()
-        return [model for model in self._wrapped() if model.require_forward_param_sync]
 
 
 def _put_card_back(operator: TrainingOperator, shared: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
