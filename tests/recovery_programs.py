@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -370,8 +371,12 @@ class Epoch:
 
 
 def one_epoch(trainer: TorchTrainer) -> Epoch:
-    """Trains and measures."""
-    return Epoch(train=trainer.train(), validate=trainer.validate(), digest=digest(trainer.state_dict()))
+    """Trains and measures; says where the processes were if it does not come to an end."""
+    try:
+        return Epoch(train=trainer.train(), validate=trainer.validate(), digest=digest(trainer.state_dict()))
+    except pytest.fail.Exception:
+        print(trainer.status())
+        raise
 
 
 def epochs_of(trainer: TorchTrainer, epochs: int) -> list[Epoch]:

