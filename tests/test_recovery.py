@@ -22,6 +22,7 @@ from recovery_programs import (
     Strike,
     UserError,
     assert_as_undisturbed,
+    digest,
     engine_use,
     epochs_of,
     one_epoch,
@@ -102,6 +103,10 @@ IN_ANY_PHASE = {
         FOUR,
         (Strike(phase="validation", rank=3, at=1), Strike(phase="validation", rank=0, at=3)),
     ),
+    "while its state is asked for, with a state of its own": (
+        replace(THREE, operator="stateful"),
+        (Strike(phase="save", rank=0, at=2),),
+    ),
     "every rank once": (
         FOUR,
         (
@@ -121,6 +126,18 @@ def test_a_death_in_any_phase_costs_nothing(plan_of, job, strikes) -> None:
     status = run(job, plan_of(*strikes))
     assert [one.cause for one in status.failures] == [KILLED] * len(strikes)
     assert all(one.seconds is not None for one in status.failures)
+
+
+def test_a_death_between_two_calls_costs_nothing() -> None:
+    job = replace(THREE, operator="stateful")
+    with job.trainer() as trainer:
+        found = epochs_of(trainer, 1)
+        first = trainer.status().processes[0]
+        assert 0 in first.ranks
+        os.kill(first.pid, signal.SIGKILL)
+        wait_for(lambda: first.pid not in [one.pid for one in trainer.status().processes])
+        last = replace(found[-1], digest=digest(trainer.state_dict()))  # of the rank's own state, which another has now
+        assert_as_undisturbed([last, *epochs_of(trainer, 2)], job)
 
 
 def test_a_death_while_the_others_wait_in_the_exchange(plan_of) -> None:

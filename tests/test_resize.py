@@ -132,6 +132,23 @@ def test_one_process_for_debuggers_gives_the_bits_of_four(job, one_thread) -> No
         assert_as_undisturbed(epochs_of(trainer, 3), job)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"ddp_args": {"broadcast_buffers": False}}], ids=["", "buffers of each rank's own"]
+)
+def test_a_state_is_loaded_into_all_ranks_of_a_process(options) -> None:
+    job, found = replace(STATEFUL, ranks=2), []
+    for processes in (1, 2):
+        with job.trainer(**options) as trainer:
+            trainer.resize(processes)
+            trainer.train()
+            early = trainer.state_dict()
+            trainer.train()
+            trainer.load_state_dict(early)
+            assert digest(trainer.state_dict()) == digest(early)
+            found.append([digest(early), *stretches_of(trainer, 2)])
+    assert found[0] == found[1]
+
+
 def test_processes_die_while_they_carry_several_ranks(tmp_path) -> None:
     strikes = (Strike(phase="forward", rank=0, at=9), Strike(phase="stepped", rank=2, at=9))
     with FOUR.trainer(Plan(directory=str(tmp_path), strikes=strikes)) as trainer:

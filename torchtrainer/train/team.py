@@ -170,7 +170,19 @@ class Team:
     def turn_to_lowest(self) -> None:
         """Between steps and calls the operator is that of the lowest rank here."""
         if self.seats:
-            self.turn_to(self.seats[self.ranks[0]])
+            lowest = self.ranks[0]
+            self.turn_to(self.seats[lowest])
+            self._buffers.load_for(lowest, self._cards, self.exchange.number, alone=False)
+
+    def take_in(self) -> None:
+        """Gives every seat the buffers and the operator's own state that are in place: a state dict was loaded."""
+        extras = self._operator.state_dict() if self._has_extras else None
+        for rank in self.ranks:
+            seat = self.seats[rank]
+            if seat is not self._now:
+                seat.extras = extras
+            self.turn_to(seat)
+            self.write_card(seat, self.exchange.number)
 
     def _new_seat(self, rank: int) -> Seat:
         return Seat(rank=rank, loaders={name: one.for_rank(rank) for name, one in self._pattern.loaders.items()})
@@ -190,7 +202,9 @@ class Team:
             self.write_card(self.seats[rank], self.exchange.number)
 
     def refresh(self) -> None:
-        """Writes the cards anew: something else than a step has changed the seats."""
+        """Writes the cards anew: something else than a step has changed the seats, or the buffers of the one in use."""
+        if self._now.rank in self.seats:
+            self.write_card(self._now, self.exchange.number)
         for seat in self.each():
             self.write_card(seat, self.exchange.number)
 

@@ -169,6 +169,7 @@ class Crew:
     def _at_rest(self, order: ForWorker) -> None:
         if isinstance(order, Carry):
             self._carry(order, self._adopt)
+            self._team.turn_to_lowest()
         elif isinstance(order, Share):
             self._share(order)
         elif isinstance(order, Assign):

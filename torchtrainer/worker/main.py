@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,10 +42,11 @@ FIRST_RANK_METHODS = frozenset({"get_model", "state_dict", "facts"})
 
 @dataclass(frozen=True)
 class Latest:
-    """The call that came last."""
+    """The call that came last; its arguments, where it can be made again."""
 
     call: int
     method: str
+    keywords: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -214,21 +215,28 @@ class Worker:
             known = seating.ranks()
             seating.crew.between_calls(order)
             if isinstance(order, Carry) and order.call == self._latest.call:
-                late = {rank: seating.late_result(rank) for rank in order.ranks if rank not in known}
+                late = {rank: self._late_result(seating, rank) for rank in order.ranks if rank not in known}
                 if (
                     self._latest.method == "validate"
                 ):  # it was made here, and the cards have to follow before it is told
                     seating.settle(self._latest.method, late)
                 self._reply(seating, self._latest, late)
 
+    def _late_result(self, seating: Seating, rank: int) -> Any:
+        """What the latest call comes to for a rank that was taken over after it, whose operator is in place."""
+        latest = self._latest
+        if latest.method in FIRST_RANK_METHODS:
+            return getattr(seating.runtime, latest.method)(**latest.keywords)
+        return seating.late_result(rank)
+
     def _serve(self, seating: Seating, number: int, method: str, blob: bytes) -> None:
         self.link.call = number
         seating.begin(number)
-        self._latest = Latest(call=number, method=method)
+        keywords: dict[str, Any] = cloudpickle.loads(blob) if blob else {}
+        self._latest = Latest(call=number, method=method, keywords=keywords if method in FIRST_RANK_METHODS else {})
         self.progress.enter(method)
         if 0 in seating.ranks():
             self.link.beat_every_s = self.arguments.progress_s
-        keywords: dict[str, Any] = cloudpickle.loads(blob) if blob else {}
         self._interruptible = True
         try:
             value = getattr(seating.runtime, method)(**keywords)

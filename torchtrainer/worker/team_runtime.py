@@ -117,6 +117,7 @@ class TeamRuntime(RankRuntime):
         for seat in self.team.seats.values():
             for name, loader in seat.loaders.items():
                 loader.load_state_dict(now[name])
+        self.team.take_in()
 
     def close(self) -> None:
         """Ends the loaders' worker processes."""
