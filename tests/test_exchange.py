@@ -35,6 +35,7 @@ pytestmark = pytest.mark.skipif(why_not_shared() is not None, reason=str(why_not
 
 TIMEOUT_S = 30.0
 KILL_EXCHANGES = 200
+AFTER_THE_KILL = 25
 SOAK_SEEDS = 200
 DEFAULT_SEEDS = 20
 
@@ -326,11 +327,22 @@ class Carriers:
     """Which process carries which rank, in memory that all share; the parent changes it when a process is gone."""
 
     def __init__(self, carriers: list[int]) -> None:
-        self._bytes = mmap.mmap(-1, len(carriers))
-        self._bytes[:] = bytes(carriers)
+        self._ranks = len(carriers)
+        self._bytes = mmap.mmap(-1, self._ranks + 1)
+        self._bytes[: self._ranks] = bytes(carriers)
 
     def of(self, process: int) -> list[int]:
-        return [rank for rank, carrier in enumerate(self._bytes[:]) if carrier == process]
+        return [rank for rank, carrier in enumerate(self._bytes[: self._ranks]) if carrier == process]
+
+    def killed(self) -> None:
+        self._bytes[self._ranks] = 1
+
+    def await_kill(self) -> None:
+        """Without it, a parent that had no core for a while would come too late to kill anybody."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not self._bytes[self._ranks]:
+            assert time.monotonic() < deadline, "nobody was killed"
+            os.sched_yield()
 
     def hand_over(self, gone: int, rng: random.Random, left: list[int]) -> None:
         for rank in self.of(gone):
@@ -352,6 +364,8 @@ def train_on(path: str, process: int, carriers: Carriers, *, size_bytes: int, wo
                 give(exchange, rank, [by_formula(rank, exchange.number + 1, base)])
 
     for number in range(1, KILL_EXCHANGES + 1):
+        if number == KILL_EXCHANGES - AFTER_THE_KILL:
+            carriers.await_kill()
         give_all()
         found = exchange.finish(carried=lambda: carriers.of(process), on_wait=give_all)
         wanted = averaged([[by_formula(rank, number, base)] for rank in range(world_size)])
@@ -360,7 +374,7 @@ def train_on(path: str, process: int, carriers: Carriers, *, size_bytes: int, wo
 
 def kill_within(watched: GradientExchange, rank: int, pid: int, rng: random.Random) -> None:
     """At a drawn instant of a drawn exchange."""
-    number = rng.randrange(2, KILL_EXCHANGES - 50)
+    number = rng.randrange(2, KILL_EXCHANGES - 2 * AFTER_THE_KILL)
     deadline = time.monotonic() + TIMEOUT_S
     while watched.given(rank) < number:
         assert time.monotonic() < deadline, f"rank {rank} did not come to exchange {number}"
@@ -392,6 +406,7 @@ def test_survivors_finish_every_exchange_of_a_process_killed_at_any_instant(seed
         watched = make(path, of_bytes(size_bytes), world_size=world_size)
         victim = rng.randrange(processes)
         kill_within(watched, carriers.of(victim)[0], pids[victim], rng)
+        carriers.killed()
         status = os.waitstatus_to_exitcode(os.waitpid(pids[victim], 0)[1])
         left = [process for process in range(processes) if process != victim]
         carriers.hand_over(victim, rng, left)
