@@ -46,7 +46,9 @@ def decide(machine: Machine, now: float) -> Result:
     state = machine.state
     if not isinstance(state, Calling) or not state.deciding or not state.boundaries:
         return machine, ()
-    asked = [view for view in machine.carriers if not state.replied.issuperset(view.ranks)]
+    if len(state.boundaries) + len(state.replies) < machine.carrier_count:
+        return machine, ()  # somebody has neither answered nor come to the end: no need to look who
+    asked = [view for view in machine.carriers if not state.replied >= set(view.ranks)]
     if any(view.worker not in state.boundaries for view in asked):
         return machine, ()
     at_end = bool(state.replies)

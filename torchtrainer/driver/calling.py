@@ -18,6 +18,7 @@ from torchtrainer.driver.events import Action, CallRequested, Raised, Returned, 
 from torchtrainer.driver.policies import STEPPING_METHODS, Stop, after_failure, root_cause
 from torchtrainer.driver.recovery import done, lose_newcomer, note_step
 from torchtrainer.driver.states import Calling, Idle, Machine, Result, Starting
+from torchtrainer.driver.views import Roster
 
 NOT_IN_PLACE = "the ranks of this training exchange data in ways that break when one of them is gone"
 
@@ -37,7 +38,7 @@ def start_pending(machine: Machine, now: float) -> Result:
     if call is None or not isinstance(machine.state, Idle) or machine.move is not None or machine.uncarried:
         return machine, ()
     number = machine.call + 1
-    views = tuple(
+    views = Roster(
         replace(v, busy=True, phase=call.method, phase_since=now, heard_at=now, laps=()) if v.carries else v
         for v in machine.views
     )
@@ -84,7 +85,7 @@ def on_reply(machine: Machine, event: Reply, now: float) -> Result:
     state, view = machine.state, machine.view(event.worker)
     if view is None or not isinstance(state, Calling) or event.call != machine.call or event.rank in state.replied:
         return machine, ()
-    machine = machine.to(replace(state, replies=(*state.replies, event)))
+    machine = machine.to(replace(state, replies={**state.replies, event.rank: event}))
     seen: dict[str, Any] = {"reading": False, "step": event.step, "epoch": event.epoch, "heard_at": now}
     if not machine.owing(view.ranks):
         seen |= {"busy": False, "phase": "idle", "phase_since": now}
@@ -157,7 +158,7 @@ def settle(machine: Machine, now: float) -> Result:
     assert isinstance(state, Starting | Calling)
     if not state.failures and not state.deaths:
         assert isinstance(state, Calling)
-        replies = tuple(sorted(state.replies, key=lambda r: r.rank))
+        replies = tuple(sorted(state.replies.values(), key=lambda r: r.rank))
         machine = replace(machine, budget=replace(machine.budget, progressed=True))
         return machine.to(Idle()), (Returned(call=machine.call, replies=replies),)
     cause = root_cause(state.failures, state.deaths, connected=bool(machine.bound) or not machine.recovers)
@@ -179,6 +180,8 @@ def may_retry(machine: Machine, cause: WorkerLost) -> bool:
 def _all_reported(machine: Machine) -> bool:
     state = machine.state
     assert isinstance(state, Starting | Calling)
+    if not state.failures and not state.deaths:  # as with every reply
+        return len(state.ready if isinstance(state, Starting) else state.replied) == machine.world_size
     reported = set(state.ready) if isinstance(state, Starting) else set(state.replied)
     reported.update(failure.rank for failure in state.failures)
     reported.update(rank for death in state.deaths for rank in death.ranks)

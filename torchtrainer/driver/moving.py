@@ -22,7 +22,7 @@ from torchtrainer.driver.events import Action, ReplacingStopped, Resized, Send
 from torchtrainer.driver.layout import dealt, taken
 from torchtrainer.driver.recovery import with_ranks
 from torchtrainer.driver.states import Calling, Idle, Machine, Move, Result, in_turn
-from torchtrainer.driver.views import WorkerView
+from torchtrainer.driver.views import Roster, WorkerView
 
 # What becomes possible after any event
 
@@ -31,7 +31,7 @@ def trim(machine: Machine, now: float) -> Result:
     """Lets newcomers go that are not needed any more."""
     moving = None if machine.move is None else machine.move.newcomer
     unneeded = [view for view in machine.newcomers if view.worker != moving]
-    extra = len(machine.carriers) + len(machine.newcomers) - machine.processes
+    extra = machine.carrier_count + len(machine.newcomers) - machine.processes
     actions: tuple[Action, ...] = ()
     for view in reversed(unneeded):
         if extra <= 0:
@@ -51,14 +51,16 @@ def start_missing(machine: Machine, now: float) -> Result:
         wanted = machine.processes
     elif machine.uncarried:
         wanted = machine.min_workers
+    if wanted <= machine.carrier_count + len(machine.newcomers):
+        return machine, ()
     present = (*machine.carriers, *machine.newcomers)
     lost = machine.uncarried
     vacant = sorted(set(range(machine.world_size)) - {v.like for v in present}, key=lambda r: (r not in lost, r))
     actions: list[Action] = []
-    for rank in vacant[: max(0, wanted - len(present))]:
+    for rank in vacant[: wanted - len(present)]:
         number = machine.next_worker
         view = WorkerView(worker=number, like=rank, phase_since=now, heard_at=now)
-        machine = replace(machine, views=(*machine.views, view), next_worker=number + 1)
+        machine = replace(machine, views=Roster((*machine.views, view)), next_worker=number + 1)
         message = StartWorker(group=machine.group, worker=number, rank=rank, record=machine.record)
         actions.append(Send(message=message))
     return machine, tuple(actions)
@@ -72,17 +74,17 @@ def begin(machine: Machine, now: float) -> Result:
     if machine.uncarried:
         awaited = machine.awaited
         ready = [view for view in ready if not machine.bound or view.like in awaited]
-        missing = len(awaited) if machine.bound else machine.min_workers - len(machine.carriers)
+        missing = len(awaited) if machine.bound else machine.min_workers - machine.carrier_count
         if not awaited or not ready or len(ready) < missing:
             return machine, ()
         return _begin_here(machine, ready[0].worker, now)
+    spare = ready[0].worker if ready else None
+    if machine.carrier_count > machine.processes:
+        spare = None
+    elif spare is None or machine.carrier_count == machine.processes:
+        return machine, ()
     if any(view.reading for view in machine.carriers):
         return machine, ()  # it may be the next one to leave, and has to have read what was shared for it first
-    spare = ready[0].worker if ready else None
-    if len(machine.carriers) > machine.processes:
-        spare = None
-    elif spare is None or len(machine.carriers) == machine.processes:
-        return machine, ()
     if isinstance(machine.state, Idle):
         return _begin_here(machine, spare, now)
     if not _can_hold(machine):
@@ -118,7 +120,8 @@ def proceed(machine: Machine, now: float) -> Result:
     if move.hold:
         if not isinstance(machine.state, Calling) or machine.state.replies or machine.uncarried:
             return release(machine, now)  # the call ends, or somebody waits for a rank and will never come to hold
-        if move.boundary is None or any(view.worker not in move.held for view in machine.carriers):
+        missing = move.boundary is None or len(move.held) < machine.carrier_count
+        if missing or any(view.worker not in move.held for view in machine.carriers):
             return machine, ()
     if move.newcomer is None:
         return _redeal(machine, now)
@@ -132,9 +135,11 @@ def proceed(machine: Machine, now: float) -> Result:
 
 def end_resizing(machine: Machine, now: float) -> Result:
     """Says that as many processes carry the ranks as were asked for, or that there will not be more."""
-    carriers = len(machine.carriers)
+    if not machine.resizing or machine.move is not None:
+        return machine, ()
+    carriers = machine.carrier_count
     stuck = carriers < machine.processes and not machine.replacing and not machine.newcomers
-    if not machine.resizing or machine.move is not None or (carriers != machine.processes and not stuck):
+    if carriers != machine.processes and not stuck:
         return machine, ()
     return replace(machine, resizing=False, processes=carriers), (Resized(processes=carriers),)
 
@@ -210,12 +215,12 @@ def _join_for_lost(machine: Machine, event: Shared, now: float) -> Result:
         newcomer = machine.view(worker)
         if newcomer is None or rank not in machine.awaited:
             continue
-        views = tuple(
+        views = Roster(
             replace(view, ranks=tuple(r for r in view.ranks if r != rank)) if view.lost else view
             for view in machine.views
         )
         losses = tuple(replace(loss, replaced=loss.replaced or rank in loss.left) for loss in machine.losses)
-        machine = replace(machine, views=tuple(v for v in views if v.ranks or not v.lost), losses=losses)
+        machine = replace(machine, views=Roster(v for v in views if v.ranks or not v.lost), losses=losses)
         machine, joined = _join(machine, newcomer, (rank,), event, now)
         actions += joined
     return replace(machine, move=None), actions
@@ -230,7 +235,7 @@ def _join_for_others(machine: Machine, newcomer: WorkerView, event: Shared, now:
     for worker, ranks in given.items():
         left = tuple(rank for rank in views[worker].ranks if rank not in ranks)
         views[worker] = with_ranks(machine, views[worker], left, "hold", now)
-    machine = replace(machine, views=tuple(views.values()))
+    machine = replace(machine, views=Roster(views.values()))
     told = [view for view in machine.carriers if move.hold or view.worker in given]
     machine, joined = _join(machine, newcomer, tuple(rank for ranks in given.values() for rank in ranks), event, now)
     actions = (*joined, *(_assign(machine, view) for view in told))
@@ -252,7 +257,7 @@ def _join(machine: Machine, newcomer: WorkerView, ranks: tuple[int, ...], event:
         at=event.at,
         **running,
     )
-    views = tuple(
+    views = Roster(
         _joining(with_ranks(machine, view, ranks, "join", now), now) if view.worker == newcomer.worker else view
         for view in machine.views
     )
@@ -275,7 +280,7 @@ def _redeal(machine: Machine, now: float) -> Result:
     for worker in numbers:
         views[worker] = with_ranks(machine, views[worker], blocks.get(worker, ()), "hold", now)
         actions.append(_assign(machine, views[worker]))
-    machine = replace(machine, views=tuple(views.values()))
+    machine = replace(machine, views=Roster(views.values()))
     for worker in numbers[machine.processes :]:
         machine, sent = _dismiss(machine, views[worker], now)
         actions += sent

@@ -18,7 +18,7 @@ from torchtrainer.driver.ending import kill
 from torchtrainer.driver.events import Action, Joined, Recovered, ReplacingStopped, Send
 from torchtrainer.driver.layout import spread
 from torchtrainer.driver.states import Budget, Calling, Idle, Loss, Machine, Result
-from torchtrainer.driver.views import WorkerView
+from torchtrainer.driver.views import Roster, WorkerView
 
 BURST_S = 0.1
 """Workers that are lost within this time of each other are one failure of the budget: whatever it was, it took them together."""
@@ -36,7 +36,7 @@ def lose(machine: Machine, view: WorkerView, cause: WorkerLost, now: float) -> R
     machine = spend(machine, now)
     step = max(view.step for view in machine.views)
     loss = Loss(worker=view.worker, ranks=view.ranks, cause=cause, step=step, since=now, left=frozenset(view.ranks))
-    views = tuple(
+    views = Roster(
         replace(v, lost=True, busy=False, phase="gone") if v.worker == view.worker else v for v in machine.views
     )
     machine = replace(machine, views=views, losses=(*machine.losses, loss))
@@ -85,7 +85,7 @@ def lose_newcomer(
 
 def must_wait(machine: Machine) -> bool:
     """Whether ranks that nobody carries have to wait for a replacement."""
-    return bool(machine.uncarried) and (bool(machine.bound) or len(machine.carriers) < machine.min_workers)
+    return bool(machine.uncarried) and (bool(machine.bound) or machine.carrier_count < machine.min_workers)
 
 
 # What becomes possible after any event
@@ -96,7 +96,7 @@ def give_up(machine: Machine, now: float) -> Result:
     if not machine.uncarried:
         return machine, ()
     cause = machine.losses[0].cause
-    if not machine.carriers:
+    if not machine.carrier_count:
         return kill(machine, cause, now, retry=True, why="no worker was left that has the state")
     if must_wait(machine) and not _enough_will_come(machine):
         return kill(machine, cause, now, retry=True, why="a replacement is needed, and none could be built")
@@ -109,13 +109,16 @@ def _enough_will_come(machine: Machine) -> bool:
         return True
     if machine.bound:
         return set(machine.awaited) <= {view.like for view in machine.newcomers}
-    return bool(machine.newcomers) and len(machine.carriers) + len(machine.newcomers) >= machine.min_workers
+    return bool(machine.newcomers) and machine.carrier_count + len(machine.newcomers) >= machine.min_workers
 
 
 def carry(machine: Machine, now: float) -> Result:
     """Has survivors carry the ranks that nobody carries, where they may."""
-    lost, able = machine.uncarried, machine.able
-    if not lost or not able or must_wait(machine):
+    lost = machine.uncarried
+    if not lost:
+        return machine, ()
+    able = machine.able
+    if not able or must_wait(machine):
         return machine, ()
     actions: list[Action] = []
     views = {view.worker: view for view in machine.views if not view.lost}
@@ -123,7 +126,7 @@ def carry(machine: Machine, now: float) -> Result:
         views[worker] = with_ranks(machine, views[worker], (*views[worker].ranks, *ranks), "carry", now)
         message = Carry(group=machine.group, worker=worker, call=machine.call, ranks=list(ranks))
         actions.append(Send(message=message))
-    return replace(machine, views=tuple(views.values())), tuple(actions)
+    return replace(machine, views=Roster(views.values())), tuple(actions)
 
 
 def with_ranks(machine: Machine, view: WorkerView, ranks: tuple[int, ...], phase: str, now: float) -> WorkerView:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, KeysView, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torchtrainer.control.messages import CheckpointEnded, Failure, Reply, StopA
 from torchtrainer.driver.causes import Cause, WorkerHung, WorkerLost
 from torchtrainer.driver.events import Action, CallRequested, StopRequested
 from torchtrainer.driver.policies import MIN_SAVE_EVERY_S
-from torchtrainer.driver.views import WorkerView
+from torchtrainer.driver.views import Roster, WorkerView
 
 TO_THE_END = 1 << 62
 """A boundary that no pass reaches: go on to the end, since another rank has already got there."""
@@ -41,7 +41,7 @@ class Calling:
 
     Attributes:
         method, blob: of the call.
-        replies: by rank, in order of arrival.
+        replies: by rank.
         boundaries: where workers hold since a stop, a save or a hold was asked for; None: it never was.
         round: how often that was asked for.
         stop, save, hold: what is asked for.
@@ -52,7 +52,7 @@ class Calling:
 
     method: str
     blob: bytes = b""
-    replies: tuple[Reply, ...] = ()
+    replies: Mapping[int, Reply] = field(default_factory=dict)
     failures: tuple[Failure, ...] = ()
     deaths: tuple[WorkerLost, ...] = ()
     settle_at: float | None = None
@@ -71,9 +71,9 @@ class Calling:
         return self.boundaries is not None and not self.decided
 
     @property
-    def replied(self) -> frozenset[int]:
+    def replied(self) -> KeysView[int]:
         """Ranks that have returned from the call."""
-        return frozenset(reply.rank for reply in self.replies)
+        return self.replies.keys()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +226,7 @@ class Machine:
     timeouts: Timeouts
     hang_timeout_s: float
     state: State
-    views: tuple[WorkerView, ...]
+    views: Roster
     failure: FailureConfig
     min_workers: int
     processes: int
@@ -264,7 +264,7 @@ class Machine:
         save_every_s: float | Literal["auto"] | None = None,
     ) -> Machine:
         """A group that was just asked for: one worker per rank."""
-        views = tuple(
+        views = Roster(
             WorkerView(worker=r, ranks=(r,), like=r, phase_since=now, heard_at=now) for r in range(world_size)
         )
         return cls(
@@ -286,20 +286,20 @@ class Machine:
 
     def view(self, worker: int) -> WorkerView | None:
         """What is known of a worker; None: it is not of this group any more, or its process is gone."""
-        return next((v for v in self.views if v.worker == worker and not v.lost), None)
+        view = self.views.find(worker)
+        return view if view is not None and not view.lost else None
 
     def see(self, worker: int, **changes: Any) -> Machine:
         """The machine with something new about a living worker."""
-        views = tuple(replace(v, **changes) if v.worker == worker and not v.lost else v for v in self.views)
-        return replace(self, views=views)
+        return self if self.view(worker) is None else replace(self, views=self.views.see(worker, changes))
 
     def owing(self, ranks: Iterable[int]) -> bool:
         """Whether any of these ranks has not returned from the running call."""
-        return isinstance(self.state, Calling) and not self.state.replied.issuperset(ranks)
+        return isinstance(self.state, Calling) and not self.state.replied >= set(ranks)
 
     def without(self, worker: int) -> Machine:
         """The machine without a worker, which has left or never came."""
-        return replace(self, views=tuple(v for v in self.views if v.worker != worker))
+        return replace(self, views=Roster(v for v in self.views if v.worker != worker))
 
     def to(self, state: State) -> Machine:
         """The machine in another state."""
@@ -316,14 +316,19 @@ class Machine:
         return tuple(view for view in self.views if view.carries)
 
     @property
+    def carrier_count(self) -> int:
+        """How many `carriers` there are, without a look at each."""
+        return self.views.standing.carriers
+
+    @property
     def newcomers(self) -> tuple[WorkerView, ...]:
         """Workers that are being built, or wait to join."""
-        return tuple(view for view in self.views if view.newcomer)
+        return tuple(self.views[place] for place in self.views.standing.newcomers)
 
     @property
     def uncarried(self) -> tuple[int, ...]:
         """Ranks whose worker is gone and that nobody carries."""
-        return tuple(sorted(rank for view in self.views if view.lost for rank in view.ranks))
+        return self.views.standing.uncarried
 
     @property
     def awaited(self) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ from torchtrainer.driver.states import (
     in_turn,
 )
 from torchtrainer.driver.stragglers import find_straggler
-from torchtrainer.driver.views import WorkerView
+from torchtrainer.driver.views import Roster, WorkerView
 
 DRIVER_GAP_S = 5.0
 """When the driver looks so much later than before, it was stopped itself, or its machine: no worker is blamed for that time."""
@@ -67,7 +67,7 @@ def _forgive_own_absence(machine: Machine, now: float) -> Machine:
     machine = replace(machine, ticked_at=now)
     if gap_s <= DRIVER_GAP_S:
         return machine
-    views = tuple(
+    views = Roster(
         replace(v, heard_at=min(now, v.heard_at + gap_s), phase_since=min(now, v.phase_since + gap_s))
         for v in machine.views
     )

@@ -1,9 +1,11 @@
-"""What is known of a worker: by its messages, and by what it was told to carry. Values only."""
+"""What is known of workers: by their messages, and by what they were told to carry. Values only."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 EXCHANGING = frozenset({"exchange", "backward"})
 """Phases in which a worker may be waiting for the others."""
@@ -76,3 +78,71 @@ class WorkerView:
     def newcomer(self) -> bool:
         """Whether it is to join, and has not been told to yet."""
         return not self.ranks and not self.lost and self.leaving_by is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Who carries and who does not.
+
+    Attributes:
+        carriers: how many living workers carry ranks.
+        newcomers: places of those that are being built, or wait to join.
+        uncarried: ranks whose worker is gone and that nobody carries.
+    """
+
+    carriers: int
+    newcomers: tuple[int, ...]
+    uncarried: tuple[int, ...]
+
+    @classmethod
+    def of(cls, views: Iterable[WorkerView]) -> Standing:
+        """Looks at every worker."""
+        carriers = 0
+        newcomers: list[int] = []
+        uncarried: list[int] = []
+        for place, view in enumerate(views):
+            if view.carries:
+                carriers += 1
+            elif view.lost:
+                uncarried += view.ranks
+            elif view.newcomer:
+                newcomers.append(place)
+        return cls(carriers=carriers, newcomers=tuple(newcomers), uncarried=tuple(sorted(uncarried)))
+
+
+class Roster(tuple[WorkerView, ...]):  # noqa: SLOT001 - subclasses of tuple cannot have slots that hold something
+    """All workers of a group, by ascending number.
+
+    With thousands of them no message may cost a look at each: a worker is found by its number, and `Standing` stays known while
+    heartbeats and replies come in, which do not change it.
+    """
+
+    known: Standing | None = None
+
+    @property
+    def standing(self) -> Standing:
+        """Worked out when it is asked for first."""
+        if self.known is None:
+            self.known = Standing.of(self)
+        return self.known
+
+    def find(self, worker: int) -> WorkerView | None:
+        """A worker by its number."""
+        place = self._place(worker)
+        return self[place] if place < len(self) and self[place].worker == worker else None
+
+    def see(self, worker: int, changes: Mapping[str, Any]) -> Roster:
+        """The roster with something new about one of its workers."""
+        place = self._place(worker)
+        before, after = self[place], replace(self[place], **changes)
+        roster = Roster((*self[:place], after, *self[place + 1 :]))
+        if (before.ranks, before.lost, before.leaving_by) == (after.ranks, after.lost, after.leaving_by):
+            roster.known = self.known
+        return roster
+
+    def _place(self, worker: int) -> int:
+        return bisect_left(self, worker, key=_number)
+
+
+def _number(view: WorkerView) -> int:
+    return view.worker
