@@ -41,10 +41,7 @@ soak: $(INSTALLED)
 	$(BIN)/python -m pytest -m soak --timeout 3600 $(TEST_ARGS)
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/start.py $(BENCH_ARGS)
-	$(BIN)/python benchmarks/step.py $(BENCH_ARGS)
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/launch.py
+	$(BIN)/python benchmarks/all.py $(BENCH_ARGS)
 
 docs: $(DOCS_INSTALLED)
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html

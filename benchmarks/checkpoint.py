@@ -1,6 +1,6 @@
 """What checkpoints cost: how long training stands still for one, beside plain ways to save the same state, and what stays.
 
-    python benchmarks/checkpoint.py [--checkpoints 100]
+    python benchmarks/checkpoint.py [--checkpoints 100] [--json FILE]
 
 The state is that of ResNet-18 with momentum (89 MB), on two workers. In the same run, in the same worker processes: a plain copy
 of each process's share into memory that is there already, ``torch.save`` with fsync by rank 0, and
@@ -11,6 +11,7 @@ verified is taken.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import statistics
@@ -171,6 +172,7 @@ def main() -> None:
     """Measures and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints", type=int, default=100)
+    parser.add_argument("--json", type=Path, help="also write all samples to this file")
     parser.add_argument("--train-in", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train_in is not None:
@@ -184,17 +186,24 @@ def main() -> None:
             copies = [max(pair) for pair in zip(*trainer.apply_all_operators(plain_copy), strict=True)]
             saves = trainer.apply_all_operators(torch_save)[0]
             asynchronous = [max(pair) for pair in zip(*trainer.apply_all_operators(async_save), strict=True)]
+        stalls = {
+            "plain copy of a process's share": copies,
+            "torchtrainer": ledger.stalls,
+            "torch.save and fsync": saves,
+            "distributed.checkpoint.async_save": asynchronous,
+        }
         base = statistics.median(copies)
         print(f"training stands still, ResNet-18 with momentum, {WORKERS} workers:")
-        print(shown("plain copy of a process's share", copies))
-        print(shown("torchtrainer", ledger.stalls, base))
-        print(shown("torch.save and fsync", saves, base))
-        print(shown("distributed.checkpoint.async_save", asynchronous, base))
+        for name, seconds in stalls.items():
+            print(shown(name, seconds, base))
         print(shown("until verified on disk", ledger.seconds))
         first, last = (ledger.memory.get(count, 0) / MIB for count in (10, options.checkpoints))
         print(f"memory of all processes after 10 and {options.checkpoints} checkpoints: {first:.0f} and {last:.0f} MiB")
         durable_s, ended_s, code = until_durable(f"{directory}/told")
         print(f"SIGTERM to durable, verified state: {durable_s:.2f} s; to the end (exit code {code}): {ended_s:.2f} s")
+    if options.json:
+        samples = {"stall_s": stalls, "written_s": ledger.seconds, "durable_s": durable_s, "ended_s": ended_s}
+        options.json.write_text(json.dumps(samples, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Memory of many workers on one machine: what they use together, and how much of it they share.
 
-    python benchmarks/memory.py [--workers 16]
+    python benchmarks/memory.py [--workers 16] [--json FILE]
 
 Each worker is forked from a process that has imported torch, so that those pages exist once. Resident memory counts shared
 pages in every process; proportional memory (PSS) divides them, so that the sum is what the machine really holds.
@@ -9,7 +9,9 @@ pages in every process; proportional memory (PSS) divides them, so that the sum 
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -36,7 +38,9 @@ def main() -> None:
     """Starts the workers, trains an epoch, and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=16)
-    workers = parser.parse_args().workers
+    parser.add_argument("--json", type=Path, help="also write the sums to this file")
+    options = parser.parse_args()
+    workers = options.workers
     began = time.perf_counter()
     with TorchTrainer(
         model_creator=model_creator,
@@ -59,6 +63,9 @@ def main() -> None:
     print(
         f"proportional {sum(proportional) / MIB:8.0f} MiB together, {sum(proportional) / workers / MIB:6.0f} MiB each"
     )
+    if options.json:
+        sums = {"workers": workers, "resident_bytes": sum(resident), "proportional_bytes": sum(proportional)}
+        options.json.write_text(json.dumps(sums, indent=1) + "\n")
 
 
 if __name__ == "__main__":
