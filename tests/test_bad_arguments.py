@@ -53,7 +53,7 @@ WRONG = [
     # names
     ({"num_worker": 3}, InvalidArgumentTypeError, "unknown argument 'num_worker'; did you mean num_workers"),
     ({"model_creater": 3}, InvalidArgumentTypeError, "did you mean model_creator"),
-    ({"zzz": 3}, InvalidArgumentTypeError, "unknown argument 'zzz'. Known are: add_dist_sampler, backend"),
+    ({"zzz": 3}, InvalidArgumentTypeError, "unknown argument 'zzz'. Known are: accumulate, add_dist_sampler, backend"),
     ({"num_replicas": 2}, InvalidArgumentTypeError, "num_replicas was retired: use num_workers"),
     ({"batch_size": 2}, InvalidArgumentTypeError, "batch_size was retired: use config={BATCH_SIZE: ...}"),
     (
@@ -78,6 +78,27 @@ WRONG = [
     ({"backend": "nccl", "use_gpu": False}, InvalidArgumentError, 'backend="nccl" needs GPUs (use_gpu=True)'),
     ({"use_gpu": "yes"}, InvalidArgumentError, "use_gpu must be True, False or \"auto\", got 'yes'"),
     # numbers and switches
+    (
+        {"accumulate": 0},
+        InvalidArgumentError,
+        "accumulate must be a whole number of batches per optimizer step, at least 1; got 0",
+    ),
+    (
+        {"memory_format": "nhwc"},
+        InvalidArgumentError,
+        "memory_format must be one of auto, channels_last or None; got 'nhwc'",
+    ),
+    ({"fused": "yes"}, InvalidArgumentTypeError, "fused must be True, False or \"auto\", got 'yes'"),
+    ({"cpu_affinity": 3}, InvalidArgumentTypeError, 'cpu_affinity must be True, False or "auto", got 3'),
+    ({"strategy": "deepspeed"}, InvalidArgumentError, "strategy must be one of ddp, zero1, fsdp; got 'deepspeed'"),
+    ({"comm_hook": "fp4"}, InvalidArgumentError, "comm_hook must be one of fp16, bf16, powersgd or None; got 'fp4'"),
+    ({"comm_hook": "fp16", "strategy": "zero1"}, InvalidArgumentError, "comm_hook='fp16' is for strategy=\"ddp\""),
+    ({"strategy": "fsdp", "precision": "fp16"}, InvalidArgumentError, 'use precision="bf16"'),
+    (
+        {"strategy": "zero1", "wrap_ddp": False},
+        InvalidArgumentError,
+        "wrap_ddp=False leaves the exchange of gradients to you",
+    ),
     ({"precision": "fp8"}, InvalidArgumentError, "precision must be one of fp32, bf16, fp16; got 'fp8'"),
     ({"use_fp16": "apex"}, ImportError, 'use precision="fp16" or "bf16"'),
     ({"use_fp16": "x"}, InvalidArgumentError, "use_fp16 must be a bool or 'apex'"),

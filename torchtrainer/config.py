@@ -25,6 +25,11 @@ Precision = Literal["fp32", "bf16", "fp16"]
 SchedulerStepFreq = Literal["batch", "epoch", "manual"]
 PRECISIONS: tuple[str, ...] = ("fp32", "bf16", "fp16")
 SCHEDULER_STEP_FREQS: tuple[str, ...] = ("batch", "epoch", "manual")
+STRATEGIES: tuple[str, ...] = ("ddp", "zero1", "fsdp")
+"""How the state of the training is spread: whole on every rank; optimizer state in shares; parameters in shares as well."""
+COMM_HOOKS: tuple[str, ...] = ("fp16", "bf16", "powersgd")
+"""How gradients are made smaller before they are exchanged."""
+MEMORY_FORMATS: tuple[str, ...] = ("auto", "channels_last")
 CLOUDS: tuple[str, ...] = ("aws", "azure", "gcp")
 PREEMPTION_SIGNALS: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
 
@@ -134,6 +139,14 @@ class TrainSettings:
         precision: number format of the forward pass.
         use_fp16: what the user passed as ``use_fp16``, for operators that read it.
         compile: False, True, or options of ``torch.compile``.
+        memory_format: of images and convolutions: None: as the user's code made them; ``channels_last``, or "auto" for it where
+            it makes convolutions faster. Sums are in another order then, so that the last bits differ.
+        accumulate: batches of a rank whose gradients are added up for one optimizer step.
+        fused: "auto": all parameters in one call of torch's kernels where that gives the same bits; True: in one fused kernel,
+            whose last bits differ; False: the user's optimizer as it is.
+        strategy: of `STRATEGIES`.
+        comm_hook: of `COMM_HOOKS`, or None: gradients are exchanged as they are.
+        cpu_affinity: keep each process to cores of its own; "auto": to those of one memory node, where there are several.
         wrap_ddp: wrap models in ``DistributedDataParallel`` when there are several ranks.
         ddp_args: arguments of ``DistributedDataParallel``.
         add_dist_sampler: deal each loader out to the ranks; False: use loaders as they are.
@@ -148,6 +161,12 @@ class TrainSettings:
     precision: Precision = "fp32"
     use_fp16: bool = False
     compile: bool | dict[str, Any] = False
+    memory_format: Literal["auto", "channels_last"] | None = None
+    accumulate: int = 1
+    fused: bool | Literal["auto"] = "auto"
+    strategy: Literal["ddp", "zero1", "fsdp"] = "ddp"
+    comm_hook: Literal["fp16", "bf16", "powersgd"] | None = None
+    cpu_affinity: bool | Literal["auto"] = "auto"
     wrap_ddp: bool = True
     ddp_args: dict[str, Any] = field(default_factory=dict)
     add_dist_sampler: bool = True
@@ -172,6 +191,44 @@ class TrainSettings:
         if not isinstance(self.compile, bool | dict):
             raise InvalidArgumentTypeError(
                 f"compile must be True, False or a dict of torch.compile options, got {self.compile!r}"
+            )
+        self._check_compute()
+
+    def deciding_bits(self) -> dict[str, Any]:
+        """The settings on which the bits of a training depend; of those that came later, the ones that are not as usual."""
+        usual = TrainSettings()
+        later = ("accumulate", "memory_format", "fused", "comm_hook", "compile")
+        unusual = {name: getattr(self, name) for name in later if getattr(self, name) != getattr(usual, name)}
+        return {"seed": self.seed, "precision": self.precision, **unusual}
+
+    def _check_compute(self) -> None:
+        for name, known, more in (
+            ("strategy", STRATEGIES, ""),
+            ("comm_hook", COMM_HOOKS, " or None"),
+            ("memory_format", MEMORY_FORMATS, " or None"),
+        ):
+            value = getattr(self, name)
+            if value not in known and not (more and value is None):
+                raise InvalidArgumentError(f"{name} must be one of {', '.join(known)}{more}; got {value!r}")
+        for name in ("fused", "cpu_affinity"):
+            value = getattr(self, name)
+            if value != "auto" and not isinstance(value, bool):
+                raise InvalidArgumentTypeError(f'{name} must be True, False or "auto", got {value!r}')
+        if not isinstance(self.accumulate, int) or isinstance(self.accumulate, bool) or self.accumulate < 1:
+            raise InvalidArgumentError(
+                f"accumulate must be a whole number of batches per optimizer step, at least 1; got {self.accumulate!r}"
+            )
+        if self.comm_hook is not None and self.strategy != "ddp":
+            raise InvalidArgumentError(
+                f'comm_hook={self.comm_hook!r} is for strategy="ddp"; strategy={self.strategy!r} exchanges gradients in its own way'
+            )
+        if self.strategy != "ddp" and self.precision == "fp16":
+            raise InvalidArgumentError(
+                f'precision="fp16" scales the loss, which strategy={self.strategy!r} does not take; use precision="bf16"'
+            )
+        if not self.wrap_ddp and (self.comm_hook is not None or self.strategy != "ddp"):
+            raise InvalidArgumentError(
+                "wrap_ddp=False leaves the exchange of gradients to you: strategy and comm_hook need it"
             )
 
 

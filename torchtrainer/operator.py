@@ -39,6 +39,7 @@ class OperatorContext:
         progress: where the rank shows what it is doing.
         in_memory: gradients are exchanged through shared memory.
         batch_shares: parts of ``config[BATCH_SIZE]`` by rank, where this process builds the loaders of all ranks.
+        say: tells the user something in one line; None: another rank does.
     """
 
     config: dict[str, Any]
@@ -49,6 +50,7 @@ class OperatorContext:
     progress: Progress
     in_memory: bool = False
     batch_shares: tuple[int, ...] = ()
+    say: Callable[[str], None] | None = None
 
 
 class TrainingOperator:
@@ -124,6 +126,7 @@ class TrainingOperator:
             ValueError: ``ddp_args`` is no dict, or a scheduler without ``scheduler_step_freq``.
         """
         refuse_retired(retired)
+        kind = type(self)
         placed = place(
             models=models,
             optimizers=optimizers,
@@ -131,6 +134,7 @@ class TrainingOperator:
             schedulers=schedulers,
             ddp_args=ddp_args,
             context=self._internals.context,
+            stock=kind.train_batch is TrainingOperator.train_batch and kind.train_epoch is TrainingOperator.train_epoch,
         )
         self._internals.components = placed
         returned = [in_shape_of(models, placed.models), optimizers]
@@ -167,6 +171,8 @@ class TrainingOperator:
                     name=name,
                     batch_shares=self._internals.context.batch_shares,
                 )
+                if name == "train":
+                    self._internals.loaders[name].accumulate = self._internals.context.settings.accumulate
                 setattr(self, f"{name}_loader", loop.LoaderView(loader, self._internals.loaders[name]))
 
     def train_epoch(

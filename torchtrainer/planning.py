@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,22 @@ CREATORS = (
     "scheduler_creator",
     "initialization_hook",
 )
-AS_GIVEN = ("seed", "compile", "wrap_ddp", "add_dist_sampler", "use_tqdm", "timeout_s")
+COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+"""Where torch's compiler keeps what it has compiled; a user's own choice stays."""
+AS_GIVEN = (
+    "seed",
+    "compile",
+    "memory_format",
+    "accumulate",
+    "fused",
+    "strategy",
+    "comm_hook",
+    "cpu_affinity",
+    "wrap_ddp",
+    "add_dist_sampler",
+    "use_tqdm",
+    "timeout_s",
+)
 """Arguments that become settings of the ranks as they are."""
 OPTIONS: dict[str, Callable[[], Any]] = {
     "config": dict,
@@ -78,14 +94,18 @@ class RunPlan:
     failure: FailureConfig
     min_workers: int
 
-    def for_group(self, *, log_dir: str, logs_stay: bool, orders: CheckpointOrders | None) -> GroupPlan:
+    def for_group(
+        self, *, log_dir: str, logs_stay: bool, orders: CheckpointOrders | None, compiled: str | None
+    ) -> GroupPlan:
         """What an engine starts the ranks from.
 
         Args:
             log_dir: where the ranks' output goes.
             logs_stay: whether that directory outlives the run.
             orders: where and how states are kept.
+            compiled: where compiled models are kept; None: where torch keeps them.
         """
+        keeps = self.spec.settings.compile and compiled is not None and not _has_compile_cache(os.environ)
         return GroupPlan(
             spec=self.spec,
             world_size=self.world_size,
@@ -99,6 +119,7 @@ class RunPlan:
             save_every_s=self.checkpoint.every_seconds,
             failure=self.failure,
             min_workers=self.min_workers,
+            environ={COMPILE_CACHE: str(compiled)} if keeps else {},
         )
 
     def open_run(self, run_dir: str | os.PathLike[str] | None, resume: bool | str) -> OpenRun:
@@ -129,6 +150,13 @@ class RunPlan:
                 f"{record.preempted_at}, without a step of progress; FailureConfig.max_preemptions allows {allowed}. Give it "
                 "machines that stay longer, or pass a larger max_preemptions"
             )
+
+
+def _has_compile_cache(environ: Mapping[str, str]) -> bool:
+    """Whether the user chose where compiled models are kept; torch puts its own choice into the environment, too."""
+    chosen = environ.get(COMPILE_CACHE, "")
+    of_torch = f"{tempfile.gettempdir()}{os.sep}torchinductor_"
+    return bool(chosen) and not chosen.startswith(of_torch)
 
 
 def plan_run(given: Mapping[str, Any]) -> RunPlan:

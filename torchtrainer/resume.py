@@ -189,9 +189,7 @@ def _wanted(spec: BuildSpec, world_size: int) -> RunRecord:
     parts = {
         name: value for name, value in vars(spec).items() if value is not None and name not in ("config", "settings")
     }
-    settings = spec.settings
-    parts["seed"] = settings.seed
-    parts["precision"] = settings.precision
+    parts |= spec.settings.deciding_bits()
     return RunRecord(
         script_run=run.name,
         ordinal=run.next_ordinal(),

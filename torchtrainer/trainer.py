@@ -10,6 +10,7 @@ import socket
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,12 +35,14 @@ from torchtrainer.observe.events import Callbacks, EpochEvent, RunEndEvent, Vali
 from torchtrainer.observe.failures import FailureRecord
 from torchtrainer.observe.history import History, HistoryFile
 from torchtrainer.observe.notices import notice
+from torchtrainer.observe.profiles import PROFILE, StepTraces, with_whole_profiles
 from torchtrainer.observe.shown import Shown
 from torchtrainer.observe.status import ProcessStatus, Status
 from torchtrainer.observe.watch import Watch
 from torchtrainer.planning import RunPlan, plan_run
 from torchtrainer.preempt.watch import NoticeWatch
 from torchtrainer.resume import OpenRun
+from torchtrainer.run_places import kept_below
 from torchtrainer.train.metrics import PassResult, reduce_results
 
 if TYPE_CHECKING:
@@ -72,7 +75,13 @@ class TorchTrainer:
         wrap_ddp: wrap models in ``DistributedDataParallel``; ``ddp_args``: its arguments.
         timeout_s: longest wait for any collective, in seconds.
         precision: ``fp32``, ``bf16`` or ``fp16``; ``use_fp16=True`` is fp16 on GPUs and bf16 on CPUs.
-        compile: True, or options of ``torch.compile``.
+        compile: True, or options of ``torch.compile``; what is compiled is kept in the run directory.
+        memory_format: ``channels_last``, "auto" (where it makes convolutions faster), or None: as the model is made.
+        accumulate: batches of each rank whose gradients are added up for one optimizer step.
+        fused: "auto": one call for all parameters where that gives the same bits; True: torch's fused kernels; False: as it is.
+        strategy: ``ddp``; ``zero1``: each rank keeps a share of the optimizer's state; ``fsdp``: of the parameters as well.
+        comm_hook: make gradients smaller on their way: ``fp16``, ``bf16`` or ``powersgd``.
+        cpu_affinity: keep each process to cores of its own; "auto": to one memory node, where there are several.
         use_tqdm: progress bar.
         add_dist_sampler: deal loaders out to the ranks; False: they are used as they are.
         scheduler_step_freq: ``batch``, ``epoch`` or ``manual``; required with a scheduler.
@@ -116,6 +125,12 @@ class TorchTrainer:
         precision: str = "fp32",
         use_fp16: bool | str = False,
         compile: bool | dict[str, Any] = False,
+        memory_format: str | None = None,
+        accumulate: int = 1,
+        fused: bool | Literal["auto"] = "auto",
+        strategy: str = "ddp",
+        comm_hook: str | None = None,
+        cpu_affinity: bool | Literal["auto"] = "auto",
         use_tqdm: bool = False,
         add_dist_sampler: bool = True,
         scheduler_step_freq: str | None = None,
@@ -172,7 +187,10 @@ class TorchTrainer:
 
     def _start(self, run: RunPlan) -> None:
         orders = self._run.orders(run.checkpoint, Timeouts(), run.preemption.signals)
-        plan = run.for_group(log_dir=str(self._run_dir.logs), logs_stay=self._run_dir.durable, orders=orders)
+        compiled = str(self._run_dir.compiled) if self._run_dir.durable else None
+        plan = run.for_group(
+            log_dir=str(self._run_dir.logs), logs_stay=self._run_dir.durable, orders=orders, compiled=compiled
+        )
         self._watch.begin_start(f"starting {run.world_size} worker{'s' if run.world_size > 1 else ''}")
         try:
             self._group = run.engine.start_group(plan, self._watch)
@@ -207,7 +225,10 @@ class TorchTrainer:
 
         Args:
             num_steps: batches per rank.
-            profile: add mean seconds per phase under ``profile``.
+            profile: add under ``profile`` where the time went: ``ranks`` with a dict per rank (``data_s``, ``copy_s``, ``forward_s``,
+                ``backward_s``, ``exchange_s``, ``optimizer_s``, ``snapshot_s``, ``other_s`` and their sum ``wall_s``, in seconds per
+                step; ``rank``, ``pid``, ``host``, ``device``, ``steps``), ``wall_s``, ``samples_per_s`` (all ranks), ``slowest``,
+                ``bottleneck`` (a sentence), and ``mean_<name>_s``, means over the ranks of each measurement.
             reduce_results: one dict for all ranks; False: a list with one dict per rank.
             max_retries: accepted as in RaySGD; what is done about lost workers is said once for all, by ``failure``.
             info: handed to ``train_epoch`` and ``train_batch``.
@@ -228,14 +249,67 @@ class TorchTrainer:
         known = self._calls.recorded(call, "train", num_steps=num_steps, profile=profile, info=info)
         if known is not None:
             return self._take(known)
-        results = self._pass("train", call, num_steps, profile, info)
-        self._epoch = max((r.metrics["epoch"] for r in results), default=self._epoch)
+        results = with_whole_profiles(self._pass("train", call, num_steps, profile, info))
         metrics = reduce_results_or_list(results, reduce_results)
-        self._done(call, metrics)
+        self._trained(call, metrics, results, result=metrics)
+        return metrics
+
+    def profile_steps(self, n: int = 10, path: str | os.PathLike[str] | None = None) -> StepTraces:
+        """Trains for ``n`` batches per rank, as ``train(num_steps=n)`` does, and has every process write a trace of them.
+
+        The traces show each operation of torch on CPU and GPU below its step and phase. Tracing slows the steps down:
+        ``train(profile=True)`` says how long they take.
+
+        Args:
+            n: batches per rank.
+            path: directory of the traces; None: ``traces`` in the run directory.
+
+        Returns:
+            ``paths`` of the files, which https://ui.perfetto.dev and chrome://tracing open, and ``metrics``, which ``train``
+            would have returned.
+
+        Raises:
+            InvalidArgumentError: ``n`` is no number of batches, or there is no directory to write to.
+            BaseException: as for `train`.
+        """
+        if type(n) is not int or n < 1:
+            raise InvalidArgumentError(f"profile_steps takes a whole number of at least 1 batch per rank, got {n!r}")
+        call = spell("profile_steps", n=n, path=None if path is None else os.fspath(path))
+        directory = self._trace_dir(path)
+        known = self._calls.recorded(call, "train", num_steps=n, profile=False, info=None, trace=directory)
+        if known is not None:
+            found = self._take(known)
+            return StepTraces(paths=tuple(found["paths"]), metrics=found["metrics"])
+        results = self._pass("train", call, n, profile=False, info=None, trace=directory)
+        traces = [result.metrics.pop(PROFILE) for result in results]
+        paths = list(dict.fromkeys(one["trace"] for one in traces if not one["error"]))
+        metrics = reduce_results_or_list(results, reduce=True)
+        self._trained(call, metrics, results, result={"paths": paths, "metrics": metrics})
+        if self._is_main:
+            tell_traces(directory, paths, [one["error"] for one in traces if one["error"]])
+        return StepTraces(paths=tuple(paths), metrics=metrics)
+
+    def _trace_dir(self, path: str | os.PathLike[str] | None) -> str:
+        if path is None and not self._run_dir.durable:
+            raise InvalidArgumentError(
+                "profile_steps has no run directory to write to, as run_dir is None: pass path=<a directory>"
+            )
+        directory = self._run_dir.traces if path is None else kept_below(Path(path)).absolute()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidArgumentError(
+                f"profile_steps cannot write to path={os.fspath(directory)!r}: {error}"
+            ) from error
+        return str(directory)
+
+    def _trained(self, call: str, metrics: Any, results: list[PassResult], result: Any) -> None:
+        """After a call that has trained: remembers its result, and tells everybody of its metrics."""
+        self._epoch = max((r.metrics["epoch"] for r in results), default=self._epoch)
+        self._done(call, result)
         self._record("train", metrics)
         self._callbacks.on_epoch_end(EpochEvent(epoch=self._epoch, step=self._step, metrics=metrics))
         self._calls.leave_if_noticed()
-        return metrics
 
     def validate(
         self,
@@ -272,12 +346,13 @@ class TorchTrainer:
         self._calls.leave_if_noticed()
         return metrics
 
-    def fit(self, epochs: int, validate_every: int = 1) -> History:
+    def fit(self, epochs: int, validate_every: int = 1, profile: bool = False) -> History:
         """Trains for a number of passes, with a validation after every few of them.
 
         Args:
             epochs: passes over the training data.
             validate_every: passes between two validations; 0: none. Without validation data there is none either.
+            profile: say under ``profile`` of each pass where the time of its training went, as `train` does.
 
         Returns:
             One dict per pass: what ``train()`` returned, and what ``validate()`` did less its counts.
@@ -289,7 +364,7 @@ class TorchTrainer:
         history, before = History(), len(self._watch.failures.records)
         validating = validate_every > 0 and self._call("facts")[0]["has_validation_loader"]
         for number in range(1, epochs + 1):
-            entry = dict(self.train())
+            entry = dict(self.train(profile=profile))
             if validating and (number % validate_every == 0 or number == epochs):
                 found = self.validate()
                 entry.update({name: v for name, v in found.items() if name not in (NUM_SAMPLES, BATCH_COUNT)})
@@ -524,7 +599,7 @@ class TorchTrainer:
         self._run.note(state, step=self._step, epoch=self._epoch)
 
     def _pass(
-        self, method: str, call: str, num_steps: int | None, profile: bool, info: dict[str, Any] | None
+        self, method: str, call: str, num_steps: int | None, profile: bool, info: dict[str, Any] | None, **more: Any
     ) -> list[PassResult]:
         group = self._living_group()
         if num_steps is not None and (type(num_steps) is not int or num_steps < 0):
@@ -533,7 +608,7 @@ class TorchTrainer:
             raise InvalidArgumentTypeError(f"info must be a dict, got {info!r}")
         self._watch.begin_pass(method, self._epoch + (method == "train"), self._calls.journal.index)
         try:
-            result = self._calls.run(method, call, num_steps=num_steps, profile=profile, info=info)
+            result = self._calls.run(method, call, num_steps=num_steps, profile=profile, info=info, **more)
         except BaseException as error:
             self._note_position(group)
             self._note_error(type(error))
@@ -551,7 +626,7 @@ class TorchTrainer:
     def _record(self, kind: str, metrics: Any) -> None:
         if not self._is_main or not self._run_dir.durable:
             return
-        profile = metrics.get("profile") if isinstance(metrics, dict) else None
+        profile = metrics.get(PROFILE) if isinstance(metrics, dict) else None
         try:
             self._history.append(
                 kind,
@@ -559,7 +634,7 @@ class TorchTrainer:
                 step=self._step,
                 metrics=metrics,
                 devices=self._watch.device_use(),
-                phases=profile,
+                phases={name: value for name, value in (profile or {}).items() if name.startswith("mean_")},
             )
         except OSError as error:  # a full disk does not end a training
             self._run.tell_trouble(f"{self._run_dir.history} misses results from epoch {self._epoch} on: {error}")
@@ -602,6 +677,15 @@ def spell_pass(method: str, num_steps: int | None, profile: bool, reduce: bool, 
 def reduce_results_or_list(results: list[PassResult], reduce: bool) -> Any:
     """What a call returns: one dict for all ranks, or what each rank returned."""
     return reduce_results(results) if reduce else [result.metrics for result in results]
+
+
+def tell_traces(directory: str, paths: list[str], errors: list[str]) -> None:
+    """Says where traces are and how to look at them, and why there are none of some processes."""
+    for error in errors:
+        notice(f"a trace could not be written to {directory}: {error}")
+    if paths:
+        files = "1 trace is" if len(paths) == 1 else f"{len(paths)} traces are"
+        notice(f"{files} in {directory}: open them at https://ui.perfetto.dev or chrome://tracing")
 
 
 def _check_function(method: str, fn: Any) -> None:

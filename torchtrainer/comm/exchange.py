@@ -84,7 +84,7 @@ class GradientExchange:
         world_size: number of ranks.
         parameters: on the CPU, whose gradients are exchanged; of the same types and shapes in the same order everywhere.
         timeout_s: longest sleep until other ranks come, in one exchange; what ``on_wait`` takes does not count.
-        processes: how many share the machine's cores; a process spins before it sleeps only if each has a core.
+        processes: how many share this process's cores; a process spins before it sleeps only if each has a core.
 
     Attributes:
         number: exchanges completed; set by a process that joins.

@@ -146,7 +146,6 @@ class GroupCollective:
             total += row
         return [float(value) for value in total.tolist()]
 
-    @torch.no_grad()
     def broadcast_buffers(self, modules: Iterable[nn.Module], src: int = 0) -> None:
         """Give every rank the buffers (running means and the like) of rank ``src``: one broadcast per dtype.
 
@@ -154,7 +153,11 @@ class GroupCollective:
             modules: the same modules on every rank; wrapped or not; buffers may have any dtype and device.
             src: the rank whose values win.
         """
-        broadcast_tensors((buffer for module in modules for buffer in module.buffers()), src=src, device=self._device)
+        self.broadcast((buffer for module in modules for buffer in module.buffers()), src)
+
+    def broadcast(self, tensors: Iterable[torch.Tensor], src: int = 0) -> None:
+        """Give every rank the values of rank ``src``: the same tensors on every rank, of any dtype and device."""
+        broadcast_tensors(tensors, src=src, device=self._device)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

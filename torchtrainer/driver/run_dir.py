@@ -34,6 +34,16 @@ class RunFiles:
         """One line per result."""
         return self.root / "history.jsonl"
 
+    @property
+    def traces(self) -> Path:
+        """Where traces of steps go."""
+        return self.root / "traces"
+
+    @property
+    def compiled(self) -> Path:
+        """What ``torch.compile`` has made."""
+        return self.root / "compiled"
+
 
 class RunDirectory(RunFiles):
     """Files of one run.
@@ -45,6 +55,8 @@ class RunDirectory(RunFiles):
       checkpoints/    see `torchtrainer.checkpoint.store`
       shown           how far callbacks have seen the run
       history.jsonl   one line per train() or validate()
+      compiled/       what torch.compile has made
+      traces/         one file per process and profile_steps()
       logs/rank_<r>/  stdout.log, stderr.log, error.json, stacks.txt
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -31,6 +32,7 @@ class GroupPlan:
         save_every_s: seconds between two checkpoints; "auto": as few as cost less than a hundredth; None: only by steps.
         failure: what is done about processes that are lost.
         min_workers: processes below which the ranks wait for new ones.
+        environ: variables of the ranks besides those of this process.
     """
 
     spec: BuildSpec
@@ -45,6 +47,7 @@ class GroupPlan:
     save_every_s: float | Literal["auto"] | None = None
     failure: FailureConfig | None = None
     min_workers: int = 1
+    environ: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def settings(self) -> TrainSettings:

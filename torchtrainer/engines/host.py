@@ -42,7 +42,7 @@ from torchtrainer.control.messages import (
 from torchtrainer.control.wire import ForWorker, FromWorker, Message
 from torchtrainer.engines.groups import WRITER, Group, child_spec, new_group, worker_name
 from torchtrainer.engines.output import last_words, new_output, written_stacks
-from torchtrainer.engines.preload import PRELOADABLE
+from torchtrainer.engines.preload import preloadable
 from torchtrainer.engines.saving import Saving
 from torchtrainer.engines.starting import Starters
 from torchtrainer.process.guard import kill_process_group, kill_session, open_pidfd, settle_signals, signal_process
@@ -172,7 +172,7 @@ class Host:
         self._to_driver(message)
 
     def _learn_modules(self, modules: list[str]) -> None:
-        new = [m for m in modules if m.split(".")[0] in PRELOADABLE and m not in self._preloaded]
+        new = [m for m in modules if preloadable(m) and m not in self._preloaded]
         if new:
             self._preloaded.update(new)
             self._starters.preload(new)

@@ -90,7 +90,7 @@ class LocalEngine:
             group=group,
             world_size=plan.world_size,
             log_dir=os.path.abspath(plan.log_dir if plan.logs_stay else connection.paths.logs(group)),
-            environ=dict(os.environ),
+            environ={**os.environ, **plan.environ},
             cwd=os.getcwd(),
             sys_path=[os.path.abspath(entry) for entry in sys.path],
             threads=plan.threads,

@@ -13,5 +13,12 @@ PRELOAD = (
     "torchtrainer.worker.main",
 )
 """What every worker would import otherwise, lazily included: the first optimizer and DDP import ``torch._dynamo``."""
-PRELOADABLE = ("torch", "torchvision", "numpy", "PIL")
+_PRELOADABLE = ("torch", "torchvision", "numpy", "PIL")
 """Packages whose modules a spawner may import after seeing a worker do so: known to start no thread when imported."""
+_ONLY_IN_ORDER = "torch._inductor."
+"""Modules that cannot be imported one by one: torch's compiler, which also starts processes."""
+
+
+def preloadable(module: str) -> bool:
+    """Whether a spawner may import a module."""
+    return module.partition(".")[0] in _PRELOADABLE and not f"{module}.".startswith(_ONLY_IN_ORDER)

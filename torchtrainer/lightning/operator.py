@@ -213,6 +213,11 @@ class LightningOperator(TrainingOperator):
         """Registers the module as it is, with a training step around it that exchanges gradients."""
         inside, module = internals(self), self.model
         settings = inside.context.settings
+        if settings.strategy != "ddp" or settings.comm_hook is not None:
+            raise NotAvailableError(
+                f"strategy={settings.strategy!r} and comm_hook={settings.comm_hook!r} are not there for LightningModules in this "
+                'version: use strategy="ddp" and comm_hook=None, or write the training as a TrainingOperator'
+            )
         frequency = settings.scheduler_step_freq
         self.optimizer, schedules = read_optimizers(
             configured, who=type(module).__name__, default_interval="step" if frequency == "batch" else "epoch"
@@ -226,6 +231,7 @@ class LightningOperator(TrainingOperator):
             ddp_args=None,
             # the exchange belongs around the training step; the schedulers have intervals of their own
             context=replace(inside.context, settings=replace(settings, wrap_ddp=False, scheduler_step_freq="manual")),
+            stock=False,
         )
         self._training_step: nn.Module = TrainingStep(module)
         if self.world_size > 1 and settings.wrap_ddp:

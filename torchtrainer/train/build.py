@@ -47,6 +47,7 @@ def build_operator(spec: BuildSpec, context: OperatorContext) -> TrainingOperato
             attach_created(operator, creators, lists=True)
     seed_all(seed)
     operator.setup(operator.config)
+    check_accumulation(operator)
     if creators is not None or isinstance(operator, CreatorOperator):
         check_stock_loop(operator)
     seed_rank(seed, context.collective.rank)
@@ -71,6 +72,23 @@ def _creators(spec: BuildSpec) -> Creators | None:
             f"whose setup registers everything"
         )
     return Creators(**arguments)
+
+
+def check_accumulation(operator: TrainingOperator) -> None:
+    """Refuses ``accumulate`` where the user's own code makes the update.
+
+    Raises:
+        InvalidArgumentError: it does.
+    """
+    batches, kind = internals(operator).context.settings.accumulate, type(operator)
+    own = [
+        name for name in ("train_batch", "train_epoch") if getattr(kind, name) is not getattr(TrainingOperator, name)
+    ]
+    if batches > 1 and own:
+        raise InvalidArgumentError(
+            f"accumulate={batches} is done by the built-in step, and {kind.__name__} has its own {own[0]}: call the optimizer "
+            f"there after every {batches} batches, and leave accumulate at 1"
+        )
 
 
 def check_stock_loop(operator: TrainingOperator) -> None:

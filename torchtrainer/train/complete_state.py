@@ -88,7 +88,11 @@ def rank_state(operator: TrainingOperator, modes: Sequence[bool] | None) -> dict
             state["buffers"] = [dict(model.named_buffers()) for model in components.raw_models]
     if components is not None and _has_own_loop(operator):
         state["gradients"] = [
-            {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+            {
+                name: components.sharding.whole(one.grad)
+                for name, one in model.named_parameters()
+                if one.grad is not None
+            }
             for model in components.raw_models
         ]
     return state
@@ -192,10 +196,12 @@ def _put_gradients_back(components: Components, gradients: Sequence[Mapping[str,
             value = saved.get(name)
             if value is None:
                 parameter.grad = None
-            elif parameter.grad is None:
-                parameter.grad = value.to(parameter.device, copy=True)
+                continue
+            mine = components.sharding.share(value, parameter)
+            if parameter.grad is None:
+                parameter.grad = mine.to(parameter.device, copy=True)
             else:
-                parameter.grad.copy_(value)
+                parameter.grad.copy_(mine)
 
 
 def set_modes(operator: TrainingOperator, modes: Sequence[bool]) -> None:

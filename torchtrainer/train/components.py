@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from torchtrainer.comm.exchange import why_no_room
-from torchtrainer.comm.group import unwrap, wrap
+from torchtrainer.comm.group import GroupCollective, unwrap, wrap
+from torchtrainer.comm.hooks import compress
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError
+from torchtrainer.train.compiling import compile_model
+from torchtrainer.train.formats import lay_out
+from torchtrainer.train.fully_sharded import FullySharded
+from torchtrainer.train.optimizers import choose_form
+from torchtrainer.train.sharding import Unsharded
+from torchtrainer.train.zero import ShardedOptimizers
 
 if TYPE_CHECKING:
     from torchtrainer.operator import OperatorContext, TrainingOperator
@@ -45,6 +53,8 @@ class Components:
         ours: gradients of every model are averaged over the ranks by us; none was wrapped by the user.
         no_room: why there is no shared memory for gradients, on any rank; empty if there is.
         follows: by model, whether all ranks take its buffers over from rank 0.
+        sharding: how the state is spread over the ranks.
+        channels_last: images are to come with their channels last.
     """
 
     raw_models: list[nn.Module]
@@ -55,12 +65,14 @@ class Components:
     ours: bool = False
     no_room: str = ""
     follows: list[bool] = field(default_factory=list)
+    sharding: Unsharded = field(default_factory=Unsharded)
+    channels_last: bool = False
 
     def trainable(self) -> Iterator[nn.Parameter]:
         """Every parameter that gets a gradient, once."""
         seen: set[int] = set()
         for model in self.raw_models:
-            for parameter in model.parameters():
+            for parameter in self.sharding.gradient_leaves(model):
                 if parameter.requires_grad and id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield parameter
@@ -148,11 +160,19 @@ def refuse_retired(arguments: dict[str, Any]) -> None:
 
 
 def place(
-    *, models: Any, optimizers: Any, criterion: Any, schedulers: Any, ddp_args: Any, context: OperatorContext
+    *,
+    models: Any,
+    optimizers: Any,
+    criterion: Any,
+    schedulers: Any,
+    ddp_args: Any,
+    context: OperatorContext,
+    stock: bool,
 ) -> Components:
     """Checks everything, then puts it on the device, compiles and wraps it. Every rank calls this alike.
 
-    Optimizers keep working: moving a module keeps its parameters the same objects.
+    Optimizers keep working: moving a module keeps its parameters the same objects. ``stock``: only the built-in step handles
+    gradients, which may then lie in the memory that is exchanged.
     """
     settings = context.settings
     raw = [unwrap(model) for model in check_models(models, "register(models=...)")]
@@ -166,33 +186,83 @@ def place(
             "a scheduler was registered, but scheduler_step_freq of TorchTrainer is None; set it to 'batch', 'epoch' or "
             "'manual' (stepped by update_scheduler or by your own code)"
         )
-    for model in raw:
-        model.to(context.device)
-        if settings.compile:
-            model.compile(**(settings.compile if isinstance(settings.compile, dict) else {}))
+    laid_out = [_placed(model, context) for model in raw]
     if isinstance(criterion, nn.Module):
         criterion = criterion.to(context.device)
     for optimizer in stepping:
         _move_state(optimizer, context.device)
+        reason = choose_form(optimizer, settings.fused)
+        if reason and context.say is not None:
+            context.say(f"fused=True: {reason}; it steps as it is")
     return _wrapped(
-        Components(raw_models=raw, models=given, optimizers=stepping, criterion=criterion, schedulers=scheduling),
-        {**settings.ddp_args, **(ddp_args or {})},
+        Components(
+            raw_models=raw,
+            models=given,
+            optimizers=stepping,
+            criterion=criterion,
+            schedulers=scheduling,
+            channels_last=any(laid_out),
+        ),
+        {**({"gradient_as_bucket_view": True} if stock else {}), **settings.ddp_args, **(ddp_args or {})},
         context,
     )
+
+
+def _placed(model: nn.Module, context: OperatorContext) -> bool:
+    """Moves a model to the device and has it compiled; returns whether its images are to have their channels last."""
+    settings = context.settings
+    model.to(context.device)
+    laid_out = lay_out(model, settings.memory_format, device=context.device, half=settings.precision != "fp32")
+    if settings.compile:
+        compile_model(model, settings.compile if isinstance(settings.compile, dict) else {}, say=context.say)
+    return laid_out
 
 
 def _wrapped(plain: Components, ddp_args: dict[str, Any], context: OperatorContext) -> Components:
     """The same with its models wrapped, but for those that the user has wrapped."""
     wanted = context.collective.world_size > 1 and context.settings.wrap_ddp
     ours = [wanted and raw is given for raw, given in zip(plain.raw_models, plain.models, strict=True)]
+    if wanted and context.settings.strategy == "fsdp":
+        return _fully_sharded(plain, ddp_args, context, ours)
     no_room = _no_room(plain.raw_models, context)
     alone = context.in_memory and not no_room
     models = [
         wrap(raw, device=context.device, ddp_args=ddp_args, alone=alone) if mine else given
         for raw, given, mine in zip(plain.raw_models, plain.models, ours, strict=True)
     ]
+    if wanted and context.settings.comm_hook is not None:
+        for model, mine in zip(models, ours, strict=True):
+            if mine and isinstance(model, DistributedDataParallel):
+                compress(model, context.settings.comm_hook)
     follows = [_follows_first_rank(model, mine, ddp_args) for model, mine in zip(models, ours, strict=True)]
-    return replace(plain, models=models, ours=all(ours), no_room=no_room, follows=follows)
+    found = replace(plain, models=models, ours=all(ours), no_room=no_room, follows=follows)
+    if wanted and context.settings.strategy == "zero1":
+        found = replace(found, sharding=ShardedOptimizers(plain.optimizers, _group(context)))
+    return found
+
+
+def _fully_sharded(
+    plain: Components, ddp_args: dict[str, Any], context: OperatorContext, ours: list[bool]
+) -> Components:
+    """The same with its models and optimizers divided between the ranks."""
+    if not all(ours):
+        raise InvalidArgumentError(
+            'strategy="fsdp" divides models itself: register them without DistributedDataParallel around them'
+        )
+    sharding = FullySharded(
+        plain.raw_models,
+        plain.optimizers,
+        device=context.device,
+        collective=_group(context),
+        broadcast_buffers=bool(ddp_args.get("broadcast_buffers", True)),
+    )
+    follows = [_follows_first_rank(model, mine, ddp_args) for model, mine in zip(plain.raw_models, ours, strict=True)]
+    return replace(plain, ours=True, follows=follows, sharding=sharding)
+
+
+def _group(context: OperatorContext) -> GroupCollective:
+    assert isinstance(context.collective, GroupCollective)  # as always where gradients do not go through memory
+    return context.collective
 
 
 def _no_room(models: list[nn.Module], context: OperatorContext) -> str:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchtrainer.errors import InvalidArgumentError
 from torchtrainer.train.data_facts import Agreement, LoaderFacts, check_facts, describe, to_json
 from torchtrainer.train.data_order import BatchOrder, ListOrder, SampleOrder
-from torchtrainer.train.data_passes import DealtPass, Pass, RankBatch, StreamPass
+from torchtrainer.train.data_passes import DealtPass, Pass, RankBatch, StreamPass, joined
 from torchtrainer.train.data_readers import DirectReader, ListReader, Reader, Requests, WorkerReader
 from torchtrainer.train.data_streams import DividedStream, PlainStream
 
@@ -42,6 +42,7 @@ class RankLoader:
 
     Attributes:
         passes_started: passes that were started, those of an earlier process included.
+        accumulate: batches that are given out as one, as `MicroBatches`; fewer at the end of a pass. May be set between steps.
         any_world_size: a position in a pass means the same to any number of ranks.
 
     Raises:
@@ -72,6 +73,7 @@ class RankLoader:
         self._loader = loader
         self._facts = facts
         self._training = training
+        self.accumulate = 1
         self._pinned = (
             isinstance(loader, DataLoader) and loader.pin_memory and device is not None and device.type == "cuda"
         )
@@ -109,7 +111,8 @@ class RankLoader:
     @property
     def batches_per_pass(self) -> int | None:
         """Batches of a pass for this rank: of the running one, else of the last or the next; None if not known."""
-        return self._known[0]
+        batches = self._known[0]
+        return batches if batches is None else -(-batches // self.accumulate)
 
     @property
     def samples_per_pass(self) -> int | None:
@@ -119,9 +122,10 @@ class RankLoader:
     @property
     def batch_in_pass(self) -> int:
         """Batches of the running pass that were given out; 0 between passes."""
-        if self._resume is not None:
-            return self._resume["batches"]
-        return self._pass.batches if self._pass is not None else 0
+        given = (
+            self._resume["batches"] if self._resume is not None else self._pass.batches if self._pass is not None else 0
+        )
+        return -(-given // self.accumulate)
 
     def next_batch(self) -> RankBatch | None:
         """The next batch; starts a pass if none is running.
@@ -134,6 +138,22 @@ class RankLoader:
             UnshardableLoaderError: the sampler gives the ranks different orders, a loader that can be iterated only
                 once was used up, or a stream has no batch for some rank.
         """
+        if self.accumulate == 1:
+            return self._next()
+        began = self.state_dict()
+        parts: list[RankBatch] = []
+        try:
+            while len(parts) < self.accumulate and (part := self._next()) is not None:
+                parts.append(part)
+                if not self.in_pass:
+                    break
+        except BaseException:
+            if parts:  # the next call asks for all of them again
+                self.load_state_dict(began)
+            raise
+        return joined(parts) if parts else None
+
+    def _next(self) -> RankBatch | None:
         if self._pass is None:
             self._pass = self._start()
         try:

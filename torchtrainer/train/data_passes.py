@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +29,24 @@ class RankBatch:
     data: Any
     size: int
     global_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatches:
+    """Batches of a rank whose gradients are added up for one step; as many for every rank.
+
+    Attributes:
+        parts: in the order of the loader.
+    """
+
+    parts: tuple[RankBatch, ...]
+
+
+def joined(parts: Sequence[RankBatch]) -> RankBatch:
+    """Batches of a rank as one step's."""
+    return RankBatch(
+        MicroBatches(tuple(parts)), sum(part.size for part in parts), sum(part.global_size for part in parts)
+    )
 
 
 class Pass(Protocol):

@@ -117,12 +117,14 @@ class LoneRank:
         number = self.exchange.number + 1
         progress = internals(self._operator).context.progress
         phase = progress.phase
-        self.exchange.put(self._rank, number, gradients)
+        with self._operator.timers.record("give"):
+            self.exchange.put(self._rank, number, gradients)
         if self._rank == 0 and self._buffers.followed:
             self._cards[-1].write(number, self._buffers.tensors, None)
         self.exchange.publish(self._rank, number)
         progress.enter("exchange")
-        means = self.exchange.finish(carried=lambda: [self._rank], on_wait=self.on_wait)
+        with self._operator.timers.record("sync"):
+            means = self.exchange.finish(carried=lambda: [self._rank], on_wait=self.on_wait)
         self._comparison.finish(self._cards[:-1], number - 1)
         self.follow_first_rank()
         progress.enter(phase)

@@ -91,6 +91,7 @@ class StepIterator:
         progress.batch, progress.batches, progress.samples = 0, self._length, 0
         if resumed is not None:
             self._resume(resumed)
+        self._found = (self.batches, progress.samples)
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -112,6 +113,16 @@ class StepIterator:
             self._share.apply(batch.size, batch.global_size)
         self._progress.enter(self._phase)
         return batch.data
+
+    @property
+    def steps_here(self) -> int:
+        """Steps of the call that were completed in this process."""
+        return self.batches - self._found[0]
+
+    @property
+    def samples_here(self) -> int:
+        """Samples of all ranks in them."""
+        return self._progress.samples - self._found[1]
 
     def state_dict(self) -> dict[str, int]:
         """Where the call stands at a step boundary, as plain numbers."""
@@ -166,7 +177,8 @@ class StepIterator:
         stop = self._gate.stop_requested(self.batches)
         if self._keeper is not None and (self._gate.save_wanted or self._keeper.due()):
             self._progress.enter("save")
-            self._keeper.save(must=stop)
+            with self._timers.record("snapshot"):
+                self._keeper.save(must=stop)
         return stop
 
     def _finished(self) -> bool:

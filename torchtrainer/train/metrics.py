@@ -179,7 +179,7 @@ def merge_meters(states: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 def reduce_results(results: Sequence[PassResult]) -> dict[str, Any]:
     """Makes one dict out of the ranks' results.
 
-    ``num_samples`` is the sum, ``epoch`` and ``batch_count`` are whole numbers, ``profile`` is the mean over the ranks,
+    ``num_samples`` is the sum, ``epoch`` and ``batch_count`` are whole numbers, numbers in ``profile`` are means over the ranks,
     every other number is the mean over the ranks that have it, weighted by the samples behind it there. A NaN on any of
     them shows. What is not a number comes from the first rank that has it.
 
@@ -226,12 +226,15 @@ def _weighted_mean(numbers: list[tuple[float, float]]) -> float:
     return sum(value * weight for value, weight in counted) / sum(weight for _, weight in counted)
 
 
-def _mean_of_dicts(dicts: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    gathered: dict[str, list[float]] = {}
+def _mean_of_dicts(dicts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    gathered: dict[str, list[Any]] = {}
     for one in dicts:
         for key, value in one.items():
-            gathered.setdefault(key, []).append(float(value))
-    return {key: sum(values) / len(values) for key, values in gathered.items()}
+            gathered.setdefault(key, []).append(value)
+    return {
+        key: sum(values) / len(values) if isinstance(values[0], int | float) else values[0]
+        for key, values in gathered.items()
+    }
 
 
 def _whole(value: float) -> float:

@@ -11,6 +11,7 @@ import torch
 
 from torchtrainer.errors import InvalidArgumentError, OperatorUseError
 from torchtrainer.train.components import Components, internals
+from torchtrainer.train.sharding import Unsharded
 
 if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
@@ -41,17 +42,20 @@ def capture(operator: TrainingOperator, passes_started: int) -> dict[str, Any]:
 def live_state(operator: TrainingOperator, passes_started: int) -> dict[str, Any]:
     """The state dict of a trainer; keys as RaySGD's, and ``global_step``. Its tensors are those of the training.
 
+    What the ranks keep in shares is put together, in new tensors: a collective call then.
+
     Args:
         operator: the operator of any rank: all have the same state.
         passes_started: passes over the training data that were started.
     """
     components = internals(operator).components
+    sharding = components.sharding if components else Unsharded()
     state: dict[str, Any] = {
         "epoch": passes_started,
         "global_step": operator.global_step,
         "operator": operator.state_dict(),
-        "models": [model.state_dict() for model in components.raw_models] if components else [],
-        "optimizers": [optimizer.state_dict() for optimizer in components.optimizers] if components else [],
+        "models": [sharding.model_state(model) for model in components.raw_models] if components else [],
+        "optimizers": [sharding.optimizer_state(one) for one in components.optimizers] if components else [],
     }
     if components and components.schedulers:
         state["schedulers"] = [scheduler.state_dict() for scheduler in components.schedulers]
@@ -73,7 +77,7 @@ def restore(operator: TrainingOperator, state: Mapping[str, Any]) -> None:
     )
     for index, (model, values) in enumerate(zip(components.raw_models, state["models"], strict=True)):
         try:
-            model.load_state_dict(values)
+            model.load_state_dict(components.sharding.model_share(model, values))
         except RuntimeError as error:
             difference = first_difference(model.state_dict(), values)
             raise OperatorUseError(
@@ -81,7 +85,8 @@ def restore(operator: TrainingOperator, state: Mapping[str, Any]) -> None:
                 f"{difference}. Build the model that the state was saved from. torch says: {error}"
             ) from error
     for optimizer, values in zip(components.optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(detached(values))  # torch keeps the tensors it is given
+        mine = components.sharding.optimizer_share(optimizer, detached(values))  # torch keeps the tensors it is given
+        optimizer.load_state_dict(mine)
     for scheduler, values in zip(components.schedulers, state.get("schedulers", ()), strict=False):
         scheduler.load_state_dict(detached(values))
     if internals(operator).amp.scaler.is_enabled() and state.get("amp_native"):

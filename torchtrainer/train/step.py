@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchtrainer.errors import InvalidArgumentTypeError, OperatorUseError
 from torchtrainer.train.components import internals
+from torchtrainer.train.data_passes import MicroBatches, RankBatch
+from torchtrainer.train.formats import follow
 
 if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
@@ -30,23 +33,69 @@ def train_batch(operator: TrainingOperator, batch: Any) -> dict[str, Any]:
 
 def forward_backward(operator: TrainingOperator, batch: Any) -> dict[str, Any]:
     """The first part of a step: the gradients of a batch; returns its loss and how many samples are behind it."""
+    if not isinstance(batch, MicroBatches):
+        return _gradients(operator, batch)
+    return _accumulated(operator, batch.parts)
+
+
+def _accumulated(operator: TrainingOperator, parts: Sequence[RankBatch]) -> dict[str, Any]:
+    """The gradients of several batches, each by its share of the samples; what was only lent to this rank weighs nothing."""
+    components = internals(operator).components
+    if components is None or not components.sharding.in_step:
+        parts = [part for part in parts if part.size] or parts[-1:]
+    whole, loss, samples = sum(part.size for part in parts), 0.0, 0
+    for place, part in enumerate(parts):
+        weight = part.size / whole if whole else 1.0
+        with _exchanging(operator, last=place + 1 == len(parts)):
+            stats = _gradients(operator, part.data, weight=weight, clear=place == 0)
+        if weight:
+            loss = loss + weight * stats["train_loss"]
+            samples += stats["num_samples"]
+    return {"train_loss": loss, "num_samples": samples}
+
+
+@contextmanager
+def _exchanging(operator: TrainingOperator, *, last: bool) -> Iterator[None]:
+    """Has a backward pass exchange the gradients that were added up only if it is the last one of a step."""
+    model = operator.model
+    if last or not isinstance(model, DistributedDataParallel):
+        yield
+        return
+    with model.no_sync():
+        yield
+
+
+def _gradients(operator: TrainingOperator, batch: Any, *, weight: float = 1.0, clear: bool = True) -> dict[str, Any]:
+    """Forward and backward of one batch, whose gradients count by a weight; ``clear``: those that were there are gone."""
     model, optimizer = required(operator, "model", "train_batch"), required(operator, "optimizer", "train_batch")
     criterion = required(operator, "criterion", "train_batch")
     inside, timers = internals(operator), operator.timers
     progress, scaler = inside.context.progress, inside.amp.scaler
     if inside.bare_forward and isinstance(model, DistributedDataParallel) and not _has_hooks(model):
         model = model.module
-    positional, named, target = split_batch(to_device(batch, operator.device))
+    with timers.record("copy"):
+        positional, named, target = _inputs(operator, batch)
     progress.enter("forward")
     with timers.record("fwd"), inside.amp.autocast():
         loss = criterion(model(*positional, **named), target)
     progress.enter("backward")
     with timers.record("grad"):
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        if clear:
+            optimizer.zero_grad()
+        scaler.scale(loss if weight == 1.0 else loss * weight).backward()
         if inside.gradient_clock is not None and not inside.bare_forward:
             timers.push("sync", inside.gradient_clock.since_last())
     return {"train_loss": reading(loss), "num_samples": samples_in(target)}
+
+
+def _inputs(operator: TrainingOperator, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Positional inputs, named inputs and target of a batch, on the device and in the memory format of the models."""
+    positional, named, target = split_batch(to_device(batch, operator.device))
+    components = internals(operator).components
+    if components is not None and components.channels_last:
+        positional = tuple(follow(one) for one in positional)
+        named = {name: follow(one) for name, one in named.items()}
+    return positional, named, target
 
 
 def _has_hooks(model: nn.Module) -> bool:
@@ -68,7 +117,7 @@ def update(operator: TrainingOperator) -> None:
 def validate_batch(operator: TrainingOperator, batch: Any) -> dict[str, Any]:
     """The built-in validation step; see `TrainingOperator.validate_batch`."""
     model, criterion = required(operator, "model", "validate_batch"), required(operator, "criterion", "validate_batch")
-    positional, named, target = split_batch(to_device(batch, operator.device))
+    positional, named, target = _inputs(operator, batch)
     internals(operator).context.progress.enter("forward")
     with operator.timers.record("eval_fwd"), internals(operator).amp.autocast():
         output = model(*positional, **named)
@@ -206,11 +255,11 @@ class GradientShare:
 class GradientClock:
     """Knows when the last gradient of a backward pass was there; what follows is waiting for the exchange.
 
-    Only while a call is profiled. On GPUs the times are those at which the work was queued.
+    Only while a call is profiled. On GPUs the times are those at which the work is done, not queued.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._last: float | None = None
+        self._last: float | torch.cuda.Event | None = None
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]  # nor here
             for parameter in parameters
@@ -219,7 +268,13 @@ class GradientClock:
     def since_last(self) -> float:
         """Seconds since the last gradient; 0.0 if there was none since it was last asked."""
         last, self._last = self._last, None
-        return 0.0 if last is None else time.perf_counter() - last
+        if last is None:
+            return 0.0
+        if isinstance(last, float):
+            return time.perf_counter() - last
+        now = _event()
+        now.synchronize()
+        return float(last.elapsed_time(now)) / 1e3
 
     def remove(self) -> None:
         """Stops watching."""
@@ -227,4 +282,11 @@ class GradientClock:
             hook.remove()
 
     def _note(self, parameter: torch.Tensor) -> None:
-        self._last = time.perf_counter()
+        self._last = _event() if parameter.is_cuda else time.perf_counter()
+
+
+def _event() -> torch.cuda.Event:
+    """Tells when the GPU is done with what was queued so far."""
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # nor here
+    event.record()
+    return event

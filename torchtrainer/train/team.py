@@ -319,7 +319,8 @@ class Team:
         else:
             seat.meters.skip()
         seat.samples += part.size
-        self.exchange.put(seat.rank, number, [parameter.grad for parameter in self._parameters])
+        with self._operator.timers.record("give"):
+            self.exchange.put(seat.rank, number, [parameter.grad for parameter in self._parameters])
         self.write_card(seat, number)
         self.exchange.publish(seat.rank, number)
 

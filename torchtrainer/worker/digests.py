@@ -256,7 +256,9 @@ def _as_text(value: Any) -> str | None:
 
 
 def _tensor_digest(tensor: torch.Tensor) -> str:
-    here = tensor.detach()
+    here: torch.Tensor = tensor.detach()
+    if hasattr(here, "to_local"):  # divided between the ranks: this rank's part
+        here = here.to_local()
     found = hashlib.blake2b(f"{here.dtype} {tuple(here.shape)}".encode(), digest_size=8)
     if here.layout is not torch.strided:
         here = here.to_dense()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torchtrainer.checkpoint.writer import read_state
 from torchtrainer.errors import InvalidArgumentError
+from torchtrainer.observe.notices import notice
 from torchtrainer.train.complete_state import (
     exchanged_tensors,
     module_modes,
@@ -154,6 +155,7 @@ class RankKeeper:
                 f"the checkpoint is of {len(ranks)} ranks that each had a state of their own, which {here} ranks cannot take "
                 f"over: use num_workers={len(ranks)}, or resume=False to start anew"
             )
+        _say_what_begins_anew(operator)
         states = {
             rank: rank_states_for(ranks, rank, here, context.settings.seed, shared["global_step"])
             for rank in self._ranks()
@@ -217,3 +219,13 @@ class RankKeeper:
     def note_modes(self) -> None:
         """Remembers the modes of the modules, before a validation changes them."""
         self.modes = module_modes(self._operator)
+
+
+def _say_what_begins_anew(operator: TrainingOperator) -> None:
+    """Has rank 0 say that a run that goes on does not get the bits of an undisturbed one, where that is so."""
+    context = internals(operator).context
+    if context.settings.comm_hook == "powersgd" and context.collective.world_size > 1 and context.collective.rank == 0:
+        notice(
+            'comm_hook="powersgd": what the compression left out so far is in no checkpoint, so the numbers differ slightly from '
+            "those of a run that was not interrupted"
+        )

@@ -22,6 +22,8 @@ import torch
 from torchtrainer.comm.group import open_group
 from torchtrainer.control.messages import Call, Carry, Failure, Heard, Join, Reply, WorkerReady
 from torchtrainer.control.wire import ForWorker
+from torchtrainer.observe.notices import notice
+from torchtrainer.process.affinity import bind
 from torchtrainer.process.child import flush_output
 from torchtrainer.process.error_file import write_error_file
 from torchtrainer.process.paths import RankPaths
@@ -179,6 +181,9 @@ class Worker:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         spec: BuildSpec = cloudpickle.loads(Path(arguments.spec_path).read_bytes())
+        binding = bind(arguments.rank, arguments.world_size, arguments.threads, spec.settings.cpu_affinity)
+        if binding.refused and arguments.rank == 0:
+            notice(f"cpu_affinity=True: {binding.refused}; processes run on any core")
         _take_over_main()
         self.progress.enter("initialization_hook")
         run_initialization_hook(spec)
@@ -201,6 +206,7 @@ class Worker:
             gate=self.gate,
             saver=self.saver,
             link=self.link,
+            shared_by=binding.shared_by,
         )
 
     def _take(self, seating: Seating, order: ForWorker) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 from torchtrainer.comm.group import Collective
 from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, OperatorUseError
+from torchtrainer.observe.notices import notice
 from torchtrainer.operator import OperatorContext, TrainingOperator
 from torchtrainer.spec import BuildSpec, rank_config
 from torchtrainer.train.build import build_operator
@@ -24,10 +24,11 @@ from torchtrainer.train.metrics import PassResult, plain
 from torchtrainer.train.progress import Progress, StepGate
 from torchtrainer.train.seats import trainable_of
 from torchtrainer.train.state import capture, restore
-from torchtrainer.train.step import GradientClock, GradientShare
+from torchtrainer.train.step import GradientShare
 from torchtrainer.train.team import TeamLoader
 from torchtrainer.worker.digests import step_iterator
 from torchtrainer.worker.keeper import RankKeeper, Saver
+from torchtrainer.worker.profiling import PassObserver
 
 _NO_LOADER = (
     "Training Operator does not have any registered {name} loader. Please register one with "
@@ -72,6 +73,7 @@ def build_rank(
         progress=progress,
         in_memory=in_memory,
         batch_shares=batch_shares,
+        say=notice if collective.rank == 0 else None,
     )
     operator = build_operator(spec, context)
     _check_samples(operator, collective.world_size)
@@ -105,6 +107,7 @@ class RankRuntime:
         self._gate = gate
         self._keeper = RankKeeper(operator, saver, every_steps)
         self._new_steps = step_iterator(operator, self._keeper)
+        self._observer: PassObserver
         self._progress.enter("idle")
 
     def facts(self) -> dict[str, Any]:
@@ -130,6 +133,7 @@ class RankRuntime:
         *,
         num_steps: int | None = None,
         profile: bool = False,
+        trace: str | None = None,
         info: dict[str, Any] | None = None,
         mark: dict[str, Any] | None = None,
     ) -> PassResult:
@@ -138,6 +142,7 @@ class RankRuntime:
         Args:
             num_steps: batches per rank; None: to the end of the pass.
             profile: measure the parts of a step.
+            trace: directory in which the steps are traced; None: they are not.
             info: the user's own values for the hooks.
             mark: which call of the script this is, for checkpoints that are taken in it.
 
@@ -149,7 +154,7 @@ class RankRuntime:
             loader.passes_started - loader.in_pass if loader is not None else 0
         )
         self._keeper.mark, self._keeper.epoch_idx = mark or {}, epoch_idx
-        with self._pass(loader, "train", num_steps, profile) as steps:
+        with self._pass(loader, "train", num_steps, profile, trace) as steps:
             with self.operator.timers.record("train_epoch"):
                 returned = self._call("train_epoch", steps, info, num_steps, epoch_idx)
             if not isinstance(returned, Mapping):
@@ -163,7 +168,7 @@ class RankRuntime:
                     f"the number of passes is returned; use another name for {returned['epoch']!r}"
                 )
         epoch = {"epoch": loader.passes_started if loader is not None else 0}
-        return self._result(returned, steps, epoch, profile)
+        return self._result(returned, steps, epoch)
 
     def validate(
         self,
@@ -179,11 +184,11 @@ class RankRuntime:
         self._keeper.mark, self._keeper.epoch_idx = mark or {}, epoch_idx
         with (
             self._evaluation(),
-            self._pass(self._loader("validation"), "validation", num_steps, profile) as steps,
+            self._pass(self._loader("validation"), "validation", num_steps, profile, None) as steps,
             self.operator.timers.record("validation"),
         ):
             returned = self._call("validate", steps, info, num_steps, epoch_idx)
-        return self._result(returned, steps, {}, profile)
+        return self._result(returned, steps, {})
 
     def apply_operator(self, fn: Callable[[TrainingOperator], Any]) -> Any:
         """Returns ``fn(operator)``."""
@@ -218,7 +223,7 @@ class RankRuntime:
         if components is None:
             raise OperatorUseError(_not_registered(self.operator))
         self._follow_first_rank()
-        models = [copy.deepcopy(model) for model in components.raw_models]
+        models = [components.sharding.copy_of(model) for model in components.raw_models]
         if to_cpu:
             models = [model.cpu() for model in models]
         return models[0] if len(models) == 1 else models
@@ -272,11 +277,13 @@ class RankRuntime:
 
     @contextmanager
     def _pass(
-        self, loader: RankLoader | TeamLoader | None, name: str, num_steps: int | None, profile: bool
+        self, loader: RankLoader | TeamLoader | None, name: str, num_steps: int | None, profile: bool, trace: str | None
     ) -> Iterator[StepIterator]:
         """The iterator of one call, in place while the hook runs and taken down whatever happens in it."""
         operator, inside = self.operator, internals(self.operator)
         self._progress.begin_pass()
+        clocked = self._clocked and name == "train"
+        observer = self._observer = PassObserver(operator, clocked, profile, trace, num_steps)
         steps = self._new_steps(
             loader,
             missing=_NO_LOADER.format(name=name),
@@ -285,31 +292,27 @@ class RankRuntime:
             gate=self._gate,
             timers=operator.timers,
             share=GradientShare(trainable_of(operator), self._exchanging) if name == "train" else None,
-            on_step=self._count_step,
+            on_step=observer.counting(self._count_step),
             keeper=self._keeper if self._keeps(name) else None,
             resumed=self._keeper.take_resumed(),
         )
         inside.steps, inside.meters = steps, None
-        if profile:
-            operator.timers.reset()
-            operator.timers.enable()
-            inside.gradient_clock = GradientClock(trainable_of(operator)()) if name == "train" else None
         completed = False
-        try:
-            yield steps
-            completed = True
-            self._progress.enter("idle")
-        finally:
-            steps.close(completed=completed)
-            inside.steps = None
-            operator.timers.disable()
-            if inside.gradient_clock is not None:
-                inside.gradient_clock.remove()
-                inside.gradient_clock = None
+        with observer.watching():
+            try:
+                yield steps
+                completed = True
+                self._progress.enter("idle")
+            finally:
+                steps.close(completed=completed)
+                inside.steps = None
 
     def _keeps(self, name: str) -> bool:
         """Whether the state is saved at the step boundaries of a pass."""
         return self._keeper.active
+
+    _clocked = True
+    """Gradients are exchanged inside backward, by what does not measure it."""
 
     @property
     def _exchanging(self) -> int:
@@ -326,7 +329,8 @@ class RankRuntime:
         try:
             for model in syncing:
                 model.require_forward_param_sync = False
-            yield
+            with components.sharding.undivided() if components is not None else nullcontext():
+                yield
         finally:
             for model in syncing:
                 model.require_forward_param_sync = True
@@ -363,7 +367,7 @@ class RankRuntime:
         self._progress.reach(self.operator.global_step)
         self._progress.stepped()
 
-    def _result(self, returned: Any, steps: StepIterator, epoch: dict[str, int], profile: bool) -> PassResult:
+    def _result(self, returned: Any, steps: StepIterator, epoch: dict[str, int]) -> PassResult:
         """The hook's dict with the counts that it does not have itself; other objects as they are."""
         if not isinstance(returned, Mapping):
             return PassResult(returned)
@@ -375,8 +379,8 @@ class RankRuntime:
         meters = internals(self.operator).meters
         if meters is not None:
             weights.update(meters.weights())
-        if profile:
-            metrics["profile"] = self.operator.timers.stats()
+        if (profile := self._observer.result(steps)) is not None:
+            metrics["profile"] = profile
         return PassResult(metrics, {name: weights[name] for name in values if name not in (NUM_SAMPLES, BATCH_COUNT)})
 
 

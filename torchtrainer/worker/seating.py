@@ -11,7 +11,7 @@ import torch
 from torchtrainer.comm.changing import ChangingCollective
 from torchtrainer.comm.exchange import GradientExchange, why_not_shared
 from torchtrainer.comm.group import Collective, GroupCollective, SingleCollective
-from torchtrainer.config import BATCH_SIZE
+from torchtrainer.config import BATCH_SIZE, TrainSettings
 from torchtrainer.control.messages import Join
 from torchtrainer.errors import InvalidArgumentError
 from torchtrainer.observe.notices import notice
@@ -24,6 +24,7 @@ from torchtrainer.train.equality import make_equal
 from torchtrainer.train.lone import LoneRank
 from torchtrainer.train.progress import Progress
 from torchtrainer.train.seats import Buffers, all_parameters, bound_reason
+from torchtrainer.train.sharding import unknown_kinds
 from torchtrainer.train.team import Team
 from torchtrainer.worker.crew import Crew, CrewGate
 from torchtrainer.worker.runtime import RankRuntime, build_rank
@@ -120,6 +121,7 @@ def build_seating(
     gate: Any,
     saver: RegionSaver | None,
     link: Link,
+    shared_by: int,
 ) -> Seating:
     """Builds what a worker process carries.
 
@@ -129,10 +131,9 @@ def build_seating(
         arguments: of this worker.
         device: where it trains.
         progress, gate, saver, link: of this worker.
+        shared_by: workers that run on the cores of this one.
     """
-    in_memory = (
-        spec.settings.wrap_ddp and device.type == "cpu" and arguments.world_size > 1 and why_not_shared() is None
-    )
+    in_memory = arguments.world_size > 1 and _may_go_through_memory(spec.settings, device)
     changing = ChangingCollective(
         rank=arguments.rank, world_size=arguments.world_size, group=group, record=arguments.record
     )
@@ -148,8 +149,33 @@ def build_seating(
     every_steps = arguments.checkpoint["every_steps"] if arguments.checkpoint is not None else None
     keeping: dict[str, Any] = {"saver": saver, "every_steps": every_steps}
     if in_memory and _goes_through_memory(operator, tells=arguments.rank == 0):
-        return _in_memory(operator, changing, arguments, gate, link, keeping)
+        return _in_memory(operator, changing, arguments, gate, link, keeping, shared_by)
+    _say_what_a_loss_means(operator)
     return Seating(runtime=RankRuntime(operator, gate=gate, **keeping))
+
+
+def _may_go_through_memory(settings: TrainSettings, device: torch.device) -> bool:
+    """Whether gradients go through shared memory if the operator and the machine allow it."""
+    asked = settings.strategy == "ddp" and settings.comm_hook is None
+    return asked and settings.wrap_ddp and device.type == "cpu" and why_not_shared() is None
+
+
+def _say_what_a_loss_means(operator: TrainingOperator) -> None:
+    """Has rank 0 say that lost workers are not recovered in place, where that is what the user asked for."""
+    context, components = internals(operator).context, internals(operator).components
+    settings = context.settings
+    if context.collective.rank or context.collective.world_size == 1 or components is None:
+        return
+    if settings.strategy != "ddp":
+        asked = f'strategy="{settings.strategy}"'
+        notice(f"{asked}: a lost worker means a restart from the newest checkpoint")
+        for kind in unknown_kinds(components.optimizers):
+            notice(f"{asked}: {kind} is taken to update each parameter by that parameter's gradient and state alone")
+    elif settings.comm_hook is not None:
+        notice(
+            f'comm_hook="{settings.comm_hook}": gradients do not go through shared memory, and a lost worker means a restart '
+            "from the newest checkpoint"
+        )
 
 
 def _goes_through_memory(operator: TrainingOperator, *, tells: bool) -> bool:
@@ -169,10 +195,11 @@ def _in_memory(
     gate: Any,
     link: Link,
     keeping: dict[str, Any],
+    shared_by: int,
 ) -> Seating:
     paths = MemoryPaths(**arguments.memory)
     make_equal(operator, alone=arguments.record is not None)
-    carrier = _carrier(operator, paths, arguments.ranks, arguments.world_size, arguments.timeout_s)
+    carrier = _carrier(operator, paths, arguments.ranks, arguments.world_size, arguments.timeout_s, shared_by)
     crew = Crew(
         group=arguments.group,
         worker=arguments.worker,
@@ -213,6 +240,11 @@ def build_alone(spec: BuildSpec, *, world_size: int, progress: Progress, **argum
     Raises:
         InvalidArgumentError: the operator cannot share a process with others of its kind.
     """
+    if spec.settings.strategy != "ddp" or spec.settings.comm_hook is not None:
+        raise InvalidArgumentError(
+            f"use_local=True carries {world_size} ranks in one process, between which nothing is divided or sent: strategy="
+            f"{spec.settings.strategy!r} and comm_hook={spec.settings.comm_hook!r} need worker processes, or num_workers=1"
+        )
     operator = build_rank(
         spec,
         collective=ChangingCollective(rank=0, world_size=world_size, group=None),
@@ -229,7 +261,7 @@ def build_alone(spec: BuildSpec, *, world_size: int, progress: Progress, **argum
         raise InvalidArgumentError(
             f"use_local=True cannot carry {world_size} ranks in one process: {bound}. Use num_workers=1, or worker processes"
         )
-    carrier = _carrier(operator, None, range(world_size), world_size, spec.settings.timeout_s)
+    carrier = _carrier(operator, None, range(world_size), world_size, spec.settings.timeout_s, 1)
     return _runtime_of(operator, carrier, **arguments)
 
 
@@ -256,15 +288,16 @@ def build_launched(
         on_wait: called while other ranks are waited for.
         keeping: other arguments of `RankRuntime`.
     """
-    in_memory = memory is not None and spec.settings.wrap_ddp and device.type == "cpu" and why_not_shared() is None
+    in_memory = memory is not None and _may_go_through_memory(spec.settings, device)
     operator = build_rank(
         spec, collective=collective, device=device, local_rank=local_rank, progress=progress, in_memory=in_memory
     )
     if memory is None or not in_memory or not _goes_through_memory(operator, tells=collective.rank == 0):
+        _say_what_a_loss_means(operator)
         return RankRuntime(operator, **keeping)
     paths, rank, world_size = MemoryPaths(**memory), collective.rank, collective.world_size
     make_equal(operator, alone=False)
-    carrier = _carrier(operator, paths, [rank], world_size, spec.settings.timeout_s)
+    carrier = _carrier(operator, paths, [rank], world_size, spec.settings.timeout_s, world_size)
     carrier.on_wait = on_wait
     return _runtime_of(operator, carrier, **keeping)
 
@@ -280,7 +313,12 @@ def _runtime_of(operator: TrainingOperator, carrier: Team | LoneRank, **argument
 
 
 def _carrier(
-    operator: TrainingOperator, paths: MemoryPaths | None, ranks: Sequence[int], world_size: int, timeout_s: float
+    operator: TrainingOperator,
+    paths: MemoryPaths | None,
+    ranks: Sequence[int],
+    world_size: int,
+    timeout_s: float,
+    shared_by: int,
 ) -> Team | LoneRank:
     """What carries the ranks of this process; ``paths``: None if they are all ranks."""
     exchange = GradientExchange(
@@ -288,7 +326,7 @@ def _carrier(
         world_size=world_size,
         parameters=all_parameters(operator),
         timeout_s=timeout_s,
-        processes=1 if paths is None else world_size,
+        processes=shared_by,
     )
     tensors = Buffers(operator).tensors
     card_paths = [None] * world_size if paths is None else paths.cards

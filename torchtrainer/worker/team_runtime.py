@@ -31,6 +31,8 @@ class TeamRuntime(RankRuntime):
         team: the ranks of this process.
     """
 
+    _clocked = False
+
     def __init__(self, operator: TrainingOperator, team: Team, **arguments: Any) -> None:
         super().__init__(operator, **arguments)
         self.team = team
@@ -57,6 +59,7 @@ class TeamRuntime(RankRuntime):
         *,
         num_steps: int | None = None,
         profile: bool = False,
+        trace: str | None = None,
         info: dict[str, Any] | None = None,
         mark: dict[str, Any] | None = None,
     ) -> PassResult:
@@ -70,22 +73,25 @@ class TeamRuntime(RankRuntime):
             team.begin_call()
         team.training = True
         try:
-            with self._pass(TeamLoader(team) if loader is not None else None, "train", num_steps, profile) as steps:
+            if trace is not None:
+                team.turn_to_lowest()  # after which the trace is called
+            dealt = TeamLoader(team) if loader is not None else None
+            with self._pass(dealt, "train", num_steps, profile, trace) as steps:
                 team.show_means()
                 with self.operator.timers.record("train_epoch"):
                     train_epoch(team, self.operator, steps)
         finally:
             team.training = False
-        self._late = lambda rank: self._train_result(rank, steps, profile)
-        return ByRank({rank: self._train_result(rank, steps, profile) for rank in team.ranks})  # type: ignore[return-value]
+        self._late = lambda rank: self._train_result(rank, steps)
+        return ByRank({rank: self._train_result(rank, steps) for rank in team.ranks})  # type: ignore[return-value]
 
-    def _train_result(self, rank: int, steps: StepIterator, profile: bool) -> PassResult:
+    def _train_result(self, rank: int, steps: StepIterator) -> PassResult:
         seat = self.team.seats[rank]
         self.team.turn_to(seat)
         steps.samples = seat.samples
         internals(self.operator).meters = seat.meters  # whose weights go into the result
         epoch = {"epoch": seat.loaders["train"].passes_started if "train" in seat.loaders else 0}
-        return self._result(seat.meters.summary(), steps, epoch, profile)
+        return self._result(seat.meters.summary(), steps, epoch)
 
     def validate(
         self,
@@ -170,6 +176,8 @@ class LoneRuntime(RankRuntime):
         operator, arguments: as for `RankRuntime`.
         lone: the rank of this process.
     """
+
+    _clocked = False
 
     def __init__(self, operator: TrainingOperator, lone: LoneRank, **arguments: Any) -> None:
         super().__init__(operator, **arguments)
