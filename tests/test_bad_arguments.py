@@ -86,7 +86,7 @@ WRONG = [
     (
         {"memory_format": "nhwc"},
         InvalidArgumentError,
-        "memory_format must be one of auto, channels_last or None; got 'nhwc'",
+        "memory_format must be one of auto, channels_last, as_made or None; got 'nhwc'",
     ),
     ({"fused": "yes"}, InvalidArgumentTypeError, "fused must be True, False or \"auto\", got 'yes'"),
     ({"cpu_affinity": 3}, InvalidArgumentTypeError, 'cpu_affinity must be True, False or "auto", got 3'),

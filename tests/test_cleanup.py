@@ -50,7 +50,9 @@ def in_the_pass(tmp_path, ending: str = "trainer.train()") -> Program:
     return program
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGKILL, *(pytest.param(one, marks=pytest.mark.soak) for one in (signal.SIGTERM, signal.SIGHUP))]
+)
 def test_a_driver_that_is_killed_takes_everything_with_it(tmp_path, signum) -> None:
     program = in_the_pass(tmp_path)
     program.process.send_signal(signum)
@@ -67,7 +69,7 @@ def test_ctrl_c_ends_a_script_with_everything_in_it(tmp_path) -> None:
     program.assert_nothing_left()
 
 
-@pytest.mark.parametrize("who", ["host", "spawner"])
+@pytest.mark.parametrize("who", [pytest.param("host", marks=pytest.mark.soak), "spawner"])
 def test_losing_the_engine_ends_the_call_with_an_error(tmp_path, who) -> None:
     program = in_the_pass(tmp_path)
     # Workers are forked from the spawner and have its command line: the spawner is the eldest.

@@ -196,6 +196,14 @@ def test_an_optimizer_without_a_fused_kernel_steps_as_it_is_with_one_notice(capf
     assert all(torch.equal(value, plain[name]) for name, value in found.items())
 
 
+def test_half_precision_takes_fused_kernels_where_there_are_some() -> None:
+    parameters = [nn.Parameter(torch.ones(3)) for _ in range(20)]
+    adam, rmsprop, chosen = optim.Adam(parameters), optim.RMSprop(parameters), optim.Adam(parameters, foreach=False)
+    assert [choose_form(one, "auto", half=True) for one in (adam, rmsprop, chosen)] == [""] * 3
+    assert [one.param_groups[0].get("fused") for one in (adam, rmsprop, chosen)] == [True, None, None]
+    assert rmsprop.param_groups[0]["foreach"] is True
+
+
 def test_fused_kernels_give_the_same_numbers_but_for_rounding(capfd) -> None:
     plain, found = weights_after(), weights_after(fused=True)
     assert "fused" not in capfd.readouterr().err
@@ -227,6 +235,12 @@ def test_channels_last_survives_a_checkpoint_and_a_change_of_processes(tmp_path)
         one.load(tmp_path / "state")
         one.train()
         assert digest(one.state_dict()) == expected
+
+
+def test_half_precision_has_its_channels_last_unless_told_otherwise() -> None:
+    found, as_made = (weights_after(precision="bf16", memory_format=one)["0.weight"] for one in (None, "as_made"))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert as_made.is_contiguous()
 
 
 def test_half_precision_trains_and_is_not_full_precision() -> None:

@@ -509,7 +509,7 @@ def test_tensor_datasets_give_what_default_collate_gives(shuffle):
 # ---- streams
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("training", [True, False])
 def test_streams_are_divided_by_element(world_size, workers, training):

@@ -27,6 +27,7 @@ def start(directory: Path) -> Program:
     )
 
 
+@pytest.mark.soak
 def test_told_to_stop_in_the_second_epoch_the_same_command_finishes(tmp_path) -> None:
     stopped = start(tmp_path)
     stopped.wait_for("epoch   1/4")

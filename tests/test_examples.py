@@ -53,6 +53,7 @@ def accuracy_in(text: str) -> float:
     return float(found.group(1))
 
 
+@pytest.mark.soak
 def test_image_classifier_learns_digits(tmp_path):
     script = EXAMPLES / "cifar10" / "train.py"
     text = output_of([sys.executable, script, "--dataset", "digits", "--epochs", "6", "--no-tqdm"], tmp_path)

@@ -62,7 +62,7 @@ def hurry():
 )
 
 
-@pytest.mark.parametrize("call", ["train", "validate"])
+@pytest.mark.parametrize("call", ["train", pytest.param("validate", marks=pytest.mark.soak)])
 def test_the_next_call_finishes_an_interrupted_pass(tmp_path, call) -> None:
     moments = [0, 1, 5, 20, 60]
     program = start_program(
@@ -264,6 +264,7 @@ print("the same workers", trainer.apply_all_workers(os.getpid) == pids)
     program.assert_nothing_left()
 
 
+@pytest.mark.soak
 def test_a_driver_that_is_stopped_for_a_while_does_no_harm(tmp_path) -> None:
     program = start_program(
         tmp_path,

@@ -180,6 +180,7 @@ def observe(
         pytest.param(start_elastic_by_name, 3, [("0", "0"), ("1", "1"), ("2", "2")], marks=pytest.mark.soak),
     ],
 )
+@pytest.mark.soak
 def test_ranks_and_environments_are_those_of_torchrun(make_cluster, start, count, roles) -> None:
     expected = observe(make_cluster(TORCHRUN, count), start)
     assert [(e["GROUP_RANK"], e["ROLE_RANK"]) for _, e in expected.values()] == roles

@@ -121,7 +121,7 @@ def train(directory: Path, training: Training, launcher: tuple[str, ...]) -> tup
         pytest.param(ACCELERATE_SYNC, RUN, id="accelerate sync", marks=pytest.mark.soak),
         pytest.param(FABRIC, RUN, id="fabric", marks=pytest.mark.soak),
         pytest.param(LIGHTNING, RUN, id="lightning", marks=pytest.mark.soak),
-        pytest.param(REFERENCE, RUN, id="reference"),
+        pytest.param(REFERENCE, RUN, id="reference", marks=pytest.mark.soak),
         pytest.param(REFERENCE, LAUNCH, id="reference by launch", marks=pytest.mark.soak),
     ],
 )

@@ -210,7 +210,7 @@ class Wrong(Operator):
     [
         ("restart", "in a pass"),
         pytest.param("hard restart", "idle", marks=pytest.mark.soak),
-        ("kill", "in a pass"),
+        pytest.param("kill", "in a pass", marks=pytest.mark.soak),
         pytest.param("kill", "idle", marks=pytest.mark.soak),
     ],
 )

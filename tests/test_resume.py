@@ -201,6 +201,7 @@ def test_a_finished_run_is_left_alone_and_a_line_says_so(undisturbed, tmp_path) 
     assert sum("has finished" in line and "resume=True" in line for line in told(program)) == 1, program.errors
 
 
+@pytest.mark.soak
 def test_a_run_ended_with_ctrl_c_is_left_alone_and_a_line_says_so(tmp_path) -> None:
     run = Run(tmp_path, PLAIN)
     interrupted = run.once(("train", 5, "INT"))
@@ -215,7 +216,9 @@ def test_a_run_ended_with_ctrl_c_is_left_alone_and_a_line_says_so(tmp_path) -> N
     assert sum("Ctrl-C" in line and "resume=True" in line for line in told(program)) == 1, program.errors
 
 
-@pytest.mark.parametrize("what", ["config", "creator", "false"])
+@pytest.mark.parametrize(
+    "what", [pytest.param("config", marks=pytest.mark.soak), "creator", pytest.param("false", marks=pytest.mark.soak)]
+)
 def test_what_changed_starts_anew_and_leaves_the_old_run_as_it_was(preempted, what) -> None:
     old = preempted.directory
     before = contents(old)

@@ -170,7 +170,7 @@ def test_a_directory_that_is_not_writable_is_refused(small_disk) -> None:
 
 
 @needs_root
-@pytest.mark.parametrize("how", [pytest.param("FILL", marks=pytest.mark.soak), "READONLY"])
+@pytest.mark.parametrize("how", [pytest.param(one, marks=pytest.mark.soak) for one in ("FILL", "READONLY")])
 def test_training_goes_on_with_one_warning_where_no_checkpoint_can_be_written(
     small_disk, tmp_path, undisturbed, how
 ) -> None:

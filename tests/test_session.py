@@ -142,6 +142,7 @@ def test_a_killed_worker_is_restarted_and_goes_on_with_the_same_bits(tmp_path, a
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
+@pytest.mark.soak
 def test_a_single_process_stops_and_goes_on_with_the_same_bits(tmp_path, tmp_path_factory) -> None:
     expected = run_program(tmp_path_factory.mktemp("alone"), SCRIPT, **ENVIRON)
     first = disturbed(tmp_path, "one rank", ())

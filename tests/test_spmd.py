@@ -145,6 +145,7 @@ def test_the_same_script_is_the_same_run_to_the_last_bit(tmp_path, alone, launch
 
 
 @TWO_WAYS
+@pytest.mark.soak
 def test_ranks_meet_again_for_a_second_trainer(tmp_path, launcher) -> None:
     text = output_of(
         launcher,
@@ -183,6 +184,7 @@ dist.destroy_process_group()
 
 
 @TWO_WAYS
+@pytest.mark.soak
 def test_a_script_can_form_a_group_of_its_own_afterwards(tmp_path, launcher) -> None:
     text = output_of(
         launcher,
@@ -246,7 +248,9 @@ with TorchTrainer(training_operator_cls=Fails, **CREATORS) as trainer:
 
 
 @TWO_WAYS
-@pytest.mark.parametrize("where", FAILURES)
+@pytest.mark.parametrize(
+    "where", ["batch, caught by with", *(pytest.param(one, marks=pytest.mark.soak) for one in ("batch", "setup"))]
+)
 def test_an_error_on_one_rank_ends_the_run_and_is_shown(tmp_path, launcher, where) -> None:
     programs = launch(
         launcher,
@@ -301,6 +305,7 @@ def test_a_run_directory_that_rank_0_cannot_use_is_an_error_on_all_ranks(tmp_pat
 
 
 @TWO_WAYS
+@pytest.mark.soak
 def test_run_dir_none_writes_nothing_anywhere(tmp_path, launcher) -> None:
     text = output_of(
         launcher,

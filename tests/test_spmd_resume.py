@@ -123,7 +123,7 @@ def state_of_run(tmp_path: Path) -> str:
     [
         ("torchrun", "the launcher, in training"),
         pytest.param("torchrun", "one rank, in validation", marks=pytest.mark.soak),
-        ("torchtrainer run", "the launcher, in validation"),
+        pytest.param("torchtrainer run", "the launcher, in validation", marks=pytest.mark.soak),
         ("torchtrainer run", "one rank, in training"),
     ],
 )

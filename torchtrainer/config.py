@@ -29,7 +29,7 @@ STRATEGIES: tuple[str, ...] = ("ddp", "zero1", "fsdp")
 """How the state of the training is spread: whole on every rank; optimizer state in shares; parameters in shares as well."""
 COMM_HOOKS: tuple[str, ...] = ("fp16", "bf16", "powersgd")
 """How gradients are made smaller before they are exchanged."""
-MEMORY_FORMATS: tuple[str, ...] = ("auto", "channels_last")
+MEMORY_FORMATS: tuple[str, ...] = ("auto", "channels_last", "as_made")
 CLOUDS: tuple[str, ...] = ("aws", "azure", "gcp")
 PREEMPTION_SIGNALS: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
 
@@ -139,11 +139,12 @@ class TrainSettings:
         precision: number format of the forward pass.
         use_fp16: what the user passed as ``use_fp16``, for operators that read it.
         compile: False, True, or options of ``torch.compile``.
-        memory_format: of images and convolutions: None: as the user's code made them; ``channels_last``, or "auto" for it where
-            it makes convolutions faster. Sums are in another order then, so that the last bits differ.
+        memory_format: of images and convolutions: ``channels_last``, "auto" for it where it makes convolutions faster, or
+            ``as_made`` by the user's code. Sums are in another order with channels last, so that the last bits differ; so None is
+            "auto" with half precision, whose bits are others anyway, and else ``as_made``.
         accumulate: batches of a rank whose gradients are added up for one optimizer step.
-        fused: "auto": all parameters in one call of torch's kernels where that gives the same bits; True: in one fused kernel,
-            whose last bits differ; False: the user's optimizer as it is.
+        fused: True: all parameters in one fused kernel, whose last bits differ; False: the user's optimizer as it is; "auto": fused with
+            ``bf16``, else in few calls where that is faster and gives the same bits.
         strategy: of `STRATEGIES`.
         comm_hook: of `COMM_HOOKS`, or None: gradients are exchanged as they are.
         cpu_affinity: keep each process to cores of its own; "auto": to those of one memory node, where there are several.
@@ -161,7 +162,7 @@ class TrainSettings:
     precision: Precision = "fp32"
     use_fp16: bool = False
     compile: bool | dict[str, Any] = False
-    memory_format: Literal["auto", "channels_last"] | None = None
+    memory_format: Literal["auto", "channels_last", "as_made"] | None = None
     accumulate: int = 1
     fused: bool | Literal["auto"] = "auto"
     strategy: Literal["ddp", "zero1", "fsdp"] = "ddp"

@@ -76,9 +76,10 @@ class TorchTrainer:
         timeout_s: longest wait for any collective, in seconds.
         precision: ``fp32``, ``bf16`` or ``fp16``; ``use_fp16=True`` is fp16 on GPUs and bf16 on CPUs.
         compile: True, or options of ``torch.compile``; what is compiled is kept in the run directory.
-        memory_format: ``channels_last``, "auto" (where it makes convolutions faster), or None: as the model is made.
+        memory_format: ``channels_last``, "auto" (where it makes convolutions faster) or ``as_made``; None: "auto" with half precision,
+            else as the model is made.
         accumulate: batches of each rank whose gradients are added up for one optimizer step.
-        fused: "auto": one call for all parameters where that gives the same bits; True: torch's fused kernels; False: as it is.
+        fused: True: torch's fused kernels for the optimizer; False: as it is; "auto": fused with ``bf16``, else what gives the same bits.
         strategy: ``ddp``; ``zero1``: each rank keeps a share of the optimizer's state; ``fsdp``: of the parameters as well.
         comm_hook: make gradients smaller on their way: ``fp16``, ``bf16`` or ``powersgd``.
         cpu_affinity: keep each process to cores of its own; "auto": to one memory node, where there are several.

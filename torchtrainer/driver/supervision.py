@@ -8,6 +8,7 @@ whole group is killed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torchtrainer.control.messages import DumpStacks, KillWorker, Stacks
@@ -91,7 +92,7 @@ def _check_start(machine: Machine, now: float) -> Result:
     return (machine, ()) if late is None else kill(machine, late, now)
 
 
-def late_start(machine: Machine, views: tuple[WorkerView, ...], now: float) -> StartTimedOut | None:
+def late_start(machine: Machine, views: Iterable[WorkerView], now: float) -> StartTimedOut | None:
     """Whether workers that are being built did not come to be, or do not report, in time."""
     limits = machine.timeouts
     unborn = [view for view in views if not view.pid]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import chain
+from typing import Any, overload
 
 EXCHANGING = frozenset({"exchange", "backward"})
 """Phases in which a worker may be waiting for the others."""
+BLOCK = 128
+"""Workers of which one message copies what is known; about the root of the largest number of ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,38 +113,85 @@ class Standing:
         return cls(carriers=carriers, newcomers=tuple(newcomers), uncarried=tuple(sorted(uncarried)))
 
 
-class Roster(tuple[WorkerView, ...]):  # noqa: SLOT001 - subclasses of tuple cannot have slots that hold something
-    """All workers of a group, by ascending number.
+class Roster(Sequence[WorkerView]):
+    """All workers of a group, by ascending number; immutable.
 
-    With thousands of them no message may cost a look at each: a worker is found by its number, and `Standing` stays known while
-    heartbeats and replies come in, which do not change it.
+    With thousands of them no message may cost a look at each, or a copy of all. A worker is found by its number, they lie in
+    blocks of which a change copies one, and `Standing` stays known while heartbeats and replies come in, which do not change it.
+
+    Args:
+        views: by ascending number.
     """
 
-    known: Standing | None = None
+    __slots__ = ("_blocks", "_size", "_standing")
+
+    def __init__(self, views: Iterable[WorkerView] = ()) -> None:
+        every = tuple(views)
+        self._blocks = tuple(every[first : first + BLOCK] for first in range(0, len(every), BLOCK))
+        self._size = len(every)
+        self._standing: Standing | None = None
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[WorkerView]:
+        return chain.from_iterable(self._blocks)
+
+    @overload
+    def __getitem__(self, place: int) -> WorkerView: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> tuple[WorkerView, ...]: ...
+
+    def __getitem__(self, place: int | slice) -> WorkerView | tuple[WorkerView, ...]:
+        if isinstance(place, slice):
+            return tuple(self)[place]
+        block, rest = divmod(range(self._size)[place], BLOCK)
+        return self._blocks[block][rest]
+
+    def __eq__(self, other: object) -> bool:
+        return self._blocks == other._blocks if isinstance(other, Roster) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._blocks)
+
+    def __repr__(self) -> str:
+        return f"Roster({list(self)!r})"
 
     @property
     def standing(self) -> Standing:
         """Worked out when it is asked for first."""
-        if self.known is None:
-            self.known = Standing.of(self)
-        return self.known
+        if self._standing is None:
+            self._standing = Standing.of(self)
+        return self._standing
 
     def find(self, worker: int) -> WorkerView | None:
         """A worker by its number."""
         place = self._place(worker)
-        return self[place] if place < len(self) and self[place].worker == worker else None
+        view = self[place] if place < self._size else None
+        return view if view is not None and view.worker == worker else None
 
     def see(self, worker: int, changes: Mapping[str, Any]) -> Roster:
         """The roster with something new about one of its workers."""
-        place = self._place(worker)
-        before, after = self[place], replace(self[place], **changes)
-        roster = Roster((*self[:place], after, *self[place + 1 :]))
+        number, rest = divmod(self._place(worker), BLOCK)
+        block = list(self._blocks[number])
+        before, after = block[rest], replace(block[rest], **changes)
+        block[rest] = after
+        blocks = list(self._blocks)
+        blocks[number] = tuple(block)
+        roster = Roster()
+        roster._blocks, roster._size = tuple(blocks), self._size
         if (before.ranks, before.lost, before.leaving_by) == (after.ranks, after.lost, after.leaving_by):
-            roster.known = self.known
+            roster._standing = self._standing
         return roster
 
     def _place(self, worker: int) -> int:
-        return bisect_left(self, worker, key=_number)
+        number = max(0, bisect_right(self._blocks, worker, key=_first_number) - 1)
+        return number * BLOCK + (bisect_left(self._blocks[number], worker, key=_number) if self._blocks else 0)
+
+
+def _first_number(block: tuple[WorkerView, ...]) -> int:
+    return block[0].worker
 
 
 def _number(view: WorkerView) -> int:

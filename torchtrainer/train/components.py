@@ -191,7 +191,7 @@ def place(
         criterion = criterion.to(context.device)
     for optimizer in stepping:
         _move_state(optimizer, context.device)
-        reason = choose_form(optimizer, settings.fused)
+        reason = choose_form(optimizer, settings.fused, half=settings.precision == "bf16")
         if reason and context.say is not None:
             context.say(f"fused=True: {reason}; it steps as it is")
     return _wrapped(

@@ -24,7 +24,8 @@ def lay_out(model: nn.Module, memory_format: str | None, *, device: torch.device
         device: of the model.
         half: the forward pass runs in half precision.
     """
-    if memory_format is None or (memory_format == "auto" and not _wins(model, device, half=half)):
+    asked = memory_format == "auto" or (memory_format is None and half)  # half precision has other bits anyway
+    if memory_format != "channels_last" and not (asked and _wins(model, device, half=half)):
         return False
     model.to(memory_format=torch.channels_last)
     return True

@@ -22,23 +22,25 @@ FOREACH_TO_MEAN_ELEMENTS = 16 * 1024
 _EXACT_TYPES = (torch.float32, torch.float64)
 
 
-def choose_form(optimizer: Any, fused: bool | Literal["auto"]) -> str:
+def choose_form(optimizer: Any, fused: bool | Literal["auto"], *, half: bool = False) -> str:
     """Has an optimizer without state step in the best form; it keeps to it when a state is loaded.
 
     Args:
         optimizer: just made; a form that the user has asked for stays.
         fused: see `torchtrainer.config.TrainSettings`.
+        half: gradients come from a forward pass in half precision.
 
     Returns:
         Why it cannot do what was asked for; empty if it can.
     """
     if fused is False or not isinstance(optimizer, optim.Optimizer) or _chosen(optimizer):
         return ""
-    if fused is True:
+    if fused is True or half:
         reason = _why_not_fused(optimizer)
         if not reason:
             _keep(optimizer, {"fused": True, "foreach": False})
-        return reason
+        if fused is True or not reason:
+            return reason
     if _foreach_pays(optimizer):
         _keep(optimizer, {"foreach": True})
     return ""

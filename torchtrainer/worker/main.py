@@ -24,6 +24,7 @@ from torchtrainer.control.messages import Call, Carry, Failure, Heard, Join, Rep
 from torchtrainer.control.wire import ForWorker
 from torchtrainer.observe.notices import notice
 from torchtrainer.process.affinity import bind
+from torchtrainer.process.allocation import keep_freed_memory
 from torchtrainer.process.child import flush_output
 from torchtrainer.process.error_file import write_error_file
 from torchtrainer.process.paths import RankPaths
@@ -177,6 +178,7 @@ class Worker:
     def _build(self) -> Seating:
         arguments = self.arguments
         torch.set_num_threads(arguments.threads)
+        keep_freed_memory()
         device = torch.device("cpu") if arguments.gpu is None else torch.device("cuda", arguments.gpu)
         if device.type == "cuda":
             torch.cuda.set_device(device)
