@@ -204,6 +204,14 @@ def test_half_precision_takes_fused_kernels_where_there_are_some() -> None:
     assert rmsprop.param_groups[0]["foreach"] is True
 
 
+def test_parameters_with_their_channels_last_are_not_updated_by_fused_kernels() -> None:
+    weight = torch.randn(8, 3, 3, 3).contiguous(memory_format=torch.channels_last)
+    optimizer = optim.SGD([nn.Parameter(weight)], lr=0.1, momentum=0.9)
+    assert choose_form(optimizer, "auto", half=True) == ""
+    assert not optimizer.param_groups[0]["fused"]
+    assert choose_form(optimizer, True) == "SGD has none for parameters with their channels last"
+
+
 def test_fused_kernels_give_the_same_numbers_but_for_rounding(capfd) -> None:
     plain, found = weights_after(), weights_after(fused=True)
     assert "fused" not in capfd.readouterr().err

@@ -67,6 +67,9 @@ def _why_not_fused(optimizer: optim.Optimizer) -> str:
         return f"{name} has none with differentiable=True or a learning rate that is a tensor"
     if not all(one.is_floating_point() and one.device.type in ("cpu", "cuda") for one in _parameters(optimizer)):
         return f"{name} has one for real numbers on the CPU and on CUDA only"
+    if not all(one.is_contiguous() for one in _parameters(optimizer)):
+        # torch's for the CPU are slower there, and wrong where a gradient has another layout than its parameter
+        return f"{name} has none for parameters with their channels last"
     return ""
 
 
