@@ -236,6 +236,7 @@ def test_a_page_of_some_of_the_benchmarks_has_these_alone(part: str, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_the_same_work_ends_with_the_plain_loops_weights() -> None:
     sizes = ["--work", "mlp", "--samples", "640", "--epochs", "1"]
     found = {}

@@ -86,9 +86,9 @@ def test_losing_the_engine_ends_the_call_with_an_error(tmp_path, who) -> None:
     [
         ("trainer.train(num_steps=2)", 0),
         pytest.param("trainer.train(num_steps=2); trainer.shutdown()", 0, marks=pytest.mark.soak),
-        ("trainer.train(num_steps=2); sys.exit(3)", 3),
+        pytest.param("trainer.train(num_steps=2); sys.exit(3)", 3, marks=pytest.mark.soak),
         ("trainer.train(num_steps=2); os._exit(4)", 4),
-        ("trainer.train(num_steps=2); raise ValueError('mine')", 1),
+        pytest.param("trainer.train(num_steps=2); raise ValueError('mine')", 1, marks=pytest.mark.soak),
         pytest.param("del trainer", 0, marks=pytest.mark.soak),
     ],
 )

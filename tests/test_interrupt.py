@@ -139,7 +139,9 @@ def test_two_quick_interrupts_end_a_script_that_does_not_catch_them(tmp_path) ->
     program.assert_nothing_left()
 
 
-@pytest.mark.parametrize("sleepers", ["rank >= 0", "rank == 1", "rank == 0"])
+@pytest.mark.parametrize(
+    "sleepers", ["rank >= 0", *(pytest.param(one, marks=pytest.mark.soak) for one in ("rank == 1", "rank == 0"))]
+)
 def test_a_function_on_the_workers_is_interrupted_where_it_runs(tmp_path, sleepers) -> None:
     """A rank that has returned already is left alone."""
     program = start_program(
@@ -220,6 +222,7 @@ with TorchTrainer(**CREATORS) as trainer:
     program.assert_nothing_left()
 
 
+@pytest.mark.soak
 def test_interrupts_at_any_moment_lose_no_sample(tmp_path) -> None:
     """A thread of the script interrupts it all the time, with the driver wherever it may be."""
     program = run_program(

@@ -311,6 +311,7 @@ def test_a_rendezvous_that_times_out_says_who_came_and_how_many_were_wanted(make
     first.assert_empty()
 
 
+@pytest.mark.soak
 def test_a_static_rendezvous_that_times_out_says_who_came_and_how_many_were_wanted(make_cluster) -> None:
     cluster = make_cluster(OURS, 1)
     endpoint = f"--rdzv-endpoint={cluster.nodes[0].address}:{PORT}"

@@ -107,6 +107,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, undisturbed, ki
     interrupt_and_compare(Run(tmp_path, KINDS[kind]), undisturbed, places)
 
 
+@pytest.mark.soak
 def test_a_driver_killed_while_a_checkpoint_is_written_loses_nothing_that_was_copied(tmp_path, undisturbed) -> None:
     run = Run(tmp_path, {**PLAIN, "checkpoint": {"asynchronous": True}})
     killed = run.once(("train", 5, "KILL"), TORCHTRAINER_FAILPOINT="checkpoint.publish:slow")

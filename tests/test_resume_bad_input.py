@@ -187,6 +187,7 @@ def test_training_goes_on_with_one_warning_where_no_checkpoint_can_be_written(
 
 
 @needs_root
+@pytest.mark.soak
 def test_training_goes_on_with_one_warning_where_the_run_directory_is_full(small_disk, tmp_path, undisturbed) -> None:
     run = Run(tmp_path, {**PLAIN, "trainer": {"run_dir": str(small_disk / "run")}})
     program = run.once(("saved", 1, "FILL"), DISK=str(small_disk))

@@ -220,6 +220,7 @@ def test_output_that_this_terminal_cannot_show_is_shown_as_it_can(tmp_path) -> N
     assert "\\u2713 done" in program.output, program.errors
 
 
+@pytest.mark.soak
 def test_a_flood_of_output_arrives_whole(tmp_path) -> None:
     lines = 200_000
     program = run_program(

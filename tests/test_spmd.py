@@ -277,6 +277,7 @@ class FailsInSetup(TrainingOperator):
     assert_nothing_left(programs)
 
 
+@pytest.mark.soak
 def test_an_error_on_every_rank_can_be_caught_and_the_next_trainer_works(tmp_path) -> None:
     text = output_of(
         "by hand",
@@ -321,6 +322,7 @@ print(trainer.train()["num_samples"], trainer.status().run_dir, os.listdir(os.en
     assert {entry.name for entry in tmp_path.iterdir()} == {"program.py"}
 
 
+@pytest.mark.soak
 def test_callbacks_and_the_progress_bar_are_rank_0s(tmp_path) -> None:
     (program,) = launch(
         "torchrun",
@@ -343,6 +345,7 @@ with TorchTrainer(use_tqdm=True, callbacks=[Tell()], **CREATORS) as trainer:
     assert "8/8" in program.errors
 
 
+@pytest.mark.soak
 def test_prestart_leaves_the_launchers_processes_alone(tmp_path) -> None:
     text = output_of(
         "by hand",

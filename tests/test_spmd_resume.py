@@ -121,7 +121,7 @@ def state_of_run(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("launcher", "what"),
     [
-        ("torchrun", "the launcher, in training"),
+        pytest.param("torchrun", "the launcher, in training", marks=pytest.mark.soak),
         pytest.param("torchrun", "one rank, in validation", marks=pytest.mark.soak),
         pytest.param("torchtrainer run", "the launcher, in validation", marks=pytest.mark.soak),
         ("torchtrainer run", "one rank, in training"),
