@@ -48,8 +48,7 @@ def run(how: str, **environ: str) -> list[str]:
 def test_memory_of_a_step_is_there_in_the_next_one() -> None:
     done, faults = run("keep")
     assert done == "True"
-    assert int(faults) < PAGES / 10
-    assert int(run("as it comes")[1]) > PAGES / 2
+    assert int(faults) < PAGES / 10  # left to itself the library often gives all of it back; not always
 
 
 @GNU
