@@ -203,10 +203,12 @@ class Team:
 
     def refresh(self) -> None:
         """Writes the cards anew: something else than a step has changed the seats, or the buffers of the one in use."""
-        if self._now.rank in self.seats:
-            self.write_card(self._now, self.exchange.number)
+        in_place = self._now
+        if in_place.rank in self.seats:
+            self.write_card(in_place, self.exchange.number)
         for seat in self.each():
-            self.write_card(seat, self.exchange.number)
+            if seat is not in_place:
+                self.write_card(seat, self.exchange.number)
 
     def write_card(self, seat: Seat, number: int) -> None:
         """Writes what a seat has after an exchange; the seat is the one in use."""
