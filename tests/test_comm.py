@@ -23,7 +23,8 @@ from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch's stubs leave it out
 from torch.nn.parallel import DistributedDataParallel
 
-from torchtrainer.comm.group import SingleCollective, close_group, join_group, open_group, unwrap, wrap
+from torchtrainer.comm.group import SingleCollective, close_group, join_group, open_group
+from torchtrainer.comm.wrapping import unwrap, wrap
 from torchtrainer.errors import EngineError, InvalidArgumentError
 from torchtrainer.topology import Topology, detect, to_environ
 

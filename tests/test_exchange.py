@@ -16,20 +16,22 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torchtrainer.checkpoint import memory
-from torchtrainer.comm.bucket_hook import exchange_by_hook
+from torchtrainer.comm.backward import BackwardEnd, take_over
 from torchtrainer.comm.exchange import (
     SHARES_FROM_BYTES,
+    ExchangeTag,
     ExchangeUnavailableError,
     GradientExchange,
+    UnequalExchangeError,
     why_not_shared,
 )
 from torchtrainer.comm.group import open_group
-from torchtrainer.errors import EngineError, NotAvailableError
+from torchtrainer.comm.wrapping import Replica
+from torchtrainer.errors import EngineError
 
 pytestmark = pytest.mark.skipif(why_not_shared() is not None, reason=str(why_not_shared()))
 
@@ -421,7 +423,7 @@ def test_survivors_finish_every_exchange_of_a_process_killed_at_any_instant(seed
 @pytest.mark.parametrize("alone", [True, False])
 def test_too_little_memory_is_said_with_how_much_is_needed(monkeypatch, alone) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 10_000_000)
-    monkeypatch.setattr("torchtrainer.comm.slots.available_bytes", lambda: 10_000_000)
+    monkeypatch.setattr("torchtrainer.comm.exchange.available_bytes", lambda: 10_000_000)
     with (
         memory_file() as path,
         pytest.raises(ExchangeUnavailableError, match=r"need 42 MB .* 10 MB are free\. .*limit"),
@@ -472,25 +474,26 @@ def one_step(model: DistributedDataParallel, rank: int, step: int, *, unused: bo
 
 def compare_with_plain(rank: int, path: str, place: Path, **options: bool) -> None:
     group = open_group(backend="gloo", rank=rank, world_size=2, timeout_s=TIMEOUT_S, store_path=str(place / "store"))
-    alone = [dist.new_group([one]) for one in range(2)][rank]
     unused = options.get("find_unused_parameters", False)
     models = []
-    for process_group in (None, alone):
+    for wrapped in (DistributedDataParallel, Replica):
         torch.manual_seed(0)
         model = Branches()
         model.spare.requires_grad_(unused)  # used by nobody
         if not unused:
             del model.spare
-        models.append(DistributedDataParallel(model, process_group=process_group, bucket_cap_mb=0.005, **options))
+        models.append(wrapped(model, bucket_cap_mb=0.005, **options))
     plain, ours = models
     parameters = [nn.Parameter(torch.zeros(2)), *ours.parameters()]  # the first is another model's
     exchange = make(path, parameters, world_size=2, processes=2)
 
-    def exchanged(gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        give(exchange, rank, gradients)
-        return exchange.finish(carried=lambda: [rank], on_wait=nothing)
+    def exchanged(touched: set[int]) -> None:
+        assert touched == {0}
+        if ours.require_backward_grad_sync:
+            give(exchange, rank, [one.grad for one in parameters])
+            take_over(parameters, exchange.finish(carried=lambda: [rank], on_wait=nothing))
 
-    exchange_by_hook(ours, parameters, exchanged)
+    BackwardEnd(exchanged).watch(ours.parameters(), 0)
     for step in range(4):
         for model in models:
             one_step(model, rank, step, unused=unused)
@@ -514,35 +517,133 @@ def test_gradients_are_those_of_plain_ddp(tmp_path, gradient_as_bucket_view, fin
         )
 
 
-@pytest.mark.usefixtures("_ddp_imported")
-def test_what_the_exchange_raises_comes_out_of_backward(tmp_path) -> None:
-    def body() -> None:
-        group = open_group(
-            backend="gloo", rank=0, world_size=1, timeout_s=TIMEOUT_S, store_path=str(tmp_path / "store")
-        )
-        model = DistributedDataParallel(nn.Linear(2, 2))
+def test_what_the_exchange_raises_comes_out_of_backward() -> None:
+    def refuse(touched: set[int]) -> None:
+        raise KeyError("orders")
 
-        def refuse(gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-            raise KeyError("orders")
-
-        exchange_by_hook(model, [*model.parameters()], refuse)
-        with pytest.raises(KeyError, match="orders"):
-            model(torch.ones(1, 2)).sum().backward()
-        group.close()
-
-    assert ends_well([fork(body)])
+    model = nn.Linear(2, 2)
+    BackwardEnd(refuse).watch(model.parameters(), 0)
+    with pytest.raises(KeyError, match="orders"):
+        model(torch.ones(1, 2)).sum().backward()
 
 
-@pytest.mark.usefixtures("_ddp_imported")
-def test_sparse_gradients_are_refused_with_what_to_do(tmp_path) -> None:
-    def body() -> None:
-        group = open_group(
-            backend="gloo", rank=0, world_size=1, timeout_s=TIMEOUT_S, store_path=str(tmp_path / "store")
-        )
-        model = DistributedDataParallel(nn.Embedding(3, 2, sparse=True))
-        exchange_by_hook(model, [*model.parameters()], list)
-        with pytest.raises(NotAvailableError, match="sparse=False"):
-            model(torch.tensor([1])).sum().backward()
-        group.close()
+def test_the_end_of_backward_is_noticed_once_whatever_was_differentiated() -> None:
+    """Also after a pass that an error broke off; ``torch.autograd.grad`` adds to no gradient and is not noticed."""
+    model, other, loose = nn.Linear(2, 2), nn.Linear(2, 1), nn.Parameter(torch.ones(2))
+    ended: list[set[int]] = []
+    ends = BackwardEnd(ended.append)
+    for unit, parameters in enumerate((model.parameters(), other.parameters(), [loose])):
+        ends.watch(parameters, unit)
+    other(model(torch.ones(1, 2)) * loose).sum().backward()
+    torch.autograd.grad(model(torch.ones(1, 2)).sum(), [*model.parameters()])
+    loose.sum().backward()
+    breaks = model(torch.ones(1, 2))
+    breaks.register_hook(lambda gradient: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        (breaks.sum() + other(torch.ones(1, 2)).sum()).backward()
+    model.bias.sum().backward()
+    assert ended[:2] == [{0, 1, 2}, {2}]
+    assert ended[2] >= {0}
+    assert len(ended) == 3
 
-    assert ends_well([fork(body)])
+
+# ---------------------------------------------------------------------------------------------- other parameters
+
+
+def by_rows(rows: list[int], values: list[list[float]], shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.sparse_coo_tensor(torch.tensor([rows]), torch.tensor(values), shape, check_invariants=False)
+
+
+@pytest.mark.parametrize("size_bytes", [64, 2 * SHARES_FROM_BYTES])
+def test_sparse_gradients_stay_sparse_and_are_added_up_in_rank_order(size_bytes) -> None:
+    """Rows twice, rows of one rank only, a rank without any, and one whose gradient is dense."""
+    table, dense = torch.zeros(5, 2), torch.zeros(size_bytes // 4)
+    mine = [
+        by_rows([1, 1, 3], [[1.0, 2.0], [10.0, 20.0], [4.0, 4.0]], (5, 2)),
+        by_rows([3], [[2.0, 2.0]], (5, 2)),
+        None,
+    ]
+    wanted = torch.zeros(5, 2)
+    wanted[1], wanted[3] = torch.tensor([11.0, 22.0]), torch.tensor([6.0, 6.0])
+
+    def body(rank: int, path: str) -> None:
+        exchange = make(path, [table, dense], world_size=3, processes=3, by_rows={0})
+        full = torch.full((size_bytes // 4,), float(rank))
+        for dense_table in (False, False, True):
+            table_gradient = mine[rank].to_dense() if dense_table and mine[rank] is not None else mine[rank]
+            give(exchange, rank, [table_gradient, full])
+            found = exchange.finish(carried=lambda: [rank], on_wait=nothing)
+            assert found[0].is_sparse is not dense_table
+            assert same_bits([found[0].to_dense() if found[0].is_sparse else found[0]], [wanted / 3])
+            assert same_bits([found[1]], [torch.full_like(full, 1.0)])
+        give(exchange, rank, [None, full])
+        assert exchange.finish(carried=lambda: [rank], on_wait=nothing)[0] is None
+
+    with memory_file() as path:
+        assert ends_well([fork(lambda rank=rank: body(rank, path)) for rank in range(3)])
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_gradients_keep_both_parts(dtype) -> None:
+    exchange = make(None, [torch.zeros(3, dtype=dtype)], world_size=2)
+    for rank, value in enumerate((1 + 2j, 3 - 6j)):
+        give(exchange, rank, [torch.full((3,), value, dtype=dtype)])
+    (found,) = exchange.finish(carried=lambda: [0, 1], on_wait=nothing)
+    assert same_bits([torch.view_as_real(found)], [torch.view_as_real(torch.full((3,), 2 - 2j, dtype=dtype))])
+
+
+@pytest.mark.parametrize("size_bytes", [64, 2 * SHARES_FROM_BYTES])
+def test_other_parameters_are_exchanged_from_one_exchange_on(size_bytes) -> None:
+    """The memory of what was exchanged before goes back, and a process that comes later finds the place."""
+    first, second = torch.zeros(size_bytes // 4), torch.zeros(7, 3)
+
+    def body(rank: int, path: str) -> None:
+        exchange = make(path, [first], world_size=2, processes=2)
+        for round_ in range(8):
+            grown = round_ % 2 == 1
+            if round_:
+                exchange.lay_out([first, second] if grown else [second])
+            if round_ == 5 and rank:  # this process is replaced by one that was built with what there was at first
+                number, region = exchange.number, exchange.region
+                exchange = make(path, [first], world_size=2, processes=2)
+                exchange.number = number
+                exchange.lay_out([first, second], region=region)
+            for _ in range(3):
+                whole = torch.full_like(first, float(rank + round_))
+                rows = torch.full_like(second, float(2 * rank))
+                mine = [whole] if not round_ else [whole, rows] if grown else [rows]
+                give(exchange, rank, mine)
+                found = exchange.finish(carried=lambda: [rank], on_wait=nothing)
+                wanted = [torch.full_like(first, round_ + 0.5), torch.full_like(second, 1.0)]
+                assert same_bits(found, wanted[:1] if not round_ else wanted if grown else wanted[1:])
+
+    with memory_file() as path:
+        assert ends_well([fork(lambda rank=rank: body(rank, path)) for rank in range(2)])
+        taken = os.stat(path).st_blocks * 512
+        assert taken < 12 * size_bytes + (1 << 20), "the slots of earlier layouts are still there"
+
+
+@pytest.mark.parametrize("differs", ["step", "updates", "layout"])
+def test_ranks_that_do_not_exchange_alike_are_told_before_anything_is_averaged(differs) -> None:
+    tags = [ExchangeTag(**{"step": 5, "updates": 5, "layout": 9, **change}).packed for change in ({}, {differs: 6})]
+    exchange = make(None, [torch.zeros(3)], world_size=2)
+    for rank, tag in enumerate(tags):
+        exchange.put(rank, 1, [torch.ones(3)])
+        exchange.publish(rank, 1, tag)
+    with pytest.raises(UnequalExchangeError) as caught:
+        exchange.finish(carried=lambda: [0, 1], on_wait=nothing, tag=tags[0])
+    assert (caught.value.rank, caught.value.tag) == (1, tags[1])
+    assert exchange.number == 0
+
+
+def test_nobody_waits_for_a_rank_that_went_on_without_the_exchange() -> None:
+    def body(path: str) -> None:
+        exchange = make(path, [torch.zeros(3)], world_size=2, processes=2)
+        give(exchange, 0, [torch.ones(3)])
+        exchange.be_at(1, 8)  # another process writes this; here it is there from the beginning
+        with pytest.raises(UnequalExchangeError) as caught:
+            exchange.finish(carried=lambda: [0], on_wait=nothing, place=7)
+        assert (caught.value.rank, caught.value.tag) == (1, None)
+
+    with memory_file() as path:
+        assert ends_well([fork(lambda: body(path))])

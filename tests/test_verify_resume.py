@@ -156,7 +156,8 @@ with trainer(run_dir=None) as made:
 WITHOUT_TRAINING = """
 import os, signal, sys
 from pathlib import Path
-from torchtrainer.observe.digest_log import DIGESTS, HELD, VERIFY_RUNS, Details, DigestWriter, Orders, Place
+from torchtrainer.config import DIGESTS
+from torchtrainer.observe.digest_log import HELD, VERIFY_RUNS, Details, DigestWriter, Orders, Place
 
 how, logs, runs = sys.argv[1], Path(os.environ[DIGESTS]), Path(os.environ[VERIFY_RUNS])
 runs.mkdir(exist_ok=True)

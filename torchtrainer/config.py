@@ -31,6 +31,8 @@ COMM_HOOKS: tuple[str, ...] = ("fp16", "bf16", "powersgd")
 """How gradients are made smaller before they are exchanged."""
 MEMORY_FORMATS: tuple[str, ...] = ("auto", "channels_last", "as_made")
 CLOUDS: tuple[str, ...] = ("aws", "azure", "gcp")
+DIGESTS = "TORCHTRAINER_DIGESTS"
+"""Environment variable of ``torchtrainer verify-resume``: directory for the logs of this start of the script."""
 PREEMPTION_SIGNALS: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
 
 

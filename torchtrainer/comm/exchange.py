@@ -23,31 +23,41 @@ the rules above nobody reads it for an earlier number any more, so that it is wr
 Who died between setting a counter and waking others made them sleep `WAKE_S` longer. Numbers start from 1 in new memory: a
 group that starts anew needs a new file.
 
+What is exchanged may change between two exchanges, as parameters are unfrozen or added: `GradientExchange.lay_out`. All ranks change it
+before the same exchange, or their tags differ. The new slots lie behind the old ones. When an exchange through them is finished, all
+have given their gradients there, so that nobody reads the old ones any more, and their memory goes back to the machine.
+
 Memory order: x86-64 shows stores in the order in which they were made (and the C library ends its streaming copies by a
 fence), so that a counter is seen after what it stands for. Elsewhere `why_not_shared` gives a reason not to.
 """
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 
-from torchtrainer.checkpoint.memory import available_bytes
+from torchtrainer.checkpoint.memory import available_bytes, map_shared
+from torchtrainer.comm.board import PAGE_BYTES, Board, ExchangeTag, UnequalExchangeError
 from torchtrainer.comm.counters import Counters
 from torchtrainer.comm.futex import why_not_shared
 from torchtrainer.comm.layout import SlotLayout
-from torchtrainer.comm.slots import ExchangeUnavailableError, GradientSlots
+from torchtrainer.comm.slots import GradientSlots
 from torchtrainer.comm.summing import average, share
 from torchtrainer.errors import EngineError
 
 __all__ = [
     "SHARES_FROM_BYTES",
     "WAKE_S",
+    "ExchangeTag",
     "ExchangeUnavailableError",
     "GradientExchange",
+    "UnequalExchangeError",
     "why_no_room",
     "why_not_shared",
 ]
@@ -58,19 +68,25 @@ SPIN_S = 0.0002
 """How long a process with a core of its own looks for the others before it sleeps; to be woken takes about as long."""
 SHARES_FROM_BYTES = 512 * 1024
 """Size of one rank's gradients from which on every rank sums a share of them."""
+_MB = 1e6
 
 
-def why_no_room(parameters: Sequence[torch.Tensor], world_size: int) -> str:
+class ExchangeUnavailableError(EngineError):
+    """Gradients cannot go through shared memory here: the platform cannot, or there is not enough memory."""
+
+
+def why_no_room(parameters: Sequence[torch.Tensor], world_size: int, by_rows: Collection[int] = ()) -> str:
     """Why the machine has no memory for exchanging gradients; empty if it has. To be asked before anybody takes any.
 
     Args:
         parameters: whose gradients are exchanged.
         world_size: number of ranks.
+        by_rows: numbers of those whose gradients may be sparse.
     """
-    needed, available = 2 * (world_size + 1) * SlotLayout(parameters).size_bytes, available_bytes()
+    needed, available = 2 * (world_size + 1) * SlotLayout(parameters, by_rows).size_bytes, available_bytes()
     if available is None or needed <= available:
         return ""
-    return f"it takes {needed / 1e6:.0f} MB of shared memory, and {available / 1e6:.0f} MB are free"
+    return f"it takes {needed / _MB:.0f} MB of shared memory, and {available / _MB:.0f} MB are free"
 
 
 class GradientExchange:
@@ -85,10 +101,13 @@ class GradientExchange:
         parameters: on the CPU, whose gradients are exchanged; of the same types and shapes in the same order everywhere.
         timeout_s: longest sleep until other ranks come, in one exchange; what ``on_wait`` takes does not count.
         processes: how many share this process's cores; a process spins before it sleeps only if each has a core.
+        by_rows: numbers of the parameters whose gradients may be sparse.
 
     Attributes:
         number: exchanges completed; set by a process that joins.
         timeout_s: as given; may be set.
+        region: where the slots in use begin in the file; a process that joins lays out its own there.
+        layout: checksum of the parameters, for tags.
 
     Raises:
         ExchangeUnavailableError: not on this platform, or there is not enough memory.
@@ -102,21 +121,77 @@ class GradientExchange:
         parameters: Sequence[torch.Tensor],
         timeout_s: float,
         processes: int,
+        by_rows: Collection[int] = (),
     ) -> None:
         self.number = 0
         self.timeout_s = timeout_s
+        self._path = path
         self._world_size = world_size
         self._spins = path is not None and processes <= _cores()
-        layout = SlotLayout(parameters)
-        self._by_shares = path is not None and world_size > 1 and layout.size_bytes >= SHARES_FROM_BYTES
-        buffers = 2 if path is not None and not self._by_shares else 1
-        self._slots = GradientSlots(path, world_size=world_size, layout=layout, buffers=buffers, result=self._by_shares)
-        self._runs = layout.flat(torch.empty(layout.size_bytes, dtype=torch.uint8))
+        self.region = Board.size_bytes(world_size)
+        self._board = Board(self._mapped(self.region), world_size=world_size, shared=path is not None)
+        self._old: GradientSlots | None = None
+        self._lay_out(parameters, by_rows)
+
+    def lay_out(
+        self, parameters: Sequence[torch.Tensor], by_rows: Collection[int] = (), region: int | None = None
+    ) -> None:
+        """Exchanges the gradients of other parameters from the next exchange on. Every process does so before the same one.
+
+        Args:
+            parameters, by_rows: as at first.
+            region: where the other processes have their slots, for one that joins; None: behind those that were in use.
+
+        Raises:
+            ExchangeUnavailableError: there is not enough memory.
+        """
+        if region is None and self._old is None:
+            self._old = self._slots
+        else:  # this process joins, or nothing went through the slots in use
+            self._slots.close()
+        self.region = -(-self._slots.end // PAGE_BYTES) * PAGE_BYTES if region is None else region
+        self._lay_out(parameters, by_rows)
+
+    def _lay_out(self, parameters: Sequence[torch.Tensor], by_rows: Collection[int]) -> None:
+        layout = SlotLayout(parameters, by_rows)
+        self.layout = layout.checksum
+        self._by_shares = self._path is not None and self._world_size > 1 and layout.dense_bytes >= SHARES_FROM_BYTES
+        kind: Any = {"buffers": 2 if self._path is not None and not self._by_shares else 1, "result": self._by_shares}
+        end = self.region + GradientSlots.size_bytes(layout, self._world_size, **kind)
+        self._slots = GradientSlots(self._mapped(end), self.region, world_size=self._world_size, layout=layout, **kind)
+        self._runs = layout.flat(torch.empty(layout.dense_bytes, dtype=torch.uint8))
         self._averages: list[torch.Tensor | None] = [*layout.by_parameter(self._runs)]
+
+    def _mapped(self, size_bytes: int) -> mmap.mmap:
+        reason = why_not_shared() if self._path is not None else None
+        if reason is not None:
+            raise ExchangeUnavailableError(f"gradients cannot go through shared memory here: {reason}")
+        try:
+            if self._path is not None:
+                return map_shared(self._path, size_bytes)
+            available = available_bytes()
+            if available is not None and size_bytes > available:
+                raise OSError(errno.ENOMEM, f"{available / _MB:.0f} MB are free")
+            return mmap.mmap(-1, size_bytes)
+        except OSError as error:
+            raise ExchangeUnavailableError(
+                f"the gradients of {self._world_size} ranks need {size_bytes / _MB:.0f} MB of memory, which this machine or "
+                f"container does not have: {error.strerror or error}. Raise the container's memory limit (memory.max of its "
+                "control group; docker run --memory), or use a smaller num_workers"
+            ) from error
 
     def given(self, rank: int) -> int:
         """The latest exchange for which the rank's gradients are there."""
-        return self._slots.given[rank]
+        return self._board.given[rank]
+
+    def be_at(self, rank: int, place: int) -> None:
+        """Says how far a rank is, so that nobody waits for an exchange that it has left out.
+
+        Args:
+            rank: carried by this process.
+            place: grows with every step and call, alike on all ranks.
+        """
+        self._board.places[rank] = place
 
     @torch.no_grad()
     def put(self, rank: int, number: int, gradients: Sequence[torch.Tensor | None]) -> None:
@@ -127,20 +202,31 @@ class GradientExchange:
             number: of the running exchange, which is one more than the completed ones.
             gradients: one per parameter, in their order; None: the rank has none for it.
         """
-        if self._slots.given[rank] >= number:
+        if self._board.given[rank] >= number:
             return
         if number != self.number + 1:
             raise ValueError(f"number is {number}, but exchange {self.number + 1} is the one that is running")
         self._slots.put(rank, number, gradients)
 
-    def publish(self, rank: int, number: int) -> None:
-        """Says that the rank's gradients are there, and wakes who waits for them."""
-        if self._slots.given[rank] < number:
-            self._slots.given.publish(rank, number)
+    def publish(self, rank: int, number: int, tag: int = 0) -> None:
+        """Says that the rank's gradients are there, and wakes who waits for them.
+
+        Args:
+            rank, number: as for `put`.
+            tag: has to be alike on all ranks; see `ExchangeTag`.
+        """
+        if self._board.given[rank] < number:
+            self._board.tag(rank, number, tag)
+            self._board.given.publish(rank, number)
 
     @torch.no_grad()
     def finish(
-        self, *, carried: Callable[[], Collection[int]], on_wait: Callable[[], None]
+        self,
+        *,
+        carried: Callable[[], Collection[int]],
+        on_wait: Callable[[], None],
+        tag: int = 0,
+        place: int | None = None,
     ) -> list[torch.Tensor | None]:
         """Waits until all ranks have given their gradients, and averages them.
 
@@ -148,46 +234,63 @@ class GradientExchange:
             carried: the ranks that this process carries now.
             on_wait: called before this thread sleeps, and at least every `WAKE_S` while it waits. May put and publish for more
                 ranks and change what ``carried`` returns. What it raises leaves the exchange, which can be finished later.
+            tag: that the ranks of this process have published.
+            place: of the ranks of this process, as for `be_at`; None: who is further than this is not looked at.
 
         Returns:
             One tensor per parameter, None where no rank has a gradient; the caller's own until the next call.
 
         Raises:
             EngineError: a rank did not come within ``timeout_s``.
+            UnequalExchangeError: a rank has another tag, or went on without this exchange.
         """
         number = self.number + 1
-        self._wait(self._slots.given, number, on_wait)
+
+        def look() -> None:
+            on_wait()
+            if place is not None:
+                self._board.check_places(self._board.given.missing(number), place)
+
+        self._wait(self._board.given, number, look)
+        self._board.check_tags(number, tag)
         absent = self._slots.absent(number)
+        by_rows = self._slots.average_rows(number)  # before this process says that it has made its share
         if self._by_shares:
             self._average_by_shares(number, carried, on_wait)
         else:
-            for place, run in enumerate(self._runs):
-                average(run, [rank[place] for rank in self._slots.runs[number % len(self._slots.runs)]])
+            for at, run in enumerate(self._runs):
+                average(run, [rank[at] for rank in self._slots.runs[number % len(self._slots.runs)]])
         self.number = number
+        if self._old is not None:
+            self._old.release()
+            self._old = None
         averages = self._averages.copy()
-        for place in absent:
-            averages[place] = None
+        for at, mean in by_rows.items():
+            averages[at] = mean
+        for at in absent:
+            averages[at] = None
         return averages
 
     def close(self) -> None:
         """Lets go of the memory; nothing else may be called after it."""
         self._slots.close()
+        self._board.close()
 
     def _average_by_shares(
         self, number: int, carried: Callable[[], Collection[int]], on_wait: Callable[[], None]
     ) -> None:
         def reduce() -> None:
             for rank in carried():
-                if self._slots.reduced[rank] < number:
+                if self._board.reduced[rank] < number:
                     self._average_share(rank)
-                    self._slots.reduced.publish(rank, number)
+                    self._board.reduced.publish(rank, number)
 
         def look() -> None:
             on_wait()
             reduce()  # a rank that has come to this process by now may have left its share undone
 
         reduce()
-        self._wait(self._slots.reduced, number, look)
+        self._wait(self._board.reduced, number, look)
         for run, result in zip(self._runs, self._slots.result, strict=True):
             run.copy_(result)
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 
 @torch.no_grad()
@@ -28,8 +27,6 @@ def broadcast_tensors(tensors: Iterable[torch.Tensor], *, src: int, device: torc
             one.copy_(part.view(one.shape))
 
 
-def give_model(models: Iterable[nn.Module], src: int = 0) -> None:
-    """Gives every rank the parameters and buffers of rank ``src``, as DDP does when it wraps a model. On the CPU."""
-    models = list(models)
-    tensors = [one for model in models for one in (*model.parameters(), *model.buffers())]
+def give(tensors: Iterable[torch.Tensor], src: int = 0) -> None:
+    """Gives every rank these tensors of rank ``src``, as DDP does when it wraps a model. On the CPU."""
     broadcast_tensors(tensors, src=src, device=torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""The process group of a run: form it, exchange small values over it, wrap models over it, end it.
+"""The process group of a run: form it, exchange small values over it, end it.
 
 Only this package calls ``torch.distributed``. Values between ranks travel as JSON in tensors, never as pickles. One
 thread per process may use a collective, and every rank has to make the same calls in the same order.
@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import FileStore, PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch's stubs leave them out
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
 
 from torchtrainer.comm.flat import broadcast_tensors
 from torchtrainer.errors import EngineError, InvalidArgumentError
@@ -281,35 +280,6 @@ def close_group() -> None:
     """End this process's group, whoever formed it; for worker processes, whose group is ours. Safe without a group."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def wrap(model: nn.Module, *, device: torch.device, ddp_args: dict[str, Any], alone: bool = False) -> nn.Module:
-    """Wrap a model so that its gradients are averaged over the ranks.
-
-    Args:
-        model: on ``device`` already. A model without trainable parameters has no gradients and comes back as it is.
-        device: the rank's device.
-        ddp_args: arguments of ``DistributedDataParallel``; they win over ours.
-        alone: over a group of this process alone, since gradients travel in another way; without any process group the model
-            comes back as it is.
-    """
-    if not any(parameter.requires_grad for parameter in model.parameters()) or (alone and not dist.is_initialized()):
-        return model
-    ours: dict[str, Any] = {"device_ids": [device]} if device.type == "cuda" else {}
-    if alone and dist.get_world_size() > 1:
-        ours["process_group"] = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    return DistributedDataParallel(model, **{**ours, **ddp_args})
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's own module: without ``DistributedDataParallel`` and without ``torch.compile`` around it."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
-        else:
-            return model
 
 
 def _form(

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from torchtrainer.comm.group import wrap
+from torchtrainer.comm.wrapping import wrap
 from torchtrainer.config import SchedulerStepFreq
 from torchtrainer.errors import InvalidArgumentTypeError, NotAvailableError, OperatorUseError
 from torchtrainer.lightning.log import CallMeters, LoggedMetrics

@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-DIGESTS = "TORCHTRAINER_DIGESTS"
-"""Environment variable: directory for the logs of this start of the script."""
 VERIFY_RUNS = "TORCHTRAINER_VERIFY_RUNS"
 """Environment variable: directory below which run directories and checkpoints go, instead of where the script wants them."""
 ORDERS = "orders.json"

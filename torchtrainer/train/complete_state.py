@@ -19,6 +19,7 @@ from torchtrainer.train.metrics import merge_meters
 from torchtrainer.train.rng import rng_from_data, rng_to_data, seed_rank
 from torchtrainer.train.sampler import derive_seed
 from torchtrainer.train.state import live_state, restore
+from torchtrainer.train.trained import known_parameters, loose_parameters
 
 if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
@@ -56,7 +57,8 @@ def exchanged_tensors(operator: TrainingOperator) -> set[int]:
     components = internals(operator).components
     if components is None or not equal_on_all_ranks(operator):
         return set()
-    found = {parameter.data_ptr() for model in components.raw_models for parameter in model.parameters()}
+    modules = components.modules
+    found = {one.data_ptr() for one in (*known_parameters(operator), *(p for m in modules for p in m.parameters()))}
     for optimizer in components.optimizers:
         for values in getattr(optimizer, "state", {}).values():
             found.update(one.data_ptr() for one in values.values() if isinstance(one, torch.Tensor))
@@ -85,15 +87,13 @@ def rank_state(operator: TrainingOperator, modes: Sequence[bool] | None) -> dict
     elif inside.context.collective.world_size > 1:
         state["operator"] = operator.state_dict()
         if components is not None and not _follow_first_rank(components):
-            state["buffers"] = [dict(model.named_buffers()) for model in components.raw_models]
+            state["buffers"] = [
+                {} if follows else dict(module.named_buffers()) for module, follows in components.followers()
+            ]
     if components is not None and _has_own_loop(operator):
         state["gradients"] = [
-            {
-                name: components.sharding.whole(one.grad)
-                for name, one in model.named_parameters()
-                if one.grad is not None
-            }
-            for model in components.raw_models
+            {name: components.sharding.whole(one.grad) for name, one in named if one.grad is not None}
+            for named in _named_parameters(operator, components)
         ]
     return state
 
@@ -117,12 +117,12 @@ def put_back(operator: TrainingOperator, shared: Mapping[str, Any], mine: Mappin
         whole["operator"] = mine["operator"]
     restore(operator, whole)
     components = internals(operator).components
-    for model, buffers in zip(components.raw_models if components else [], mine.get("buffers", ()), strict=False):
-        here = dict(model.named_buffers())
+    for module, buffers in zip(components.modules if components else [], mine.get("buffers", ()), strict=False):
+        here = dict(module.named_buffers())
         for name, value in buffers.items():
             here[name].copy_(value)
     if components is not None and "gradients" in mine:
-        _put_gradients_back(components, mine["gradients"])
+        _put_gradients_back(operator, components, mine["gradients"])
     rng_from_data(mine["rng"])
 
 
@@ -183,22 +183,27 @@ def _has_own_loop(operator: TrainingOperator) -> bool:
 
 
 def _follow_first_rank(components: Components) -> bool:
-    return all(
-        follows or not any(True for _ in raw.buffers())
-        for raw, follows in zip(components.raw_models, components.follows, strict=True)
-    )
+    return all(follows or not any(True for _ in module.buffers()) for module, follows in components.followers())
+
+
+def _named_parameters(operator: TrainingOperator, components: Components) -> list[list[tuple[str, nn.Parameter]]]:
+    """The parameters of each module, and last those that only the optimizers know, by their numbers."""
+    loose = [(str(number), one) for number, one in enumerate(loose_parameters(operator))]
+    return [*(list(module.named_parameters()) for module in components.modules), loose]
 
 
 @torch.no_grad()
-def _put_gradients_back(components: Components, gradients: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    for model, saved in zip(components.raw_models, gradients, strict=True):
-        for name, parameter in model.named_parameters():
+def _put_gradients_back(
+    operator: TrainingOperator, components: Components, gradients: Sequence[Mapping[str, torch.Tensor]]
+) -> None:
+    for named, saved in zip(_named_parameters(operator, components), gradients, strict=False):
+        for name, parameter in named:
             value = saved.get(name)
             if value is None:
                 parameter.grad = None
                 continue
             mine = components.sharding.share(value, parameter)
-            if parameter.grad is None:
+            if parameter.grad is None or parameter.grad.layout != mine.layout or mine.is_sparse:
                 parameter.grad = mine.to(parameter.device, copy=True)
             else:
                 parameter.grad.copy_(mine)

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torchtrainer.comm.exchange import why_no_room
-from torchtrainer.comm.group import GroupCollective, unwrap, wrap
+from torchtrainer.comm.group import GroupCollective
 from torchtrainer.comm.hooks import compress
+from torchtrainer.comm.wrapping import is_wrapped, unwrap, wrap
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError
 from torchtrainer.train.compiling import compile_model
 from torchtrainer.train.formats import lay_out
@@ -68,14 +69,19 @@ class Components:
     sharding: Unsharded = field(default_factory=Unsharded)
     channels_last: bool = False
 
-    def trainable(self) -> Iterator[nn.Parameter]:
-        """Every parameter that gets a gradient, once."""
-        seen: set[int] = set()
-        for model in self.raw_models:
-            for parameter in self.sharding.gradient_leaves(model):
-                if parameter.requires_grad and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield parameter
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The models, and the criterion if it is a module with parameters or buffers that no model has."""
+        if not isinstance(self.criterion, nn.Module):
+            return self.raw_models
+        theirs = {id(one) for model in self.raw_models for one in (*model.parameters(), *model.buffers())}
+        own = (one for one in (*self.criterion.parameters(), *self.criterion.buffers()) if id(one) not in theirs)
+        return [*self.raw_models, self.criterion] if any(True for _ in own) else self.raw_models
+
+    def followers(self) -> Iterator[tuple[nn.Module, bool]]:
+        """Every module, and whether all ranks take its buffers over from rank 0: a criterion's belong to each rank."""
+        for place, module in enumerate(self.modules):
+            yield module, place < len(self.follows) and self.follows[place]
 
 
 @dataclass(kw_only=True)
@@ -106,6 +112,17 @@ class Internals:
 def internals(operator: TrainingOperator) -> Internals:
     """What the operator keeps for us."""
     return operator._internals  # the one place: users see none of it among their own attributes
+
+
+def optimizers_of(operator: TrainingOperator) -> list[Any]:
+    """The registered optimizers, and one that the user only put in ``self.optimizer`` or ``self.optimizers``."""
+    components = internals(operator).components
+    found = list(components.optimizers) if components is not None else []
+    for name in ("optimizer", "optimizers"):
+        for one in as_list(operator.__dict__.get(name)):
+            if hasattr(one, "param_groups") and not any(one is known for known in found):
+                found.append(one)
+    return found
 
 
 def as_list(value: Any) -> list[Any]:
@@ -186,7 +203,10 @@ def place(
             "a scheduler was registered, but scheduler_step_freq of TorchTrainer is None; set it to 'batch', 'epoch' or "
             "'manual' (stepped by update_scheduler or by your own code)"
         )
-    laid_out = [_placed(model, context) for model in raw]
+    laid_out = [
+        _placed(model, context, compiled=one is not model and not is_wrapped(one))
+        for model, one in zip(raw, given, strict=True)
+    ]
     if isinstance(criterion, nn.Module):
         criterion = criterion.to(context.device)
     for optimizer in stepping:
@@ -208,12 +228,12 @@ def place(
     )
 
 
-def _placed(model: nn.Module, context: OperatorContext) -> bool:
-    """Moves a model to the device and has it compiled; returns whether its images are to have their channels last."""
+def _placed(model: nn.Module, context: OperatorContext, *, compiled: bool) -> bool:
+    """Moves a model to the device and has it compiled, unless the user did; returns whether its images are to have their channels last."""
     settings = context.settings
     model.to(context.device)
     laid_out = lay_out(model, settings.memory_format, device=context.device, half=settings.precision != "fp32")
-    if settings.compile:
+    if settings.compile and not compiled:
         compile_model(model, settings.compile if isinstance(settings.compile, dict) else {}, say=context.say)
     return laid_out
 
@@ -221,14 +241,14 @@ def _placed(model: nn.Module, context: OperatorContext) -> bool:
 def _wrapped(plain: Components, ddp_args: dict[str, Any], context: OperatorContext) -> Components:
     """The same with its models wrapped, but for those that the user has wrapped."""
     wanted = context.collective.world_size > 1 and context.settings.wrap_ddp
-    ours = [wanted and raw is given for raw, given in zip(plain.raw_models, plain.models, strict=True)]
+    ours = [wanted and not is_wrapped(given) for given in plain.models]
     if wanted and context.settings.strategy == "fsdp":
         return _fully_sharded(plain, ddp_args, context, ours)
-    no_room = _no_room(plain.raw_models, context)
-    alone = context.in_memory and not no_room
+    no_room = _no_room(plain, context)
+    in_memory = context.in_memory and not no_room
     models = [
-        wrap(raw, device=context.device, ddp_args=ddp_args, alone=alone) if mine else given
-        for raw, given, mine in zip(plain.raw_models, plain.models, ours, strict=True)
+        wrap(given, device=context.device, ddp_args=ddp_args, in_memory=in_memory) if mine else given
+        for given, mine in zip(plain.models, ours, strict=True)
     ]
     if wanted and context.settings.comm_hook is not None:
         for model, mine in zip(models, ours, strict=True):
@@ -265,11 +285,16 @@ def _group(context: OperatorContext) -> GroupCollective:
     return context.collective
 
 
-def _no_room(models: list[nn.Module], context: OperatorContext) -> str:
+def _no_room(plain: Components, context: OperatorContext) -> str:
     """Why gradients cannot go through shared memory; the ranks agree, and each asks before any of them takes some."""
     if not context.in_memory:
         return ""
-    parameters = [parameter for model in models for parameter in model.parameters()]
+    groups = [group for one in plain.optimizers for group in getattr(one, "param_groups", ())]
+    every = [
+        *(one for group in groups for one in group["params"]),
+        *(one for m in plain.modules for one in m.parameters()),
+    ]
+    parameters = list({id(one): one for one in every if one.requires_grad}.values())
     found: list[str] = context.collective.all_gather(why_no_room(parameters, context.collective.world_size))
     return next((reason for reason in found if reason), "")
 

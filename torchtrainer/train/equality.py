@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchtrainer.comm.flat import give_model
+from torchtrainer.comm.flat import give
+from torchtrainer.config import DIGESTS
 from torchtrainer.errors import EngineError, OperatorUseError
 from torchtrainer.train.cards import CardFile
-from torchtrainer.train.components import internals
+from torchtrainer.train.components import internals, optimizers_of
+from torchtrainer.train.trained import known_parameters, parameter_names
 
 if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
@@ -19,41 +24,91 @@ _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 SAMPLED_FROM_ELEMENTS = 64 * 1024
 SAMPLE_EVERY = 61
-"""At the beginning of a call, of larger parameters every so manieth element is compared: a prime, so that all columns are hit."""
+"""Of larger tensors every 61st element is compared: a prime, so that all columns are hit."""
 
 
-@torch.no_grad()
-def checksums(operator: TrainingOperator, *, sampled: bool) -> list[int]:
-    """One number per parameter that differs, but for rare accidents, if any of its bits does.
+def held(operator: TrainingOperator, *, parameters: bool = True) -> Iterator[tuple[str, Any]]:
+    """What all ranks have to hold alike: parameters, the optimizers' states, and the numbers in their groups.
+
+    What a rank has only a share of is left out, as are step counters and the like that follow from the rest.
 
     Args:
         operator: of this process.
-        sampled: look at a part of large parameters only.
+        parameters: those that are frozen too; else only what the optimizers hold.
+
+    Yields:
+        A name (of a parameter its number, as text) and a tensor, or a list of numbers.
     """
     components = internals(operator).components
-    found = []
-    for model in components.raw_models if components is not None else []:
-        for parameter in model.parameters():
-            words = parameter.detach().contiguous().view(-1)
-            if sampled and words.numel() >= SAMPLED_FROM_ELEMENTS:
-                words = words[::SAMPLE_EVERY].contiguous()
-            if words.element_size() in _WORDS and words.numel():
-                whole = words.view(_WORDS[words.element_size()])
-                # a weight by place, so that values that change places are seen too
-                found.append(int(whole.sum(dtype=torch.int64)) * 31 + int(whole[:: max(1, len(whole) // 7)].sum()))
-            else:
-                found.append(0)
-    return found
+    known = list(known_parameters(operator)) if parameters else []
+    optimizers = optimizers_of(operator)
+    divided = components is not None and components.sharding.divides_state
+    for number, one in enumerate(known):
+        yield str(number), one
+    seen = {id(one) for one in known}
+    for place, optimizer in enumerate(optimizers):
+        state = getattr(optimizer, "state", {})
+        for at, group in enumerate(getattr(optimizer, "param_groups", [])):
+            plain = [value for name, value in sorted(group.items()) if name != "params"]
+            yield f"the settings of group {at} of optimizer {place}", plain
+            for number, one in enumerate(group["params"]):
+                if id(one) not in seen and not hasattr(one, "full_tensor"):
+                    yield f"parameter {number} of group {at} of optimizer {place}", one
+                values = {} if divided else state.get(one, {})
+                for name, value in values.items() if isinstance(values, dict) else ():
+                    if isinstance(value, torch.Tensor) and value.dim():
+                        yield f"{name} of parameter {number} of group {at} of optimizer {place}", value
+
+
+@torch.no_grad()
+def checksums(operator: TrainingOperator, *, sampled: bool, parameters: bool = True) -> list[int]:
+    """One number for each thing `held` that differs, but for rare accidents, if any of its bits does.
+
+    Args:
+        operator: of this process.
+        sampled: look at a part of large tensors only.
+        parameters: as for `held`.
+    """
+    return [
+        _checksum(value, sampled=sampled)
+        if isinstance(value, torch.Tensor)
+        else zlib.crc32(repr([_plain(one) for one in value]).encode())
+        for _, value in held(operator, parameters=parameters)
+    ]
+
+
+def _checksum(tensor: torch.Tensor, *, sampled: bool) -> int:
+    words = tensor.detach()
+    if words.is_sparse:
+        words = words.coalesce().values()
+    words = words.contiguous().view(-1)
+    if sampled and words.numel() >= SAMPLED_FROM_ELEMENTS:
+        words = words[::SAMPLE_EVERY].contiguous()
+    if words.is_complex():
+        words = torch.view_as_real(words).view(-1)
+    if words.element_size() not in _WORDS or not words.numel():
+        return 0
+    whole = words.view(_WORDS[words.element_size()])
+    # a weight by place, so that values that change places are seen too
+    return int(whole.sum(dtype=torch.int64)) * 31 + int(whole[:: max(1, len(whole) // 7)].sum())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, bool | int | float | str | None) else type(value).__name__
 
 
 class Comparison:
-    """Compares the parameters of the ranks once in a call, when all of them have given their first gradients.
+    """Compares what the ranks hold as a call begins, and now and then in it, when all have given their next gradients.
 
     Args:
         operator: of this process.
 
     Attributes:
-        sums: checksums as the call began, for the cards; None: they were compared.
+        sums: checksums for the cards; None: they were compared.
     """
 
     def __init__(self, operator: TrainingOperator) -> None:
@@ -61,8 +116,8 @@ class Comparison:
         self._operator = operator
 
     def begin(self) -> None:
-        """A call begins."""
-        self.sums = checksums(self._operator, sampled=True)
+        """Takes the checksums. Whole ones where `torchtrainer verify-resume` watches."""
+        self.sums = checksums(self._operator, sampled=DIGESTS not in os.environ)
 
     def finish(self, cards: list[CardFile], number: int) -> None:
         """To be called after every exchange; arguments and errors as for `compare`."""
@@ -105,15 +160,31 @@ def make_equal(operator: TrainingOperator, *, alone: bool) -> None:
     components = internals(operator).components
     found = internals(operator).context.collective.all_gather(checksums(operator, sampled=False))
     if not alone and components is not None and any(one != found[0] for one in found):
-        give_model(components.raw_models)
+        buffers = (one for module in components.modules for one in module.buffers())
+        give((*known_parameters(operator), *buffers))
+
+
+def compare_in_group(operator: TrainingOperator) -> None:
+    """Compares what the ranks hold through their process group; a collective call.
+
+    Raises:
+        OperatorUseError: they differ; names the parameter.
+    """
+    mine = checksums(operator, sampled=DIGESTS not in os.environ)
+    for rank, theirs in enumerate(internals(operator).context.collective.all_gather(mine)):
+        if theirs != mine:
+            raise OperatorUseError(_difference(operator, mine, theirs, rank))
 
 
 def _difference(operator: TrainingOperator, mine: list[int], theirs: list[int], rank: int) -> str:
-    context, components = internals(operator).context, internals(operator).components
-    names = [name for model in (components.raw_models if components else []) for name, _ in model.named_parameters()]
+    found = internals(operator)
     place = next((at for at, (one, other) in enumerate(zip(mine, theirs, strict=False)) if one != other), None)
-    name = names[place] if place is not None and place < len(names) else "the number of parameters"
+    what = [name for name, _ in held(operator)]
+    name = what[place] if place is not None and place < len(what) else "the number of parameters"
+    if name.isdecimal():
+        name = parameter_names(operator)[id(list(known_parameters(operator))[int(name)])]
     return (
-        f"the ranks have different models: {name} of rank {context.collective.rank} is not that of rank {rank}. All ranks train "
-        "one model, so change it on all of them alike (in apply_all_operators, for instance), or load one state by load_state_dict"
+        f"the ranks have different models: {name} of rank {found.context.collective.rank} is not that of rank {rank}, seen in step "
+        f"{operator.global_step}. All ranks train one model, so change it on all of them alike (in apply_all_operators, for "
+        "instance), or load one state by load_state_dict"
     )

@@ -35,6 +35,7 @@ class FullySharded(Unsharded):
     """
 
     in_step = True
+    divides_state = True
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""A rank whose operator makes the update itself: its gradients are exchanged inside backward, and its process carries no other.
+"""A rank whose operator makes the update itself: its gradients are exchanged as backward ends, and its process carries no other.
 
 While the process of another rank is lost, this one waits in its exchange until a replacement has given that rank's gradients. The
 replacement needs the state of the ranks at the step boundary before; this process has it as long as it has updated nothing since.
@@ -8,20 +8,21 @@ Everything here runs in the thread that trains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
-from torchtrainer.comm.bucket_hook import exchange_by_hook
-from torchtrainer.comm.exchange import GradientExchange
+from torchtrainer.comm.backward import BackwardEnd, take_over
+from torchtrainer.comm.exchange import GradientExchange, UnequalExchangeError
 from torchtrainer.train.cards import CardFile, packed, unpacked
 from torchtrainer.train.complete_state import module_modes
 from torchtrainer.train.components import internals
 from torchtrainer.train.equality import Comparison
 from torchtrainer.train.rng import StreamReader
-from torchtrainer.train.seats import Buffers, all_parameters, nothing, packed_extras, unpacked_extras
+from torchtrainer.train.seats import Buffers, nothing, packed_extras, unpacked_extras
+from torchtrainer.train.trained import TrainedParameters
+from torchtrainer.train.updates import Updates, go_to, standing
 
 if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
@@ -34,9 +35,11 @@ class LoneRank:
         operator: of this process.
         exchange: with the other processes.
         cards: of every rank, by rank; one more for the buffers that all take over from rank 0.
+        trained: the parameters that ``exchange`` was laid out for.
 
     Attributes:
         exchange: as given.
+        updates: of the optimizers.
         on_wait: called while others are waited for.
         epoch_idx: number of the running pass hook.
     """
@@ -47,8 +50,10 @@ class LoneRank:
         *,
         exchange: GradientExchange,
         cards: list[CardFile],
+        trained: TrainedParameters,
     ) -> None:
         self.exchange = exchange
+        self.updates = Updates(operator, trained)
         self.on_wait: Callable[[], None] = nothing
         self.epoch_idx: Callable[[], int] = lambda: 0
         self._operator = operator
@@ -58,11 +63,21 @@ class LoneRank:
         self._rank = internals(operator).context.collective.rank
         self._boundary = exchange.number
         self._comparison = Comparison(operator)
-        parameters = all_parameters(operator)
-        components = internals(operator).components
-        for model in components.models if components is not None else []:
-            if isinstance(model, DistributedDataParallel):
-                exchange_by_hook(model, parameters, self._exchange)
+        self._trained = trained
+        self._ends = BackwardEnd(self._on_backward_end)
+        self._watch()
+
+    def _watch(self) -> None:
+        for parameter, unit in zip(self._trained.parameters, self._trained.units, strict=True):
+            if parameter.requires_grad:
+                self._ends.watch((parameter,), unit)
+
+    def _follow_changes(self, *, begins: bool = False) -> None:
+        """Exchanges the gradients of other parameters, if others are trained than before."""
+        if self._trained.changed(begins=begins):
+            self.exchange.lay_out(self._trained.parameters, self._trained.by_rows)
+            self._watch()
+            self.updates.watch()
 
     def why_not_shared(self, ranks: Sequence[int]) -> str:
         """Why these ranks cannot go on from the state of this process; empty if they can.
@@ -78,14 +93,38 @@ class LoneRank:
             f"rank {missing[0]} was lost between its exchange of gradients and the end of the step" if missing else ""
         )
 
-    def begin_call(self) -> None:
-        """A call of ``train`` begins."""
-        self._comparison.begin()
+    def begin_call(self, *, anew: bool) -> None:
+        """A call of ``train`` begins.
+
+        Args:
+            anew: this rank is at its beginning: it goes on with no call that was interrupted.
+        """
+        self._follow_changes(begins=True)
+        self.updates.begin_call()
+        if anew:
+            self._comparison.begin()
+
+    def end_call(self) -> None:
+        """The call is over."""
+        self.updates.end_call()
+
+    def join(self, at: Mapping[str, Any]) -> None:
+        """Goes to where another process was when it shared its state; ``at``: what `where` gave there."""
+        go_to(at, self.exchange, self._trained, self.updates)
+        self._watch()
+
+    def where(self) -> dict[str, Any]:
+        """Where this process stands, as plain data for one that joins."""
+        return standing(self.exchange, self._trained, self.updates)
 
     def at_boundary(self) -> None:
         """Writes the card of this rank: a replacement would go on from here."""
         inside = internals(self._operator)
+        self._follow_changes()
         self._boundary = self.exchange.number
+        self.exchange.be_at(self._rank, self.updates.place)
+        if inside.steps is not None and inside.steps.compares_here:
+            self._comparison.begin()
         plain = {
             "streams": self._streams.read(),
             "loaders": {name: loader.state_dict() for name, loader in inside.loaders.items()},
@@ -113,22 +152,47 @@ class LoneRank:
         self._buffers.load(tensors, followed=True)
         self._buffers.load(tensors, followed=False)
 
-    def _exchange(self, gradients: list[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
-        number = self.exchange.number + 1
+    def _on_backward_end(self, touched: set[int]) -> None:
+        """Exchanges the gradients of what a backward pass went through, but for models under ``no_sync``."""
+        self._follow_changes()
+        components = internals(self._operator).components
+        models = components.models if components is not None else []
+        kept_back = {
+            unit
+            for unit in touched
+            if 0 <= unit < len(models) and not getattr(models[unit], "require_backward_grad_sync", True)
+        }
+        if kept_back and not any(0 <= unit < len(models) for unit in touched - kept_back):
+            kept_back = touched  # a criterion goes with the models
+        self.updates.kept_back |= kept_back
+        if touched - kept_back:
+            self._exchange(touched - kept_back)
+
+    @torch.no_grad()
+    def _exchange(self, units: set[int]) -> None:
+        parameters = self._trained.parameters
+        given = [one.grad if unit in units else None for one, unit in zip(parameters, self._trained.units, strict=True)]
+        number, tag = self.exchange.number + 1, self.updates.tag(self.exchange.layout)
         progress = internals(self._operator).context.progress
         phase = progress.phase
         with self._operator.timers.record("give"):
-            self.exchange.put(self._rank, number, gradients)
+            self.exchange.put(self._rank, number, given)
         if self._rank == 0 and self._buffers.followed:
             self._cards[-1].write(number, self._buffers.tensors, None)
-        self.exchange.publish(self._rank, number)
+        self.exchange.publish(self._rank, number, tag)
         progress.enter("exchange")
         with self._operator.timers.record("sync"):
-            means = self.exchange.finish(carried=lambda: [self._rank], on_wait=self.on_wait)
+            try:
+                means = self.exchange.finish(
+                    carried=lambda: [self._rank], on_wait=self.on_wait, tag=tag, place=self.updates.place
+                )
+            except UnequalExchangeError as error:
+                raise self.updates.explain(error, self.exchange.layout) from None
         self._comparison.finish(self._cards[:-1], number - 1)
         self.follow_first_rank()
+        take_over(parameters, means)
+        self.updates.exchanged(units)
         progress.enter(phase)
-        return means
 
 
 def rank_state_of(card: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torchtrainer.train.components import Components, internals
 from torchtrainer.train.data import RankLoader
 from torchtrainer.train.metrics import AverageMeterCollection
 from torchtrainer.train.rng import RngState
+from torchtrainer.train.trained import known_parameters
 
 if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
@@ -64,7 +65,7 @@ class Buffers:
         self._followed: list[tuple[dict[str, Any], str]] = []
         self._own: list[tuple[dict[str, Any], str]] = []
         seen: set[int] = set()
-        for raw, follows in zip(components.raw_models, components.follows, strict=True):
+        for raw, follows in components.followers():
             places = self._followed if follows else self._own
             for module in raw.modules():
                 for name, buffer in module._buffers.items():
@@ -113,13 +114,6 @@ class Buffers:
 _NOTHING = Components(raw_models=[], models=[], optimizers=[], criterion=None, schedulers=[])
 
 
-def all_parameters(operator: TrainingOperator) -> list[nn.Parameter]:
-    """Every parameter of the models, once, trained now or not."""
-    components = internals(operator).components
-    found = {id(one): one for model in (components.raw_models if components else []) for one in model.parameters()}
-    return list(found.values())
-
-
 def keeps_extras(operator: TrainingOperator) -> bool:
     """Whether the operator has a state of its own beside models, optimizers and schedulers."""
     from torchtrainer.operator import TrainingOperator as Base
@@ -153,12 +147,7 @@ def unpacked_extras(data: bytes) -> Any:
 
 def trainable_of(operator: TrainingOperator) -> Callable[[], Iterable[nn.Parameter]]:
     """A function that gives the parameters that are trained at the moment."""
-
-    def trainable() -> Iterable[nn.Parameter]:
-        components = internals(operator).components
-        return components.trainable() if components is not None else ()
-
-    return trainable
+    return lambda: (one for one in known_parameters(operator) if one.requires_grad)
 
 
 def bound_reason(operator: TrainingOperator) -> str:

@@ -23,9 +23,11 @@ class Unsharded:
 
     Attributes:
         in_step: a forward pass exchanges something, so that every rank has to run as many as the others.
+        divides_state: each rank has a share of the optimizers' states.
     """
 
     in_step = False
+    divides_state = False
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """All of a parameter, of its gradient or of its optimizer state, of which this rank may have a part."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from torchtrainer.errors import InvalidArgumentError, OperatorUseError
 from torchtrainer.train.components import Components, internals
 from torchtrainer.train.sharding import Unsharded
+from torchtrainer.train.trained import loose_parameters
 
 if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
@@ -57,6 +58,10 @@ def live_state(operator: TrainingOperator, passes_started: int) -> dict[str, Any
         "models": [sharding.model_state(model) for model in components.raw_models] if components else [],
         "optimizers": [sharding.optimizer_state(one) for one in components.optimizers] if components else [],
     }
+    if components and len(components.modules) > len(components.raw_models):
+        state["criterion"] = components.criterion.state_dict()
+    if loose := loose_parameters(operator):
+        state["parameters"] = loose
     if components and components.schedulers:
         state["schedulers"] = [scheduler.state_dict() for scheduler in components.schedulers]
     if internals(operator).amp.scaler.is_enabled():
@@ -84,6 +89,9 @@ def restore(operator: TrainingOperator, state: Mapping[str, Any]) -> None:
                 f"the state does not fit model {index} of {len(components.raw_models)}, {type(model).__name__}: "
                 f"{difference}. Build the model that the state was saved from. torch says: {error}"
             ) from error
+    if state.get("criterion") and len(components.modules) > len(components.raw_models):
+        components.criterion.load_state_dict(state["criterion"])
+    _load_loose(operator, state.get("parameters", ()))
     for optimizer, values in zip(components.optimizers, state["optimizers"], strict=True):
         mine = components.sharding.optimizer_share(optimizer, detached(values))  # torch keeps the tensors it is given
         optimizer.load_state_dict(mine)
@@ -93,6 +101,19 @@ def restore(operator: TrainingOperator, state: Mapping[str, Any]) -> None:
         internals(operator).amp.scaler.load_state_dict(state["amp_native"])
     operator.global_step = int(state.get("global_step", 0))
     operator.load_state_dict(detached(state.get("operator")))
+
+
+@torch.no_grad()
+def _load_loose(operator: TrainingOperator, values: Sequence[torch.Tensor]) -> None:
+    """Loads the parameters that only the optimizers know; a state without any leaves them as they are."""
+    loose = loose_parameters(operator)
+    if values and [one.shape for one in values] != [one.shape for one in loose]:
+        raise OperatorUseError(
+            f"the state has {len(values)} parameters that belong to the optimizers alone, with the shapes "
+            f"{[tuple(one.shape) for one in values]}; here they are {[tuple(one.shape) for one in loose]}"
+        )
+    for parameter, value in zip(loose, values, strict=False):
+        parameter.copy_(value)
 
 
 def first_difference(here: Mapping[str, Any], given: Mapping[str, Any]) -> str:

@@ -216,7 +216,8 @@ class GradientShare:
 
     The gradient of a rank with n of B samples is multiplied by n * W / B before it is averaged over the W ranks; by zeros
     for a rank that lent itself a batch. Steps with equal shares are left alone and cost nothing. This is right for every
-    loss that is a mean over the batch, and for every exchange that averages: DDP, or the user's own.
+    loss that is a mean over the batch, and for every exchange that averages: DDP, or the user's own. What is weighed is what
+    ``backward()`` adds to ``grad``: ``torch.autograd.grad`` gives the gradients of the rank's own loss in every step.
 
     Args:
         parameters: gives the trainable parameters, when they are needed.
@@ -227,6 +228,7 @@ class GradientShare:
         self._parameters = parameters
         self._world_size = world_size
         self._hooks: list[Any] = []
+        self._nodes: list[Any] = []
 
     def apply(self, size: int, global_size: int) -> None:
         """Weighs the gradients of the coming step.
@@ -240,16 +242,21 @@ class GradientShare:
         scale = size * self._world_size / global_size
         # not g * 0: an infinite gradient of a lent batch would become NaN
         weigh = (lambda gradient: gradient * scale) if size else torch.zeros_like
-        self._hooks = [
-            parameter.register_hook(weigh)  # type: ignore[no-untyped-call]  # torch has no types here
-            for parameter in self._parameters()
-        ]
+
+        def weighed(gradients: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+            return tuple(None if one is None else weigh(one) for one in gradients)
+
+        # On the node that adds to grad, not on the parameter, whose hooks torch.autograd.grad runs too. The nodes are kept:
+        # torch makes new ones, without hooks, where nobody has them.
+        self._nodes = [torch.autograd.graph.get_gradient_edge(one).node for one in self._parameters()]
+        self._hooks = [node.register_prehook(weighed) for node in self._nodes]
 
     def remove(self) -> None:
         """Leaves the gradients alone again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._nodes.clear()
 
 
 class GradientClock:

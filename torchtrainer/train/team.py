@@ -10,12 +10,12 @@ Everything here runs in the thread that trains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchtrainer.comm.exchange import GradientExchange
+from torchtrainer.comm.exchange import GradientExchange, UnequalExchangeError
 from torchtrainer.train.cards import CardFile, packed, unpacked
 from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankBatch
@@ -33,7 +33,6 @@ from torchtrainer.train.rng import (
 from torchtrainer.train.seats import (
     Buffers,
     Seat,
-    all_parameters,
     keeps_extras,
     nothing,
     packed_extras,
@@ -41,6 +40,8 @@ from torchtrainer.train.seats import (
     unpacked_extras,
 )
 from torchtrainer.train.step import GradientShare, forward_backward, update
+from torchtrainer.train.trained import TrainedParameters
+from torchtrainer.train.updates import Updates, go_to, standing
 
 if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
@@ -53,11 +54,13 @@ class Team:
         operator: of this process; built for the lowest of its ranks.
         exchange: with the other processes.
         cards: of every rank, by rank.
+        trained: the parameters that ``exchange`` was laid out for.
         ranks: that this process carries at first; none: it is a spare.
 
     Attributes:
         seats: by rank.
         exchange: with the other processes.
+        updates: of the optimizers.
         on_wait: called while others are waited for.
         training: a ``train`` call is running.
         call: number of the call that is running, or was the latest; alike in all processes.
@@ -69,16 +72,20 @@ class Team:
         *,
         exchange: GradientExchange,
         cards: list[CardFile],
+        trained: TrainedParameters,
         ranks: Collection[int],
     ) -> None:
         self.exchange = exchange
+        self.updates = Updates(operator, trained)
         self.on_wait: Callable[[], None] = nothing
         self.training = False
         self.call = 0
         self._comparison = Comparison(operator)
         self._operator = operator
         self._cards = cards
-        self._parameters = all_parameters(operator)
+        self._trained = trained
+        self._tag = 0
+        self._strays: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._buffers = Buffers(operator)
         self._has_extras = keeps_extras(operator)
         self._streams = StreamReader()
@@ -253,12 +260,39 @@ class Team:
     def at_boundary(self) -> None:
         """At every step boundary: nothing, as the cards were written with the gradients."""
 
-    def begin_call(self) -> None:
-        """Every seat begins a call of ``train``."""
+    def begin_call(self, *, anew: bool) -> None:
+        """A call of ``train`` begins.
+
+        Args:
+            anew: every seat is at its beginning: it goes on with no call that was interrupted.
+        """
+        self._follow_changes(begins=True)
+        self.updates.begin_call()
+        if not anew:
+            return
         for seat in self.seats.values():
             seat.samples, seat.meters = 0, AverageMeterCollection()
         self._comparison.begin()
         self.refresh()
+
+    def end_call(self) -> None:
+        """The call is over."""
+        self.training = False
+        self.updates.end_call()
+
+    def where(self) -> dict[str, Any]:
+        """Where this process stands, as plain data for one that joins."""
+        return standing(self.exchange, self._trained, self.updates)
+
+    def join(self, at: Mapping[str, Any]) -> None:
+        """Goes to where another process was when it shared its state; ``at``: what `where` gave there."""
+        go_to(at, self.exchange, self._trained, self.updates)
+
+    def _follow_changes(self, *, begins: bool = False) -> None:
+        """Exchanges the gradients of other parameters, if others are trained than before."""
+        if self._trained.changed(begins=begins):
+            self.exchange.lay_out(self._trained.parameters, self._trained.by_rows)
+            self.updates.watch()
 
     def deal(self) -> RankBatch | None:
         """The batches of all seats for the next step, as one; None after the last step of a pass."""
@@ -273,7 +307,12 @@ class Team:
 
     def step(self) -> None:
         """One optimizer step of all ranks."""
-        number = self.exchange.number + 1
+        self._follow_changes()
+        number, steps = self.exchange.number + 1, internals(self._operator).steps
+        if steps is not None and steps.compares_here:
+            self._comparison.begin()
+        self._tag = self.updates.tag(self.exchange.layout)
+        self._strays = [(one, one.grad) for one in self._trained.strays]
         for rank in self.ranks:
             if self.exchange.given(rank) < number:
                 self._give(self.seats[rank], number)
@@ -282,11 +321,15 @@ class Team:
         progress = internals(self._operator).context.progress
         progress.enter("exchange")
         with self._operator.timers.record("sync"):
-            means = self.exchange.finish(carried=lambda: self.ranks, on_wait=self.on_wait)
-        self._comparison.finish(self._cards[: self.world_size], number - 1)
+            try:
+                means = self.exchange.finish(carried=lambda: self.ranks, on_wait=self.on_wait, tag=self._tag)
+            except UnequalExchangeError as error:
+                raise self.updates.explain(error, self.exchange.layout) from None
+        self._comparison.finish(self._cards[: self.world_size], number)
         progress.enter("step")
-        for parameter, mean in zip(self._parameters, means, strict=True):
+        for parameter, mean in zip(self._trained.parameters, means, strict=True):
             parameter.grad = mean
+        self.updates.exchanged(self._trained.unit_set)
         self.follow_first_rank()
         update(self._operator)
 
@@ -309,6 +352,8 @@ class Team:
         self.turn_to(seat)
         part = self.parts[seat.rank]
         self._buffers.load_for(seat.rank, self._cards, number - 1, alone=len(self.seats) == 1)
+        for parameter, gradient in self._strays:
+            parameter.grad = None if gradient is None else gradient.clone()
         self._share.apply(part.size, part.global_size)
         try:
             stats = forward_backward(self._operator, part.data)
@@ -322,9 +367,9 @@ class Team:
             seat.meters.skip()
         seat.samples += part.size
         with self._operator.timers.record("give"):
-            self.exchange.put(seat.rank, number, [parameter.grad for parameter in self._parameters])
+            self.exchange.put(seat.rank, number, [parameter.grad for parameter in self._trained.parameters])
         self.write_card(seat, number)
-        self.exchange.publish(seat.rank, number)
+        self.exchange.publish(seat.rank, number, self._tag)
 
 
 def train_epoch(team: Team, operator: TrainingOperator, steps: StepIterator) -> None:

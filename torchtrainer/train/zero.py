@@ -27,6 +27,8 @@ class ShardedOptimizers(Unsharded):
         InvalidArgumentError: an optimizer cannot be divided.
     """
 
+    divides_state = True
+
     def __init__(self, optimizers: list[Any], collective: GroupCollective) -> None:
         for optimizer in optimizers:
             check_divisible(optimizer, "zero1")

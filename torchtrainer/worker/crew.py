@@ -191,7 +191,7 @@ class Crew:
         error = self._carrier.why_not_shared(order.ranks) if isinstance(self._carrier, LoneRank) else ""
         inside = internals(self._operator)
         at = {
-            "exchange": self._carrier.exchange.number,
+            **self._carrier.where(),
             "steps": inside.steps.state_dict() if inside.steps is not None else None,
             "snapshots": self._saver.number if self._saver is not None else 0,
         }
@@ -214,15 +214,15 @@ class Crew:
 
 
 class CrewGate:
-    """A gate at which a worker also looks for orders, and holds if it is told to.
+    """A gate at which a process has its ranks note how far they are; a worker also looks for orders, and holds if it is told to.
 
     Args:
-        gate: of the link.
-        crew: of this worker.
+        gate: that is asked whether to go on.
+        crew: of this worker; None: nobody orders this process about.
         before: called at every boundary first.
     """
 
-    def __init__(self, gate: Any, crew: Crew, before: Callable[[], None]) -> None:
+    def __init__(self, gate: Any, crew: Crew | None, before: Callable[[], None]) -> None:
         self._gate = gate
         self._crew = crew
         self._before = before
@@ -235,6 +235,8 @@ class CrewGate:
     def stop_requested(self, boundary: int) -> bool:
         """See `torchtrainer.train.progress.StepGate`."""
         self._before()
+        if self._crew is None:
+            return bool(self._gate.stop_requested(boundary))
         self._crew.at_boundary()
         stop: bool = self._gate.stop_requested(boundary)
         if self._gate.hold_wanted:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchtrainer.config import DIGESTS
 from torchtrainer.observe.digest_log import (
-    DIGESTS,
     HELD,
     ORDERS,
     Details,

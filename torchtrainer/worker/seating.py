@@ -23,9 +23,10 @@ from torchtrainer.train.components import internals
 from torchtrainer.train.equality import make_equal
 from torchtrainer.train.lone import LoneRank
 from torchtrainer.train.progress import Progress
-from torchtrainer.train.seats import Buffers, all_parameters, bound_reason
+from torchtrainer.train.seats import Buffers, bound_reason
 from torchtrainer.train.sharding import unknown_kinds
 from torchtrainer.train.team import Team
+from torchtrainer.train.trained import TrainedParameters
 from torchtrainer.worker.crew import Crew, CrewGate
 from torchtrainer.worker.runtime import RankRuntime, build_rank
 from torchtrainer.worker.team_runtime import LoneRuntime, TeamRuntime
@@ -299,6 +300,7 @@ def build_launched(
     make_equal(operator, alone=False)
     carrier = _carrier(operator, paths, [rank], world_size, spec.settings.timeout_s, world_size)
     carrier.on_wait = on_wait
+    keeping["gate"] = CrewGate(keeping["gate"], None, carrier.at_boundary)
     return _runtime_of(operator, carrier, **keeping)
 
 
@@ -321,16 +323,18 @@ def _carrier(
     shared_by: int,
 ) -> Team | LoneRank:
     """What carries the ranks of this process; ``paths``: None if they are all ranks."""
+    trained = TrainedParameters(operator)
     exchange = GradientExchange(
         None if paths is None else paths.gradients,
         world_size=world_size,
-        parameters=all_parameters(operator),
+        parameters=trained.parameters,
         timeout_s=timeout_s,
         processes=shared_by,
+        by_rows=trained.by_rows,
     )
     tensors = Buffers(operator).tensors
     card_paths = [None] * world_size if paths is None else paths.cards
     cards = [CardFile(path, rank=rank, tensors=tensors) for rank, path in enumerate(card_paths)]
     if bound_reason(operator):
-        return LoneRank(operator, exchange=exchange, cards=cards)
-    return Team(operator, exchange=exchange, cards=cards, ranks=ranks)
+        return LoneRank(operator, exchange=exchange, cards=cards, trained=trained)
+    return Team(operator, exchange=exchange, cards=cards, trained=trained, ranks=ranks)

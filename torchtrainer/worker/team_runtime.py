@@ -69,8 +69,7 @@ class TeamRuntime(RankRuntime):
         team, loader = self.team, self._loader("train")
         passes = loader.passes_started - loader.in_pass if loader is not None else 0
         self._keeper.mark, self._keeper.epoch_idx = mark or {}, self._keeper.epoch_idx_of_resumed(passes)
-        if not self._keeper.resuming:
-            team.begin_call()
+        team.begin_call(anew=not self._keeper.resuming)
         team.training = True
         try:
             if trace is not None:
@@ -81,7 +80,7 @@ class TeamRuntime(RankRuntime):
                 with self.operator.timers.record("train_epoch"):
                     train_epoch(team, self.operator, steps)
         finally:
-            team.training = False
+            team.end_call()
         self._late = lambda rank: self._train_result(rank, steps)
         return ByRank({rank: self._train_result(rank, steps) for rank in team.ranks})  # type: ignore[return-value]
 
@@ -142,7 +141,7 @@ class TeamRuntime(RankRuntime):
         """
         team, shared = self.team, assemble([path], number)["shared"]
         restore(self.operator, shared)
-        team.exchange.number = at["exchange"]
+        team.join(at)
         team.assign(ranks)
         team.take_buffers()
         self._progress.reach(self.operator.global_step, shared["epoch"])
@@ -186,12 +185,12 @@ class LoneRuntime(RankRuntime):
 
     def train(self, **keywords: Any) -> PassResult:
         """See `RankRuntime.train`."""
-        if not self._keeper.resuming:
-            self.lone.begin_call()
+        self.lone.begin_call(anew=not self._keeper.resuming)
         return super().train(**keywords)
 
     def settle(self, method: str, value: Any) -> None:
         """To be called after every call: the card follows what it changed."""
+        self.lone.end_call()
         self.lone.at_boundary()
 
     def join(self, path: str, number: int, ranks: list[int], at: Mapping[str, Any]) -> None:
@@ -199,7 +198,7 @@ class LoneRuntime(RankRuntime):
         if ranks != [internals(self.operator).context.collective.rank]:
             raise OperatorUseError(f"this process was built for another rank than {ranks}")
         shared = assemble([path], number)["shared"]
-        self.lone.exchange.number = at["exchange"]
+        self.lone.join(at)
         buffers, card = self.lone.card()
         mine = rank_state_of(card)
         for name, position in mine["loaders"].items():

@@ -1,0 +1,113 @@
+"""What every rank says of itself at the beginning of the memory through which gradients are exchanged."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+from torchtrainer.comm.counters import LINE_BYTES, Counters
+from torchtrainer.errors import EngineError
+
+_WORD_BYTES = 8
+_TAG_BUFFERS = 2
+_STEP_BITS, _UPDATES_BITS = 24, 16
+PAGE_BYTES = 4096
+"""What follows the board begins at a multiple of it, so that the memory of each layout can be given back by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangeTag:
+    """What has to be alike on all ranks when they exchange gradients.
+
+    Attributes:
+        step: optimizer steps that the rank had completed.
+        updates: updates that its optimizers had made.
+        layout: a checksum of the parameters whose gradients it exchanges.
+    """
+
+    step: int
+    updates: int
+    layout: int
+
+    @property
+    def packed(self) -> int:
+        """The tag in 64 bits; of counts the lowest bits, which tell ranks apart that are a few steps apart."""
+        counts = self.step % (1 << _STEP_BITS) | self.updates % (1 << _UPDATES_BITS) << _STEP_BITS
+        return counts | self.layout % (1 << _STEP_BITS) << (_STEP_BITS + _UPDATES_BITS)
+
+
+class UnequalExchangeError(EngineError):
+    """The ranks do not exchange gradients alike: another step, other parameters, or a rank that does not take part at all.
+
+    Attributes:
+        rank: the one that differs.
+        tag: its tag; None: it went on without this exchange.
+    """
+
+    def __init__(self, rank: int, tag: int | None) -> None:
+        super().__init__(f"rank {rank} does not exchange gradients as this rank does")
+        self.rank = rank
+        self.tag = tag
+
+
+class Board:
+    """Counters, tags and places of all ranks.
+
+    Args:
+        memory: whose first `size_bytes` it takes.
+        world_size: number of ranks.
+        shared: other processes map this memory too.
+
+    Attributes:
+        given: per rank, the number of the exchange for which its gradients are in its slot.
+        reduced: per rank, the number of the exchange for which its share of the result is made.
+        places: per rank, a number that grows with every step and call, and tells ranks in other steps apart.
+    """
+
+    def __init__(self, memory: mmap.mmap, *, world_size: int, shared: bool) -> None:
+        self.world_size = world_size
+        lines = LINE_BYTES * world_size
+        self.given = Counters(memory, 0, world_size=world_size, shared=shared)
+        self.reduced = Counters(memory, lines, world_size=world_size, shared=shared)
+        self.places = memoryview(memory)[2 * lines : 3 * lines].cast("Q")[:: LINE_BYTES // _WORD_BYTES]
+        tags, each = memoryview(memory)[3 * lines :], _WORD_BYTES * world_size
+        self._tags = [tags[buffer * each : (buffer + 1) * each].cast("Q") for buffer in range(_TAG_BUFFERS)]
+
+    @staticmethod
+    def size_bytes(world_size: int) -> int:
+        """What a board takes of the memory."""
+        used = (3 * LINE_BYTES + _TAG_BUFFERS * _WORD_BYTES) * world_size
+        return -(-used // PAGE_BYTES) * PAGE_BYTES
+
+    def tag(self, rank: int, number: int, tag: int) -> None:
+        """Writes a rank's tag for an exchange, before the rank publishes it."""
+        self._tags[number % _TAG_BUFFERS][rank] = tag
+
+    def check_tags(self, number: int, mine: int) -> None:
+        """Compares the tags of all ranks, which have given their gradients.
+
+        Raises:
+            UnequalExchangeError: one of them has another tag than this process.
+        """
+        tags = self._tags[number % _TAG_BUFFERS].tolist()
+        if tags.count(mine) != self.world_size:
+            rank = next(rank for rank, tag in enumerate(tags) if tag != mine)
+            raise UnequalExchangeError(rank, tags[rank])
+
+    def check_places(self, ranks: list[int], mine: int) -> None:
+        """Whether one of the ranks that are waited for has completed the step in which this process waits.
+
+        Raises:
+            UnequalExchangeError: it has, so that it will not come any more.
+        """
+        for rank in ranks:
+            if self.places[rank] > mine:
+                raise UnequalExchangeError(rank, None)
+
+    def close(self) -> None:
+        """Lets go of the memory."""
+        self.given.close()
+        self.reduced.close()
+        self.places.release()
+        for tags in self._tags:
+            tags.release()

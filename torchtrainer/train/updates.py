@@ -1,0 +1,186 @@
+"""Sees to it that every update of an optimizer follows an exchange of gradients in which all ranks took part alike.
+
+Ranks whose updates differ train different models, and nothing else tells: losses look well, and checkpoints hold one of them.
+So exchanges and updates are counted, and the counts go along with every exchange. In the thread that trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torchtrainer.comm.exchange import ExchangeTag, GradientExchange, UnequalExchangeError
+from torchtrainer.errors import OperatorUseError
+from torchtrainer.train.components import internals, optimizers_of
+from torchtrainer.train.trained import TrainedParameters
+
+if TYPE_CHECKING:
+    from torchtrainer.operator import TrainingOperator
+
+_ADVICE = (
+    "Every rank has to call backward() equally often in a step, and step its optimizers equally often: let a rank that has nothing "
+    "to learn from its batch call backward() on loss * 0, or decide by a value that is alike on all ranks"
+)
+
+
+class Updates:
+    """Counts the updates of the optimizers of a process, and refuses one by gradients that were not exchanged.
+
+    Args:
+        operator: of this process.
+        trained: its parameters.
+
+    Attributes:
+        count: updates so far; alike on all ranks.
+        kept_back: units whose latest gradients were computed under ``no_sync``.
+        on_update: called before an update, when it is about to be counted.
+        call: number of the ``train`` call that is running, or was the latest.
+    """
+
+    def __init__(self, operator: TrainingOperator, trained: TrainedParameters) -> None:
+        self.count = 0
+        self.call = 0
+        self.kept_back: set[int] = set()
+        self.on_update: Callable[[], None] = lambda: None
+        self._operator = operator
+        self._trained = trained
+        self._training = False
+        self._exchanges = 0
+        self._depth = 0  # more than 1: an optimizer's step calls that of its base class, or of another optimizer
+        self._latest: dict[int, int] = {}
+        self._used: dict[Any, int] = {}
+        self._units: dict[Any, set[int]] = {}
+        self.watch()
+
+    def watch(self) -> None:
+        """Watches every optimizer that there is now."""
+        unit_of = {id(one): unit for one, unit in zip(self._trained.parameters, self._trained.units, strict=True)}
+        for optimizer in optimizers_of(self._operator):
+            if optimizer not in self._used and hasattr(optimizer, "register_step_pre_hook"):
+                optimizer.register_step_pre_hook(self._before_update)
+                optimizer.register_step_post_hook(self._after_update)
+                self._used[optimizer] = -1
+            parameters = [one for group in optimizer.param_groups for one in group["params"]]
+            self._units[optimizer] = {unit_of[id(one)] for one in parameters if id(one) in unit_of}
+
+    def begin_call(self) -> None:
+        """A call of ``train`` begins: from now on updates are counted."""
+        self._training = True
+        self.call += 1
+
+    def end_call(self) -> None:
+        """The call is over: what the user's functions do between calls is compared when the next one begins."""
+        self._training = False
+
+    @property
+    def place(self) -> int:
+        """Grows with every step and call, alike on all ranks."""
+        return (2 * self.call + (not self._training)) << 40 | self._operator.global_step
+
+    def tag(self, layout: int) -> int:
+        """What has to be alike on all ranks in an exchange."""
+        return ExchangeTag(step=self._operator.global_step, updates=self.count, layout=layout).packed
+
+    def exchanged(self, units: Collection[int]) -> None:
+        """The gradients of these units are those of all ranks."""
+        self._exchanges += 1
+        self._depth = 0  # an update that an error broke off has no end
+        self._latest.update(dict.fromkeys(units, self._exchanges))
+        self.kept_back.difference_update(units)
+
+    def explain(self, error: UnequalExchangeError, layout: int) -> OperatorUseError:
+        """What to tell the user of a rank that did not take part in an exchange as this one does."""
+        step, rank = self._operator.global_step, internals(self._operator).context.collective.rank
+        names = self._trained.names(list(range(len(self._trained.parameters))))
+        of_what = _few(names)
+        mine = self.tag(layout)
+        if error.tag is None:
+            what = (
+                f"rank {error.rank} went on without exchanging its gradients of {of_what} in step {step}, in which rank {rank} "
+                "waits for them"
+            )
+        elif (error.tag ^ mine) >> 40:
+            what = (
+                f"in step {step} rank {rank} trains other parameters than rank {error.rank}. Here they are {of_what}. Freeze, "
+                "unfreeze and add parameters on all ranks alike, between the same two steps"
+            )
+            return OperatorUseError(what)
+        elif (error.tag ^ mine) & 0xFFFFFF:
+            theirs = step + ((error.tag - mine + (1 << 23)) % (1 << 24)) - (1 << 23)
+            ahead, behind = (error.rank, rank) if theirs > step else (rank, error.rank)
+            what = (
+                f"rank {ahead} did not exchange its gradients of {of_what} in step {min(step, theirs)}, in which rank {behind} "
+                f"did, and is in step {max(step, theirs)}"
+            )
+        else:
+            what = (
+                f"by step {step} the optimizers of rank {error.rank} have made more or fewer updates of {of_what} than those of "
+                f"rank {rank}"
+            )
+        return OperatorUseError(f"the ranks have parted: {what}. {_ADVICE}")
+
+    def _before_update(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._depth += 1
+        if not self._training or self._depth > 1:
+            return
+        self.on_update()
+        units = self._units[optimizer]
+        latest = max([self._latest.get(unit, -1) for unit in units], default=-1)
+        if latest <= self._used[optimizer] or not self.kept_back.isdisjoint(units):
+            self._refuse(optimizer)
+        self._used[optimizer] = self._exchanges
+        self.count += 1
+
+    def _after_update(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._depth = max(0, self._depth - 1)
+
+    def _refuse(self, optimizer: Any) -> None:
+        """Raises an error unless there is nothing that the update could use."""
+        names = dict(zip(map(id, self._trained.parameters), range(len(self._trained.parameters)), strict=True))
+        given = [one for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
+        if not given:
+            return
+        of_what = _few(self._trained.names([names[id(one)] for one in given if id(one) in names]))
+        where = f"step {self._operator.global_step} of rank {internals(self._operator).context.collective.rank}"
+        if self.kept_back & self._units[optimizer]:
+            why = "they were computed under no_sync(). Leave no_sync() for the last backward() before the update"
+        else:
+            why = (
+                "there was no backward() since its latest update. Call backward() before each step(), and let it fill .grad; to "
+                "average gradients in your own way, pass wrap_ddp=False"
+            )
+        raise OperatorUseError(
+            f"in {where}, {type(optimizer).__name__} would update {of_what} by gradients that the ranks have not exchanged: {why}"
+        )
+
+
+def standing(exchange: GradientExchange, trained: TrainedParameters, updates: Updates) -> dict[str, Any]:
+    """How far a process is with its exchanges, as plain data for one that joins."""
+    return {
+        "exchange": exchange.number,
+        "region": exchange.region,
+        "trained": trained.state(),
+        "updates": updates.count,
+        "train_call": updates.call,
+    }
+
+
+def go_to(at: Mapping[str, Any], exchange: GradientExchange, trained: TrainedParameters, updates: Updates) -> None:
+    """Brings a process that joins to where another one was, as `standing` has it.
+
+    Args:
+        at: with ``steps``, which is None where no pass is running: else the call that is running is begun again here.
+        exchange, trained, updates: of this process.
+    """
+    trained.load(at["trained"])
+    updates.watch()
+    updates.count, updates.call = at["updates"], at["train_call"] - (at["steps"] is not None)
+    exchange.number = at["exchange"]
+    exchange.lay_out(trained.parameters, trained.by_rows, at["region"])
+
+
+def _few(names: Sequence[str]) -> str:
+    """Some names for a message."""
+    if not names:
+        return "no parameters"
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
