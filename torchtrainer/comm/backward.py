@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -15,15 +15,15 @@ class BackwardEnd:
     model. ``torch.autograd.grad`` adds to no gradient, and is not noticed.
 
     Args:
-        on_end: gets the numbers of the parameters' units; runs in the thread that differentiates, and what it raises is raised
+        on_end: gets the units of the parameters, each with how many of them got a gradient; runs in the thread that differentiates, and what it raises is raised
             by ``backward()``.
         on_begin: called when the first gradient of a pass is there.
     """
 
-    def __init__(self, on_end: Callable[[set[int]], None], on_begin: Callable[[], None] | None = None) -> None:
+    def __init__(self, on_end: Callable[[Mapping[int, int]], None], on_begin: Callable[[], None] | None = None) -> None:
         self._on_end = on_end
         self._on_begin = on_begin
-        self._touched: set[int] = set()
+        self._touched: dict[int, int] = {}
         self._pass = -1
         self._hooks: dict[torch.Tensor, torch.utils.hooks.RemovableHandle] = {}
 
@@ -41,7 +41,7 @@ class BackwardEnd:
                 )
 
     def _note(self, unit: int, parameter: torch.Tensor) -> None:
-        self._touched.add(unit)
+        self._touched[unit] = self._touched.get(unit, 0) + 1
         task = torch._C._current_graph_task_id()  # noqa: SLF001  # a name of the pass: there is no public one
         if task != self._pass:  # not a flag: a pass that an error ends has no end
             self._pass = task
@@ -50,7 +50,7 @@ class BackwardEnd:
             torch.autograd.Variable._execution_engine.queue_callback(self._end)  # noqa: SLF001  # as DDP does it
 
     def _end(self) -> None:
-        touched, self._touched = self._touched, set()
+        touched, self._touched = self._touched, {}
         if touched:  # else a pass within this one, of a checkpointed block, has dealt with all
             self._on_end(touched)
 

@@ -43,13 +43,13 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def is_wrapped(model: nn.Module) -> bool:
-    """Whether there is a ``DistributedDataParallel`` around the user's module, on either side of ``torch.compile``."""
+def ddp_of(model: nn.Module) -> DistributedDataParallel | None:
+    """The ``DistributedDataParallel`` around the user's module, on either side of ``torch.compile``; None if there is none."""
     while not isinstance(model, DistributedDataParallel):
         if not isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            return False
+            return None
         model = compiled
-    return True
+    return model
 
 
 class Replica(DistributedDataParallel):

@@ -10,7 +10,7 @@ Long because it is the contract of the processes: most of it says what each mess
                host --> worker        SnapshotAnswer, SnapshotDone
     driver --> host                   StartGroup, StartWorker, KillWorker, KillGroup, SignalWorkers, DumpStacks, Quit
     worker --> host                   SnapshotWanted, SnapshotTaken
-    worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Held, Shared, Carried, Beat, Heard
+    worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Held, Shared, Carried, Bound, Beat, Heard
     host   --> driver                 EngineReady, EngineFailed, GroupFailed, WorkerStarted, WorkerExited, GroupGone,
                                       Output, Stacks, CheckpointEnded
 """
@@ -335,6 +335,17 @@ class Carried(FromWorker):
     call: int
     step: int
     redone: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound(FromWorker):
+    """This worker was seen to exchange data with the others in ways of its own: from now on none of them can be replaced.
+
+    Attributes:
+        bound: why, as under ``bound`` in `WorkerReady`.
+    """
+
+    bound: str
 
 
 @dataclass(frozen=True, kw_only=True)

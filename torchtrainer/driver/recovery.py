@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torchtrainer.control.messages import Carried, Carry
+from torchtrainer.control.messages import Bound, Carried, Carry
 from torchtrainer.driver.causes import CrashLoop, StartTimedOut, UserCodeFailed, WorkerDied, WorkerLost
 from torchtrainer.driver.ending import kill
 from torchtrainer.driver.events import Action, Joined, Recovered, ReplacingStopped, Send
@@ -153,6 +153,16 @@ def on_carried(machine: Machine, event: Carried, now: float) -> Result:
         joined = (Joined(worker=event.worker, ranks=view.ranks),)
     machine, recovered = done(machine, event.ranks, now, event.redone)
     return machine, (*joined, *recovered)
+
+
+def on_bound(machine: Machine, event: Bound, now: float) -> Result:
+    """Sent when a worker was seen to use collectives of the user's: whoever is lost from now on takes the group along."""
+    if machine.view(event.worker) is None:
+        return machine, ()
+    machine = replace(machine, facts={**machine.facts, "bound": event.bound, "recovers": False})
+    if not machine.at_work or not machine.losses:
+        return machine, ()
+    return kill(machine, machine.losses[0].cause, now, retry=True, why=event.bound)
 
 
 def done(machine: Machine, ranks: list[int], now: float, redone: int = 0) -> Result:

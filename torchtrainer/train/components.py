@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchtrainer.comm.exchange import why_no_room
 from torchtrainer.comm.group import GroupCollective
 from torchtrainer.comm.hooks import compress
-from torchtrainer.comm.wrapping import is_wrapped, unwrap, wrap
+from torchtrainer.comm.wrapping import ddp_of, unwrap, wrap
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError
 from torchtrainer.train.compiling import compile_model
 from torchtrainer.train.formats import lay_out
@@ -204,7 +204,7 @@ def place(
             "'manual' (stepped by update_scheduler or by your own code)"
         )
     laid_out = [
-        _placed(model, context, compiled=one is not model and not is_wrapped(one))
+        _placed(model, context, compiled=one is not model and ddp_of(one) is None)
         for model, one in zip(raw, given, strict=True)
     ]
     if isinstance(criterion, nn.Module):
@@ -241,7 +241,7 @@ def _placed(model: nn.Module, context: OperatorContext, *, compiled: bool) -> bo
 def _wrapped(plain: Components, ddp_args: dict[str, Any], context: OperatorContext) -> Components:
     """The same with its models wrapped, but for those that the user has wrapped."""
     wanted = context.collective.world_size > 1 and context.settings.wrap_ddp
-    ours = [wanted and not is_wrapped(given) for given in plain.models]
+    ours = [wanted and ddp_of(given) is None for given in plain.models]
     if wanted and context.settings.strategy == "fsdp":
         return _fully_sharded(plain, ddp_args, context, ours)
     no_room = _no_room(plain, context)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from torchtrainer.comm.flat import give
 from torchtrainer.config import DIGESTS
@@ -40,7 +41,7 @@ def held(operator: TrainingOperator, *, parameters: bool = True) -> Iterator[tup
         A name (of a parameter its number, as text) and a tensor, or a list of numbers.
     """
     components = internals(operator).components
-    known = list(known_parameters(operator)) if parameters else []
+    known = _whole_parameters(operator) if parameters else []
     optimizers = optimizers_of(operator)
     divided = components is not None and components.sharding.divides_state
     for number, one in enumerate(known):
@@ -58,6 +59,16 @@ def held(operator: TrainingOperator, *, parameters: bool = True) -> Iterator[tup
                 for name, value in values.items() if isinstance(values, dict) else ():
                     if isinstance(value, torch.Tensor) and value.dim():
                         yield f"{name} of parameter {number} of group {at} of optimizer {place}", value
+
+
+def _whole_parameters(operator: TrainingOperator) -> list[nn.Parameter]:
+    """The known parameters but for those of FSDP, which have no memory between two steps."""
+    components = internals(operator).components
+    known = list(known_parameters(operator))
+    if components is None or not components.sharding.in_step:
+        return known
+    divided = {id(one) for model in components.raw_models for one in components.sharding.gradient_leaves(model)}
+    return [one for one in known if id(one) not in divided]
 
 
 @torch.no_grad()
@@ -182,7 +193,7 @@ def _difference(operator: TrainingOperator, mine: list[int], theirs: list[int], 
     what = [name for name, _ in held(operator)]
     name = what[place] if place is not None and place < len(what) else "the number of parameters"
     if name.isdecimal():
-        name = parameter_names(operator)[id(list(known_parameters(operator))[int(name)])]
+        name = parameter_names(operator)[id(_whole_parameters(operator)[int(name)])]
     return (
         f"the ranks have different models: {name} of rank {found.context.collective.rank} is not that of rank {rank}, seen in step "
         f"{operator.global_step}. All ranks train one model, so change it on all of them alike (in apply_all_operators, for "

@@ -152,21 +152,17 @@ class LoneRank:
         self._buffers.load(tensors, followed=True)
         self._buffers.load(tensors, followed=False)
 
-    def _on_backward_end(self, touched: set[int]) -> None:
+    def _on_backward_end(self, touched: Mapping[int, int]) -> None:
         """Exchanges the gradients of what a backward pass went through, but for models under ``no_sync``."""
         self._follow_changes()
         components = internals(self._operator).components
-        models = components.models if components is not None else []
-        kept_back = {
-            unit
-            for unit in touched
-            if 0 <= unit < len(models) and not getattr(models[unit], "require_backward_grad_sync", True)
-        }
-        if kept_back and not any(0 <= unit < len(models) for unit in touched - kept_back):
-            kept_back = touched  # a criterion goes with the models
+        models = dict(enumerate(components.models)) if components is not None else {}
+        kept_back = {unit for unit in touched if not getattr(models.get(unit), "require_backward_grad_sync", True)}
+        if kept_back and not models.keys() & touched.keys() - kept_back:
+            kept_back = set(touched)  # a criterion goes with the models
         self.updates.kept_back |= kept_back
-        if touched - kept_back:
-            self._exchange(touched - kept_back)
+        if units := touched.keys() - kept_back:
+            self._exchange(units)
 
     @torch.no_grad()
     def _exchange(self, units: set[int]) -> None:

@@ -63,6 +63,12 @@ class TrainedParameters:
         self._look_up()
         return len(before) != len(self.parameters) or any(map(_is_not, before, self.parameters))
 
+    def unit_by_id(self) -> dict[int, int]:
+        """The unit of each parameter that an optimizer may hold, by its id; of FSDP that is the share of one."""
+        numbered = reversed(list(enumerate(_modules(self._operator))))
+        found = {id(one): unit for unit, module in numbered for one in module.parameters()}
+        return found | {id(one): unit for one, unit in zip(self.parameters, self.units, strict=True)}
+
     def state(self) -> list[list[bool]]:
         """Which of the known parameters are trained now, and which ever were; for a process that joins."""
         known = list(known_parameters(self._operator))
@@ -105,8 +111,10 @@ class TrainedParameters:
         self._counted = self._counts()
         self._frozen = [one for one in known if id(one) not in self._ever]
         self.parameters = [one for one in known if id(one) in self._ever]
-        numbered = list(enumerate(_modules(self._operator)))
-        units = {id(one): unit for unit, module in reversed(numbered) for one in module.parameters()}
+        components = internals(self._operator).components
+        leaves = components.sharding.gradient_leaves if components is not None else nn.Module.parameters
+        numbered = reversed(list(enumerate(_modules(self._operator))))
+        units = {id(one): unit for unit, module in numbered for one in leaves(module)}
         self.units = [units.get(id(one), LOOSE) for one in self.parameters]
         self.unit_set = frozenset(self.units)
         cleared = {id(one) for group in _groups(self._operator.__dict__.get("optimizer")) for one in group["params"]}

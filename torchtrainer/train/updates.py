@@ -6,7 +6,7 @@ So exchanges and updates are counted, and the counts go along with every exchang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torchtrainer.comm.exchange import ExchangeTag, GradientExchange, UnequalExchangeError
@@ -33,7 +33,7 @@ class Updates:
     Attributes:
         count: updates so far; alike on all ranks.
         kept_back: units whose latest gradients were computed under ``no_sync``.
-        on_update: called before an update, when it is about to be counted.
+        training: a ``train`` call is running: updates are counted.
         call: number of the ``train`` call that is running, or was the latest.
     """
 
@@ -41,10 +41,9 @@ class Updates:
         self.count = 0
         self.call = 0
         self.kept_back: set[int] = set()
-        self.on_update: Callable[[], None] = lambda: None
         self._operator = operator
         self._trained = trained
-        self._training = False
+        self.training = False
         self._exchanges = 0
         self._depth = 0  # more than 1: an optimizer's step calls that of its base class, or of another optimizer
         self._latest: dict[int, int] = {}
@@ -54,7 +53,7 @@ class Updates:
 
     def watch(self) -> None:
         """Watches every optimizer that there is now."""
-        unit_of = {id(one): unit for one, unit in zip(self._trained.parameters, self._trained.units, strict=True)}
+        unit_of = self._trained.unit_by_id()
         for optimizer in optimizers_of(self._operator):
             if optimizer not in self._used and hasattr(optimizer, "register_step_pre_hook"):
                 optimizer.register_step_pre_hook(self._before_update)
@@ -65,17 +64,17 @@ class Updates:
 
     def begin_call(self) -> None:
         """A call of ``train`` begins: from now on updates are counted."""
-        self._training = True
+        self.training = True
         self.call += 1
 
     def end_call(self) -> None:
         """The call is over: what the user's functions do between calls is compared when the next one begins."""
-        self._training = False
+        self.training = False
 
     @property
     def place(self) -> int:
         """Grows with every step and call, alike on all ranks."""
-        return (2 * self.call + (not self._training)) << 40 | self._operator.global_step
+        return (2 * self.call + (not self.training)) << 40 | self._operator.global_step
 
     def tag(self, layout: int) -> int:
         """What has to be alike on all ranks in an exchange."""
@@ -121,9 +120,8 @@ class Updates:
 
     def _before_update(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth += 1
-        if not self._training or self._depth > 1:
+        if not self.training or self._depth > 1:
             return
-        self.on_update()
         units = self._units[optimizer]
         latest = max([self._latest.get(unit, -1) for unit in units], default=-1)
         if latest <= self._used[optimizer] or not self.kept_back.isdisjoint(units):

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torchtrainer.checkpoint.snapshot import Region
-from torchtrainer.control.messages import Assign, Carried, Carry, Held, Join, Share, Shared
+from torchtrainer.comm.group import collectives_begun
+from torchtrainer.control.messages import Assign, Bound, Carried, Carry, Held, Join, Share, Shared
 from torchtrainer.control.wire import ForWorker, Message
 from torchtrainer.errors import EngineError, SnapshotError
 from torchtrainer.train.complete_state import shared_state
@@ -73,6 +74,8 @@ class Crew:
         self._taken: list[int] = []
         self._redone = 0
         self._in_first_step = False
+        self._collectives = collectives_begun()
+        self._bound = False
         self.call = 0
 
     # Where orders are looked for
@@ -87,6 +90,9 @@ class Crew:
 
     def at_boundary(self) -> None:
         """At a step boundary."""
+        steps = internals(self._operator).steps
+        if steps is not None and steps.compares_here:
+            self.tell_collectives()
         if not self._in_first_step:
             self.tell_carried()
         self._in_first_step = False
@@ -115,6 +121,13 @@ class Crew:
         with contextlib.suppress(Released):
             self._at_rest(order)
         self.tell_carried()
+
+    def tell_collectives(self) -> None:
+        """Tells the driver if the user's model, loss or hooks turn out to use collectives, of which recovery knows nothing."""
+        if not self._bound and collectives_begun() != self._collectives:
+            self._bound = True
+            why = "the model, the loss or a hook calls torch.distributed itself, and such calls need the process of every rank"
+            self._send(Bound(group=self._group, worker=self._worker, bound=why))
 
     def tell_carried(self) -> None:
         """Says that what was taken over is done; to be called when the step is over."""

@@ -138,6 +138,7 @@ class Worker:
             seating = self._build()
         except BaseException as error:
             return self._report(error, call=0)
+        self._seating = seating
         self.link.ranks = seating.ranks
         self._say_ready(seating, sorted(set(sys.modules) - before))
         next_order = self.link.next_order if seating.crew is None else seating.crew.next_order
@@ -304,6 +305,8 @@ class Worker:
         with contextlib.suppress(OSError):  # a full disk must not hide the user's error
             write_error_file(paths.error, type_name=type(error).__name__, text=said, traceback=text)
         flush_output()
+        if self._seating is not None and self._seating.crew is not None:
+            self._seating.crew.tell_collectives()  # then it may be the loss of another rank that this is about
         self.link.send(
             Failure(
                 group=self.arguments.group,

@@ -18,6 +18,7 @@ from torchtrainer.spec import BuildSpec, rank_config
 from torchtrainer.train.build import build_operator
 from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankLoader
+from torchtrainer.train.group_rank import GroupRank
 from torchtrainer.train.hooks import bind_hook
 from torchtrainer.train.loop import StepIterator, schedulers_of
 from torchtrainer.train.metrics import PassResult, plain
@@ -88,6 +89,7 @@ class RankRuntime:
         gate: asked at every step boundary whether to go on.
         saver: takes the rank's state to where it is durable; None: nothing is kept.
         every_steps: optimizer steps between two checkpoints; None: only when somebody asks.
+        group_rank: compares the ranks, where gradients go through a process group.
 
     Attributes:
         operator: as given.
@@ -100,8 +102,10 @@ class RankRuntime:
         gate: StepGate,
         saver: Saver | None = None,
         every_steps: int | None = None,
+        group_rank: GroupRank | None = None,
     ) -> None:
         self.operator = operator
+        self._group_rank = group_rank
         self._collective = internals(operator).context.collective
         self._progress = internals(operator).context.progress
         self._gate = gate
@@ -154,6 +158,8 @@ class RankRuntime:
             loader.passes_started - loader.in_pass if loader is not None else 0
         )
         self._keeper.mark, self._keeper.epoch_idx = mark or {}, epoch_idx
+        if self._group_rank is not None:
+            self._group_rank.begin_call()
         with self._pass(loader, "train", num_steps, profile, trace) as steps:
             with self.operator.timers.record("train_epoch"):
                 returned = self._call("train_epoch", steps, info, num_steps, epoch_idx)
@@ -167,6 +173,8 @@ class RankRuntime:
                     f"the metrics of {type(self.operator).__name__}.train_epoch may not have the key 'epoch', under which "
                     f"the number of passes is returned; use another name for {returned['epoch']!r}"
                 )
+        if self._group_rank is not None:
+            self._group_rank.end_call()
         epoch = {"epoch": loader.passes_started if loader is not None else 0}
         return self._result(returned, steps, epoch)
 

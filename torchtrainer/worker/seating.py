@@ -21,6 +21,7 @@ from torchtrainer.topology import share_of
 from torchtrainer.train.cards import CardFile
 from torchtrainer.train.components import internals
 from torchtrainer.train.equality import make_equal
+from torchtrainer.train.group_rank import group_rank_of
 from torchtrainer.train.lone import LoneRank
 from torchtrainer.train.progress import Progress
 from torchtrainer.train.seats import Buffers, bound_reason
@@ -90,6 +91,7 @@ class Seating:
         """To be called when a call has returned."""
         self.runtime.settle(method, value)
         if self.crew is not None:
+            self.crew.tell_collectives()
             self.crew.tell_carried()
 
     def late_result(self, rank: int) -> Any:
@@ -152,7 +154,7 @@ def build_seating(
     if in_memory and _goes_through_memory(operator, tells=arguments.rank == 0):
         return _in_memory(operator, changing, arguments, gate, link, keeping, shared_by)
     _say_what_a_loss_means(operator)
-    return Seating(runtime=RankRuntime(operator, gate=gate, **keeping))
+    return Seating(runtime=_through_group(operator, gate=gate, **keeping))
 
 
 def _may_go_through_memory(settings: TrainSettings, device: torch.device) -> bool:
@@ -295,13 +297,21 @@ def build_launched(
     )
     if memory is None or not in_memory or not _goes_through_memory(operator, tells=collective.rank == 0):
         _say_what_a_loss_means(operator)
-        return RankRuntime(operator, **keeping)
+        return _through_group(operator, **keeping)
     paths, rank, world_size = MemoryPaths(**memory), collective.rank, collective.world_size
     make_equal(operator, alone=False)
     carrier = _carrier(operator, paths, [rank], world_size, spec.settings.timeout_s, world_size)
     carrier.on_wait = on_wait
     keeping["gate"] = CrewGate(keeping["gate"], None, carrier.at_boundary)
     return _runtime_of(operator, carrier, **keeping)
+
+
+def _through_group(operator: TrainingOperator, *, gate: Any, **arguments: Any) -> RankRuntime:
+    """The calls of a rank whose gradients go through a process group, or that has no other rank beside it."""
+    found = group_rank_of(operator)
+    if found is not None:
+        gate = CrewGate(gate, None, found.at_boundary)
+    return RankRuntime(operator, gate=gate, group_rank=found, **arguments)
 
 
 def _batch_shares(size: Any, world_size: int) -> tuple[int, ...]:
