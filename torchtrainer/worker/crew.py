@@ -18,6 +18,7 @@ from torchtrainer.control.wire import ForWorker, Message
 from torchtrainer.errors import EngineError, SnapshotError
 from torchtrainer.train.complete_state import shared_state
 from torchtrainer.train.components import internals
+from torchtrainer.train.extras import SHARED_EXTRAS
 from torchtrainer.train.lone import LoneRank
 from torchtrainer.train.team import Team
 from torchtrainer.worker.saver import RegionSaver
@@ -187,6 +188,12 @@ class Crew:
                 self._redone += take(rank)
                 self._taken.append(rank)
 
+    def _state(self) -> dict[str, Any]:
+        state = shared_state(self._operator)
+        if isinstance(self._carrier, Team):
+            state[SHARED_EXTRAS] = self._carrier.extras.shared
+        return state
+
     def _share(self, order: Share) -> None:
         error = self._carrier.why_not_shared(order.ranks) if isinstance(self._carrier, LoneRank) else ""
         inside = internals(self._operator)
@@ -197,7 +204,7 @@ class Crew:
         }
         if not error:
             try:
-                self._region.write(shared_state(self._operator), {}, set(), order.number)
+                self._region.write(self._state(), {}, set(), order.number)
             except SnapshotError as failed:
                 error = str(failed)
         self._send(

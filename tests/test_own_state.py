@@ -1,0 +1,83 @@
+"""State of an operator's own that changes in the update: whatever happens to processes, it is as if nothing had."""
+
+from __future__ import annotations
+
+import pytest
+from failing import workers
+from recovery_programs import (
+    GONE_S,
+    Job,
+    Plan,
+    Strike,
+    assert_as_undisturbed,
+    one_epoch,
+    wait_for,
+)
+
+EPOCHS = 3
+KILLED = "was killed by SIGKILL"
+IN_THE_UPDATE = ("averaged", "teacher", "swa", "norms")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """Every worker process of a test is gone when it ends."""
+    before = workers()
+    yield
+    wait_for(lambda: workers() <= before, GONE_S)
+
+
+@pytest.fixture
+def plan_of(tmp_path):
+    """Plans strikes; at the end they all must have come to pass."""
+    directory = tmp_path / "strikes"
+    directory.mkdir()
+    plans = []
+
+    def plan_of(*strikes: Strike) -> Plan:
+        plans.append(Plan(directory=str(directory), strikes=strikes))
+        return plans[-1]
+
+    yield plan_of
+    for plan in plans:
+        assert plan.missing() == []
+
+
+EACH_RANK_ONCE = {
+    2: (Strike(phase="forward", rank=1, at=4), Strike(phase="moved", rank=0, at=17)),
+    3: (
+        Strike(phase="moved", rank=2, at=4),
+        Strike(phase="backward", rank=0, at=13),
+        Strike(phase="stepped", rank=1, at=21),
+    ),
+}
+"""One in each epoch, before, in and after the change."""
+
+
+def replaced_epochs_of(trainer, job: Job) -> list:
+    """Trains and measures, with every rank in a process of its own when an epoch begins."""
+    found = []
+    for _ in range(EPOCHS):
+        wait_for(lambda: [one.ranks for one in trainer.status().processes] == [(rank,) for rank in range(job.ranks)])
+        found.append(one_epoch(trainer))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("operator", [*IN_THE_UPDATE, "own averaged"])
+def test_each_rank_is_killed_once_and_the_state_is_as_undisturbed(plan_of, operator, ranks) -> None:
+    job, strikes = Job(ranks=ranks, operator=operator), EACH_RANK_ONCE[ranks]
+    with job.trainer(plan_of(*strikes)) as trainer:
+        assert_as_undisturbed(replaced_epochs_of(trainer, job), job)
+        assert [one.how for one in trainer.status().failures] == ["carried"] * len(strikes)
+
+
+@pytest.mark.parametrize("operator", IN_THE_UPDATE)
+def test_the_state_is_the_same_on_any_number_of_processes(operator) -> None:
+    job = Job(ranks=3, operator=operator)
+    with job.trainer() as trainer:
+        found = []
+        for processes in (2, 1, 3):
+            trainer.resize(processes)
+            found.append(one_epoch(trainer))
+        assert_as_undisturbed(found, job)
