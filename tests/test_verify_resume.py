@@ -17,8 +17,9 @@ from torchtrainer.launcher import cli
 from torchtrainer.launcher.verify_compare import first_difference
 from torchtrainer.launcher.verify_resume import UsageError, choose
 from torchtrainer.observe.digest_log import Details, DigestFile, DigestWriter, Place, log_path
+from torchtrainer.train.digest import digest, digest_of_all, leaves
 from torchtrainer.train.loop import StepIterator
-from torchtrainer.worker.digests import digest, digest_of_all, leaves, step_iterator
+from torchtrainer.worker.digests import step_iterator
 
 DEADLINE_S = 250
 """Only a deadlock takes this long."""

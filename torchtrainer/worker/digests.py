@@ -34,6 +34,7 @@ from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankBatch
 from torchtrainer.train.digest import combined, digest, digest_of_all, is_plain, leaves
 from torchtrainer.train.loop import StepIterator
+from torchtrainer.worker.held import held_values
 from torchtrainer.worker.keeper import RankKeeper
 from torchtrainer.worker.link import StopGate
 
@@ -118,7 +119,7 @@ class StateLog:
             self._reference = DigestFile(path) if path.exists() else None
 
     def note(self, batch: int, data: str, *, end: bool = False) -> None:
-        """Writes down the complete state.
+        """Writes down the complete state, and what the operator holds besides.
 
         Args:
             batch: batches of the call that were completed.
@@ -129,9 +130,17 @@ class StateLog:
         values = dict(leaves(complete_state(self._operator, self._keeper.modes)))
         state = {name: digest(value) for name, value in values.items()}
         whole = combined(f"{name}={one}" for name, one in state.items())
-        details = Details(state=state, attributes=attributes_of(self._operator))
-        call, step = str(self._keeper.mark.get("call", "")), self._operator.global_step
-        self._writer.add(place, step=step, whole=whole, data=data, call=call, details=details)
+        held = {name: digest_of_all(value) for name, value in held_values(self._operator).items()}
+        details = Details(state=state, held=held, attributes=attributes_of(self._operator))
+        self._writer.add(
+            place,
+            step=self._operator.global_step,
+            whole=whole,
+            data=data,
+            held=combined(f"{name}={one}" for name, one in held.items()),
+            call=str(self._keeper.mark.get("call", "")),
+            details=details,
+        )
         self._keep_ordered(place, values)
         self._keep_first_difference(place, values, state, whole)
 
