@@ -449,6 +449,27 @@ class Norms(TrainingOperator):
         self.baseline = state["baseline"]
 
 
+class Unlike(TrainingOperator):
+    """Changes in the update what is a rank's: only the rank's own process can do that."""
+
+    def setup(self, config):
+        self.latest, self.baseline, loss = 0.0, 0.0, self.criterion
+        self.criterion = lambda output, target: self._note(loss(output, target))
+
+    def _note(self, loss):
+        self.latest = loss.item()
+        return loss * (1 + 0.1 * self.baseline)
+
+    def after_step(self, batch_info):
+        self.baseline = 0.9 * self.baseline + 0.1 * self.latest
+
+    def state_dict(self):
+        return {"latest": self.latest, "baseline": self.baseline}
+
+    def load_state_dict(self, state):
+        self.latest, self.baseline = state["latest"], state["baseline"]
+
+
 class OwnAveraged(Averaged):
     """The same with an update of its own."""
 
@@ -470,6 +491,7 @@ OPERATORS = {
     "teacher": Teacher,
     "swa": Swa,
     "norms": Norms,
+    "unlike": Unlike,
     "own averaged": OwnAveraged,
 }
 

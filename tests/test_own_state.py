@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from failing import workers
 from recovery_programs import (
     GONE_S,
@@ -10,9 +11,12 @@ from recovery_programs import (
     Plan,
     Strike,
     assert_as_undisturbed,
+    epochs_of,
     one_epoch,
     wait_for,
 )
+
+from torchtrainer import CheckpointConfig, InvalidArgumentError
 
 EPOCHS = 3
 KILLED = "was killed by SIGKILL"
@@ -64,7 +68,7 @@ def replaced_epochs_of(trainer, job: Job) -> list:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("operator", [*IN_THE_UPDATE, "own averaged"])
+@pytest.mark.parametrize("operator", IN_THE_UPDATE)
 def test_each_rank_is_killed_once_and_the_state_is_as_undisturbed(plan_of, operator, ranks) -> None:
     job, strikes = Job(ranks=ranks, operator=operator), EACH_RANK_ONCE[ranks]
     with job.trainer(plan_of(*strikes)) as trainer:
@@ -81,3 +85,45 @@ def test_the_state_is_the_same_on_any_number_of_processes(operator) -> None:
             trainer.resize(processes)
             found.append(one_epoch(trainer))
         assert_as_undisturbed(found, job)
+
+
+def test_a_checkpoint_of_several_ranks_in_a_process_has_the_state_of_each(plan_of, tmp_path) -> None:
+    job, plan = Job(ranks=3, operator="averaged"), plan_of(Strike(phase="moved", rank=0, at=13))
+    with job.trainer(plan, run_dir=tmp_path / "run", checkpoint=CheckpointConfig(every_steps=2)) as trainer:
+        trainer.resize(1)
+        assert_as_undisturbed(epochs_of(trainer, EPOCHS), job)
+        assert [one.how for one in trainer.status().failures] == ["restarted"]
+
+
+def test_what_is_changed_between_calls_is_changed_for_all_ranks_of_a_process() -> None:
+    job = Job(ranks=3, operator="averaged")
+
+    def reset(operator):
+        operator.seen.zero_()
+        operator.average["layers.0.bias"] = torch.ones(16)
+
+    def told(processes):
+        with job.trainer() as trainer:
+            trainer.resize(processes)
+            first = one_epoch(trainer)
+            trainer.apply_all_operators(reset)
+            trainer.resize(3)
+            found = [first, one_epoch(trainer)]
+            return found, trainer.apply_all_operators(lambda operator: operator.seen.item())
+
+    expected = told(3)
+    assert told(1) == expected
+    assert len(set(expected[1])) == 3
+
+
+@pytest.mark.parametrize(("operator", "how"), [("own averaged", "replaced"), ("unlike", "restarted")])
+def test_a_rank_that_only_its_own_process_can_go_on_with(plan_of, operator, how, capfd) -> None:
+    job = Job(operator=operator)
+    with job.trainer(plan_of(Strike(phase="forward", rank=1, at=7))) as trainer:
+        assert_as_undisturbed(epochs_of(trainer, EPOCHS), job)
+        assert [one.how for one in trainer.status().failures] == [how]
+        told = "baseline in the state_dict() of Unlike changes in the update, and is not the same on ranks 0 and 1"
+        assert (told in capfd.readouterr().err) == (operator == "unlike")
+        if operator == "unlike":
+            with pytest.raises(InvalidArgumentError, match="every rank needs a process of its own here: baseline"):
+                trainer.resize(1)

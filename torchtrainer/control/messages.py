@@ -10,7 +10,7 @@ Long because it is the contract of the processes: most of it says what each mess
                host --> worker        SnapshotAnswer, SnapshotDone
     driver --> host                   StartGroup, StartWorker, KillWorker, KillGroup, SignalWorkers, DumpStacks, Quit
     worker --> host                   SnapshotWanted, SnapshotTaken
-    worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Held, Shared, Carried, Beat, Heard
+    worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Held, Shared, Carried, Bound, Beat, Heard
     host   --> driver                 EngineReady, EngineFailed, GroupFailed, WorkerStarted, WorkerExited, GroupGone,
                                       Output, Stacks, CheckpointEnded
 """
@@ -354,6 +354,13 @@ class Shared(FromWorker):
     at: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound(FromWorker):
+    """It turned out in training that a worker can carry only the rank that it was built for; ``reason`` is why."""
+
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from typing import Any
 
 from torchtrainer.control.messages import (
     Beat,
+    Bound,
     Boundary,
     Carried,
     CheckpointEnded,
@@ -74,7 +75,7 @@ from torchtrainer.driver.events import (
 )
 from torchtrainer.driver.moving import begin, end_resizing, on_held, on_shared, proceed, start_missing, trim
 from torchtrainer.driver.policies import root_cause, save_interval_s
-from torchtrainer.driver.recovery import carry, give_up, lose, lose_newcomer, note_step, on_carried
+from torchtrainer.driver.recovery import carry, give_up, lose, lose_newcomer, note_step, on_bound, on_carried
 from torchtrainer.driver.states import Calling, Closed, Ending, Idle, Killing, Machine, Result, Starting, in_turn
 from torchtrainer.driver.stragglers import with_lap
 from torchtrainer.driver.supervision import on_stacks, on_tick
@@ -280,6 +281,7 @@ _ON: dict[type, Callable[[Machine, Any, float], Result]] = {
     Held: on_held,
     Shared: on_shared,
     Carried: on_carried,
+    Bound: on_bound,
     CheckpointEnded: on_checkpoint_ended,
     Stacks: on_stacks,
     GroupFailed: on_group_failed,

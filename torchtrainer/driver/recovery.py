@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torchtrainer.control.messages import Carried, Carry
+from torchtrainer.control.messages import Bound, Carried, Carry
 from torchtrainer.driver.causes import CrashLoop, StartTimedOut, UserCodeFailed, WorkerDied, WorkerLost
 from torchtrainer.driver.ending import kill
 from torchtrainer.driver.events import Action, Joined, Recovered, ReplacingStopped, Send
@@ -153,6 +153,11 @@ def on_carried(machine: Machine, event: Carried, now: float) -> Result:
         joined = (Joined(worker=event.worker, ranks=view.ranks),)
     machine, recovered = done(machine, event.ranks, now, event.redone)
     return machine, (*joined, *recovered)
+
+
+def on_bound(machine: Machine, event: Bound, now: float) -> Result:  # noqa: ARG001  # as all that take messages
+    """Sent when a worker can carry one rank only, which could not be seen when it was built."""
+    return replace(machine, facts={**machine.facts, "bound": event.reason}), ()
 
 
 def done(machine: Machine, ranks: list[int], now: float, redone: int = 0) -> Result:

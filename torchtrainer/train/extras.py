@@ -41,15 +41,16 @@ class Extras:
 
     Attributes:
         sums: digests of what all ranks share, to be compared with those of the other ranks; None: nothing to compare.
+        unlike: what they should share and do not, so that nobody can take a rank over; empty: nothing.
     """
 
     def __init__(self, operator: TrainingOperator) -> None:
         self.sums: dict[str, str] | None = None
+        self.unlike = ""
         self._operator = operator
         self._kept = keeps_extras(operator)
         self._shared: set[Path] = set()
         self._above: set[Path] = set()
-        self._told = False
 
     @property
     def shared(self) -> list[list[Any]]:
@@ -102,25 +103,31 @@ class Extras:
             }
 
     def compare(self, others: Sequence[Mapping[str, str] | None]) -> None:
-        """Compares with what is on the cards of the other ranks, and says so, once, if ranks do not share what they should.
+        """Compares with what is on the cards of the other ranks.
 
         Args:
-            others: by rank; None: has nothing to compare, or is ahead and has compared with this one.
+            others: by rank; None: has nothing to compare.
         """
         mine, self.sums = self.sums, None
-        say = internals(self._operator).context.say
-        if mine is None or say is None or self._told:
+        if mine is None or self.unlike:
             return
         for rank, theirs in enumerate(others):
             name = next((name for name in mine if theirs and theirs.get(name, mine[name]) != mine[name]), None)
             if name is not None:
-                self._told = True
-                say(
-                    f"{name} in the state_dict() of {type(self._operator).__name__} changes in the update, and is not the same on "
-                    f"ranks {internals(self._operator).context.collective.rank} and {rank}: when a worker is lost or moved, a rank may "
-                    "get another rank's. Make it from what is alike on all ranks, or change it in the forward pass or the loss"
-                )
+                self._note_unlike(name, rank)
                 return
+
+    def _note_unlike(self, name: str, rank: int) -> None:
+        context = internals(self._operator).context
+        self.unlike = (
+            f"{name} in the state_dict() of {type(self._operator).__name__} changes in the update, and is not the same on ranks "
+            f"{context.collective.rank} and {rank}"
+        )
+        if context.say is not None:
+            context.say(
+                f"{self.unlike}: nobody else could go on with it, so that a lost worker means a restart from the newest checkpoint. "
+                "Make it from what is alike on all ranks, or change it in the forward pass or the loss"
+            )
 
     def _live(self) -> Iterator[tuple[Path, Any]]:
         return _entries(self._operator.state_dict()) if self._kept else iter(())

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torchtrainer.checkpoint.snapshot import Region
-from torchtrainer.control.messages import Assign, Carried, Carry, Held, Join, Share, Shared
+from torchtrainer.control.messages import Assign, Bound, Carried, Carry, Held, Join, Share, Shared
 from torchtrainer.control.wire import ForWorker, Message
 from torchtrainer.errors import EngineError, SnapshotError
 from torchtrainer.train.complete_state import shared_state
@@ -74,6 +74,7 @@ class Crew:
         self._taken: list[int] = []
         self._redone = 0
         self._in_first_step = False
+        self._bound = False
         self.call = 0
 
     # Where orders are looked for
@@ -90,6 +91,7 @@ class Crew:
         """At a step boundary."""
         if not self._in_first_step:
             self.tell_carried()
+        self._tell_bound()
         self._in_first_step = False
         for order in self._waiting_orders(Carry):  # what is shared here would be before what the gate asks for
             self._at_rest(order)
@@ -116,6 +118,13 @@ class Crew:
         with contextlib.suppress(Released):
             self._at_rest(order)
         self.tell_carried()
+
+    def _tell_bound(self) -> None:
+        """Says so, once, if it has turned out that a process can carry one rank only."""
+        reason = self._carrier.extras.unlike if isinstance(self._carrier, Team) else ""
+        if reason and not self._bound:
+            self._bound = True
+            self._send(Bound(group=self._group, worker=self._worker, reason=reason))
 
     def tell_carried(self) -> None:
         """Says that what was taken over is done; to be called when the step is over."""
@@ -195,10 +204,11 @@ class Crew:
         return state
 
     def _share(self, order: Share) -> None:
-        error = self._carrier.why_not_shared(order.ranks) if isinstance(self._carrier, LoneRank) else ""
+        carrier = self._carrier
+        error = carrier.why_not_shared(order.ranks) if isinstance(carrier, LoneRank) else carrier.extras.unlike
         inside = internals(self._operator)
         at = {
-            **self._carrier.where(),
+            **carrier.where(),
             "steps": inside.steps.state_dict() if inside.steps is not None else None,
             "snapshots": self._saver.number if self._saver is not None else 0,
         }
