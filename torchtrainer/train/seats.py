@@ -112,8 +112,6 @@ class Buffers:
 _NOTHING = Components(raw_models=[], models=[], optimizers=[], criterion=None, schedulers=[])
 
 
-
-
 def trainable_of(operator: TrainingOperator) -> Callable[[], Iterable[nn.Parameter]]:
     """A function that gives the parameters that are trained at the moment."""
     return lambda: (one for one in known_parameters(operator) if one.requires_grad)

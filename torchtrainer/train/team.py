@@ -22,8 +22,6 @@ from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankBatch
 from torchtrainer.train.equality import Comparison
 from torchtrainer.train.extras import Extras, packed_extras, unpacked_extras
-from torchtrainer.train.hooks import batch_info
-from torchtrainer.train.loop import StepIterator, modules_of, step_for_passes, step_schedulers
 from torchtrainer.train.metrics import AverageMeterCollection
 from torchtrainer.train.rng import (
     StreamReader,
@@ -387,37 +385,3 @@ class Team:
             self.exchange.put(seat.rank, number, [parameter.grad for parameter in self._trained.parameters])
         self.write_card(seat, number)
         self.exchange.publish(seat.rank, number, self._tag)
-
-
-def train_epoch(team: Team, operator: TrainingOperator, steps: StepIterator, info: Mapping[str, Any]) -> None:
-    """The built-in training loop for all seats of a process; see `torchtrainer.train.loop.train_epoch`."""
-    for module in modules_of(operator):
-        module.train()
-    frequency = operator.scheduler_step_freq
-    for _ in steps:
-        if frequency == "epoch":
-            step_for_passes(operator, steps)
-        team.step(batch_info(info, steps.batches, operator.global_step))
-        if frequency == "batch":
-            step_schedulers(operator)
-    if frequency == "epoch":
-        step_for_passes(operator, steps)
-
-
-class TeamLoader:
-    """The train loaders of all seats, as one: what a `StepIterator` draws from. All of them stand at the same place.
-
-    Args:
-        team: of this process.
-    """
-
-    def __init__(self, team: Team) -> None:
-        self._team = team
-
-    def __getattr__(self, name: str) -> Any:
-        team: Team = self.__dict__["_team"]
-        return getattr(team.seats[team.ranks[0]].loaders["train"], name)
-
-    def next_batch(self) -> RankBatch | None:
-        """The batches of all seats."""
-        return self._team.deal()
