@@ -67,8 +67,14 @@ def replaced_epochs_of(trainer, job: Job) -> list:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("operator", IN_THE_UPDATE)
+@pytest.mark.parametrize(
+    ("operator", "ranks"),
+    [
+        pytest.param(operator, ranks, marks=[pytest.mark.soak] if ranks == 2 and operator != "averaged" else [])
+        for ranks in (2, 3)
+        for operator in IN_THE_UPDATE
+    ],
+)
 def test_each_rank_is_killed_once_and_the_state_is_as_undisturbed(plan_of, operator, ranks) -> None:
     job, strikes = Job(ranks=ranks, operator=operator), EACH_RANK_ONCE[ranks]
     with job.trainer(plan_of(*strikes)) as trainer:
@@ -76,7 +82,9 @@ def test_each_rank_is_killed_once_and_the_state_is_as_undisturbed(plan_of, opera
         assert [one.how for one in trainer.status().failures] == ["carried"] * len(strikes)
 
 
-@pytest.mark.parametrize("operator", IN_THE_UPDATE)
+@pytest.mark.parametrize(
+    "operator", ["averaged", "swa", *(pytest.param(one, marks=pytest.mark.soak) for one in ("teacher", "norms"))]
+)
 def test_the_state_is_the_same_on_any_number_of_processes(operator) -> None:
     job = Job(ranks=3, operator=operator)
     with job.trainer() as trainer:
