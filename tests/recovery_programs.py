@@ -7,6 +7,7 @@ n-th time, and leaves a file that says so. What a disturbed run returns is then 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import os
 import signal
@@ -48,7 +49,7 @@ class Strike:
     """Where the process that was started for a rank gets a signal, once in a run.
 
     Attributes:
-        phase: ``build``, ``join``, ``load``, ``forward``, ``backward``, ``exchanged`` (before the update), ``step``, ``stepped``, ``scheduler``, ``validation`` or ``save``.
+        phase: ``build``, ``join``, ``load``, ``forward``, ``backward``, ``exchanged`` (before the update), ``step``, ``stepped``, ``moved``, ``scheduler``, ``validation`` or ``save``.
         rank: for which the process was started; None: any.
         at: the how manieth time the process comes there, from 1.
         life: the how manieth process of this rank it is, from 1.
@@ -327,7 +328,172 @@ class OwnEpoch(TrainingOperator):
         return {"latest_loss": loss.item()}
 
 
-OPERATORS = {"": None, "stateful": Stateful, "own batch": OwnBatch, "own epoch": OwnEpoch}
+class Averaged(Stateful):
+    """Has an average of the weights, moved by a hook of the optimizer, which validation uses; its state is the live tensors."""
+
+    def setup(self, config):
+        super().setup(config)
+        self.average = {name: one.detach().clone() for name, one in bare(self.model).named_parameters()}
+        self.optimizer.register_step_post_hook(lambda *_: self._move())
+
+    @torch.no_grad()
+    def _move(self):
+        visit("moved")
+        for name, one in bare(self.model).named_parameters():
+            self.average[name].lerp_(one, 0.1)
+
+    def validate(self, val_iterator, info):
+        trained = {name: one.detach().clone() for name, one in bare(self.model).named_parameters()}
+        bare(self.model).load_state_dict(self.average, strict=False)
+        found = super().validate(val_iterator, info)
+        bare(self.model).load_state_dict(trained, strict=False)
+        return found
+
+    def state_dict(self):
+        return {"average": self.average, "seen": self.seen}
+
+    def load_state_dict(self, state):
+        for name, one in state["average"].items():
+            self.average[name].copy_(one)
+        self.seen.copy_(state["seen"])
+
+
+class Teacher(TrainingOperator):
+    """A copy of the model that follows it, from the fifth step on, and has a say in the loss; its own forward passes
+    change its buffers, which are a rank's."""
+
+    def setup(self, config):
+        self.updates, self.teacher = 0, copy.deepcopy(bare(self.model))
+        student, loss = self.model, self.criterion
+        self.criterion = lambda output, target: loss(output, target) + self._distance(output)
+        self.register_inputs = getattr(student, "module", student).register_forward_pre_hook(self._note)
+
+    def _note(self, module, inputs):
+        self.inputs = inputs[0]
+
+    def _distance(self, output):
+        with torch.no_grad():
+            wanted = self.teacher.layers(self.inputs)
+        return 0.1 * (output - wanted).square().mean()
+
+    def after_step(self, batch_info):
+        visit("moved")
+        assert batch_info["global_step"] == self.updates and {"batch_idx", "epoch_idx"} <= set(batch_info)
+        self.updates += 1
+        if self.updates >= 5:
+            for one, other in zip(self.teacher.parameters(), bare(self.model).parameters(), strict=True):
+                one.data.mul_(0.9).add_(other.data, alpha=0.1)
+
+    def state_dict(self):
+        return {"teacher": self.teacher.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state):
+        self.teacher.load_state_dict(state["teacher"])
+        self.updates = state["updates"]
+
+
+class Swa(TrainingOperator):
+    """torch's own average of models, which begins late, and is not there before; validation measures it."""
+
+    def setup(self, config):
+        self.swa = None
+
+    def after_step(self, batch_info):
+        visit("moved")
+        if self.swa is None and batch_info["global_step"] >= 10:
+            self.swa = torch.optim.swa_utils.AveragedModel(bare(self.model))
+        if self.swa is not None:
+            self.swa.update_parameters(bare(self.model))
+
+    def validate_batch(self, batch, batch_info):
+        found = super().validate_batch(batch, batch_info)
+        if self.swa is not None:
+            self.swa.eval()
+            found["swa_loss"] = self.criterion(self.swa(batch[0]), batch[1]).item()
+        return found
+
+    def state_dict(self):
+        return None if self.swa is None else {"swa": self.swa.state_dict()}
+
+    def load_state_dict(self, state):
+        if state is not None:
+            self.swa = torch.optim.swa_utils.AveragedModel(bare(self.model))
+            self.swa.load_state_dict(state["swa"])
+
+
+class Norms(TrainingOperator):
+    """Clips by what the norms of the gradients were so far; and has a moving baseline of the loss, which is a rank's."""
+
+    def setup(self, config):
+        self.mean, self.latest, self.baseline = 0.0, [], 0.0
+        loss = self.criterion
+        self.criterion = lambda output, target: self._against(loss(output, target), output.requires_grad)
+
+    def _against(self, loss, training):
+        if training:
+            self.baseline = 0.9 * self.baseline + 0.1 * loss.item()
+        return loss * (1 + 0.1 * self.baseline)
+
+    def clip_gradients(self):
+        most = 2 * self.mean if self.latest else 1.0
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), most).item()
+        visit("moved")
+        self.mean = 0.9 * self.mean + 0.1 * norm
+        self.latest = [*self.latest, norm][-4:]
+
+    def state_dict(self):
+        return {"norms": {"mean": self.mean, "latest": self.latest}, "baseline": self.baseline}
+
+    def load_state_dict(self, state):
+        self.mean, self.latest = state["norms"]["mean"], list(state["norms"]["latest"])
+        self.baseline = state["baseline"]
+
+
+class Unlike(TrainingOperator):
+    """Changes in the update what is a rank's: only the rank's own process can do that."""
+
+    def setup(self, config):
+        self.latest, self.baseline, loss = 0.0, 0.0, self.criterion
+        self.criterion = lambda output, target: self._note(loss(output, target))
+
+    def _note(self, loss):
+        self.latest = loss.item()
+        return loss * (1 + 0.1 * self.baseline)
+
+    def after_step(self, batch_info):
+        self.baseline = 0.9 * self.baseline + 0.1 * self.latest
+
+    def state_dict(self):
+        return {"latest": self.latest, "baseline": self.baseline}
+
+    def load_state_dict(self, state):
+        self.latest, self.baseline = state["latest"], state["baseline"]
+
+
+class OwnAveraged(Averaged):
+    """The same with an update of its own."""
+
+    def train_batch(self, batch, batch_info):
+        return OwnBatch.train_batch(self, batch, batch_info)
+
+
+def bare(model):
+    """Without what is wrapped around it."""
+    return getattr(model, "module", model)
+
+
+OPERATORS = {
+    "": None,
+    "stateful": Stateful,
+    "own batch": OwnBatch,
+    "own epoch": OwnEpoch,
+    "averaged": Averaged,
+    "teacher": Teacher,
+    "swa": Swa,
+    "norms": Norms,
+    "unlike": Unlike,
+    "own averaged": OwnAveraged,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -197,7 +197,41 @@ class OwnEpoch(Noted):
             self.seen += len(batch[1])
         return {"mean": self.total / max(self.seen, 1), "num_samples": self.seen, "index": info["epoch_idx"]}
 
-OPERATORS = {"": None, "batch": OwnBatch, "accumulate": Accumulates, "epoch": OwnEpoch}
+class Updates(Noted):
+    # has state that changes in the update, in three ways, and state that changes in the forward pass
+    def setup(self, config):
+        super().setup(config)
+        bare = getattr(self.model, "module", self.model)
+        self.weights = dict(bare.named_parameters())
+        self.average = {name: one.detach().clone() for name, one in self.weights.items()}
+        self.swa, self.norm = torch.optim.swa_utils.AveragedModel(nn.ParameterList(bare.parameters())), 0.0
+        self.optimizer.register_step_post_hook(lambda *_: self.follow())
+        bare.register_forward_pre_hook(self.count)
+
+    def count(self, module, inputs):
+        self.seen += len(inputs[0])
+        self.draws += random.random()
+
+    @torch.no_grad()
+    def follow(self):
+        for name, one in self.weights.items():
+            self.average[name].lerp_(one, 0.1)
+
+    def clip_gradients(self):
+        self.norm = 0.9 * self.norm + 0.1 * nn.utils.clip_grad_norm_(self.weights.values(), self.norm + 0.5).item()
+
+    def after_step(self, batch_info):
+        self.swa.update_parameters(nn.ParameterList(self.weights.values()))
+
+    def state_dict(self):
+        return {**super().state_dict(), "average": self.average, "swa": self.swa.state_dict(), "norm": self.norm}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.average, self.norm = state["average"], state["norm"]
+        self.swa.load_state_dict(state["swa"])
+
+OPERATORS = {"": None, "updates": Updates, "batch": OwnBatch, "accumulate": Accumulates, "epoch": OwnEpoch}
 
 class Callback:
     def __init__(self, name):
@@ -326,6 +360,7 @@ KINDS: dict[str, Options] = {
     "plain": {"config": {"schedule": "batch"}, "checkpoint": {"asynchronous": False}},
     "workers": {"config": {"loader_workers": 2, "schedule": "epoch"}, "trainer": {"precision": "bf16"}},
     "persistent": {"config": {"loader_workers": 2, "persistent": True, "schedule": "batch"}, "script": "steps"},
+    "updates": {"config": {"operator": "updates"}, "trainer": {"num_workers": 3}},
     "batch": {"config": {"operator": "batch", "schedule": "epoch"}},
     "epoch": {"config": {"operator": "epoch", "loader_workers": 2}, "script": "steps"},
     "accumulate": {"config": {"operator": "accumulate"}, "script": "steps"},

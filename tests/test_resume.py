@@ -77,6 +77,7 @@ def flip_a_bit(path: Path) -> None:
 # Interruptions
 
 CASES = [
+    ("updates", [("train", 6, "TERM"), ("train", 14, "KILL")]),
     ("workers", [("train", 6, "WORKERS"), ("validate", 1, "TERM")]),
     ("persistent", [("train", 9, "KILL")]),
     ("accumulate", [("train", 3, "TERM"), ("train", 8, "TERM")]),
@@ -88,7 +89,7 @@ CASES = [
 ]
 
 
-IN_THE_DEFAULT_SUITE = {"early"}
+IN_THE_DEFAULT_SUITE = {"updates", "early"}
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,18 @@ def disturb(where, count):
         os.kill(os.getpid(), signal.SIGKILL if HOW == "kill" else signal.SIGTERM)
 
 class Disturbed(TrainingOperator):
+    def setup(self, config):
+        self.average = torch.optim.swa_utils.AveragedModel(getattr(self.model, "module", self.model))
+
+    def after_step(self, batch_info):
+        self.average.update_parameters(getattr(self.model, "module", self.model))
+
+    def state_dict(self):
+        return self.average.state_dict()
+
+    def load_state_dict(self, state):
+        self.average.load_state_dict(state)
+
     def train_batch(self, batch, batch_info):
         disturb("train", self.global_step)
         if HOW and os.path.exists("disturbed"):
@@ -54,7 +66,9 @@ class Disturbed(TrainingOperator):
 
     def validate_batch(self, batch, batch_info):
         disturb("validate", self.global_step * 100 + batch_info["batch_idx"])
-        return super().validate_batch(batch, batch_info)
+        self.average.eval()
+        averaged = {"averaged": self.criterion(self.average(batch[0]), batch[1]).item()}
+        return {**super().validate_batch(batch, batch_info), **averaged}
 
 def model_creator(config):
     return torch.nn.Sequential(torch.nn.Linear(20, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.4), torch.nn.Linear(16, 5))

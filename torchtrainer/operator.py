@@ -10,16 +10,9 @@ import torch
 
 from torchtrainer.comm.group import Collective
 from torchtrainer.config import SchedulerStepFreq, TrainSettings
-from torchtrainer.errors import OperatorUseError
 from torchtrainer.train import loop, step
-from torchtrainer.train.components import (
-    Internals,
-    in_shape_of,
-    internals,
-    place,
-    refuse_retired,
-)
-from torchtrainer.train.creators import Creators, run_creators
+from torchtrainer.train.components import Internals, in_shape_of, place, refuse_retired
+from torchtrainer.train.creators import Creators, attach_created
 from torchtrainer.train.data import RankLoader
 from torchtrainer.train.precision import Amp
 from torchtrainer.train.progress import Progress
@@ -209,10 +202,20 @@ class TrainingOperator:
         Returns:
             A dict of metrics; ``num_samples`` in it weighs them. Here: ``train_loss`` and ``num_samples``.
         """
-        return step.train_batch(self, batch)
+        return step.train_batch(self, batch, batch_info)
 
     def clip_gradients(self) -> None:
         """Override it to change gradients between backward and step; they are whole: exchanged, and not scaled."""
+
+    def after_step(self, batch_info: dict[str, Any]) -> None:
+        """Override it for what follows every optimizer update of the built-in step, such as an average of the weights.
+
+        A process calls it once per update, for all its ranks. What it changes has to be alike on all ranks, as the parameters
+        are; return it from `state_dict`.
+
+        Args:
+            batch_info: what `train_batch` got.
+        """
 
     def validate(self, val_iterator: Iterable[Any], info: dict[str, Any] | None = None) -> Any:
         """Runs one ``validate`` call on this rank: evaluation mode, no gradients, `validate_batch` for each batch.
@@ -368,31 +371,3 @@ class CreatorOperator(TrainingOperator):
     def setup(self, config: dict[str, Any]) -> None:
         """Runs the creators and registers what they return."""
         attach_created(self, self._creators, lists=False)
-
-
-def attach_created(operator: TrainingOperator, creators: Creators, *, lists: bool) -> None:
-    """Runs creators and registers what they made; singular attributes are the first of each.
-
-    Args:
-        operator: gets the attributes.
-        creators: the user's functions.
-        lists: plural attributes are always lists (first generation); else they have the shape the creator returned.
-    """
-    made = run_creators(creators, operator.config, internals(operator).context.settings.seed)
-    operator.register(
-        models=made.models, optimizers=made.optimizers, criterion=made.criterion, schedulers=made.schedulers
-    )
-    placed = internals(operator).components
-    if placed is None:
-        raise OperatorUseError(f"{type(operator).__name__}.register was overridden and did not call super().register")
-    operator.criterion = placed.criterion
-    schedulers = made.schedulers if made.schedulers is not None else []
-    for name, given, members in (
-        ("model", made.models, placed.models),
-        ("optimizer", made.optimizers, placed.optimizers),
-        ("scheduler", schedulers, placed.schedulers),
-    ):
-        setattr(operator, name, members[0] if members else None)
-        setattr(operator, f"{name}s", list(members) if lists or not members else in_shape_of(given, members))
-    if made.loaders is not None:
-        operator.register_data(train_loader=made.loaders[0], validation_loader=made.loaders[1])

@@ -339,7 +339,7 @@ class Carried(FromWorker):
 
 @dataclass(frozen=True, kw_only=True)
 class Bound(FromWorker):
-    """This worker was seen to exchange data with the others in ways of its own: from now on none of them can be replaced.
+    """It turned out in training that a worker can carry only the rank that it was built for, and cannot be replaced in place.
 
     Attributes:
         bound: why, as under ``bound`` in `WorkerReady`.

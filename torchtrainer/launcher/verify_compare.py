@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from torchtrainer.observe.digest_log import DigestFile, Entry, Place, Spot, differing, log_path, logs_in, value_path
 
-Kind = Literal["state", "batch", "call", "more steps", "fewer steps"]
+Kind = Literal["state", "held", "batch", "call", "more steps", "fewer steps"]
 MAX_NAMED_ATTRIBUTES = 3
 """Most attributes that an explanation names."""
 
@@ -20,7 +22,8 @@ class Difference:
     """The first place where two runs part.
 
     Attributes:
-        kind: ``batch``: the samples are others, and with them the state; ``state``: only the state.
+        kind: ``batch``: the samples are others, and with them the state; ``state``: only the state; ``held``: only what the
+            operator holds besides.
         start: of the interrupted run, from 0.
         spot: where.
         rank: the lowest that differs there.
@@ -63,13 +66,16 @@ class Runs:
     control: Path | None = None
 
 
-def first_difference(reference: Path, starts: Sequence[Path], *, ended: bool = True) -> Difference | None:
+def first_difference(
+    reference: Path, starts: Sequence[Path], *, ended: bool = True, ignored: Collection[str] = ()
+) -> Difference | None:
     """The first place, in the order of training, where a run is not the reference; None: it is the same bits.
 
     Args:
         reference: directory with the logs of an undisturbed run.
         starts: directories with the logs of the run, one for each start. A step that was taken twice counts twice.
         ended: the run came to its end, so that no step may be missing.
+        ignored: names of what operators hold that do not count.
     """
     known = {(trainer, rank): log for trainer, rank, log in logs_in(reference)}
     found: list[Difference] = []
@@ -77,7 +83,7 @@ def first_difference(reference: Path, starts: Sequence[Path], *, ended: bool = T
     for start, directory in enumerate(starts):
         for trainer, rank, log in logs_in(directory):
             seen.setdefault((trainer, rank), set()).update(log.at)
-            difference = _first_in(log, known.get((trainer, rank)), start, trainer, rank)
+            difference = _first_in(log, known.get((trainer, rank)), start, trainer, rank, ignored)
             if difference is not None:
                 found.append(difference)
     for (trainer, rank), log in known.items() if ended else ():
@@ -99,19 +105,90 @@ def _times(known: Mapping[tuple[int, int], DigestFile]) -> Callable[[Spot], int]
     return time_of
 
 
-def _first_in(log: DigestFile, reference: DigestFile | None, start: int, trainer: int, rank: int) -> Difference | None:
+def _first_in(
+    log: DigestFile, reference: DigestFile | None, start: int, trainer: int, rank: int, ignored: Collection[str]
+) -> Difference | None:
+    place = (start, trainer, rank)
+    held = _Held(log, reference, ignored) if reference is not None else None
     for entry in log.entries:
         there = reference.at.get(entry.place) if reference is not None else None
-        if reference is None or there is None:
-            return _difference("more steps", start, trainer, rank, entry, entry, here=entry)
+        if reference is None or held is None or there is None:
+            return _difference("more steps", *place, entry, entry, here=entry)
         if entry.call != there.call:
-            return _difference("call", start, trainer, rank, entry, there, here=entry)
+            return _difference("call", *place, entry, there, here=entry)
         other_data = bool(entry.data and there.data) and entry.data != there.data
         if entry.whole != there.whole or other_data:
             names = differing(log.details(entry).state, reference.details(there).state)
             kind: Kind = "batch" if other_data else "state"
-            return _difference(kind, start, trainer, rank, entry, there, here=entry, names=names or ["the batch"])
+            return _difference(kind, *place, entry, there, here=entry, names=names or ["the batch"])
+        if names := held.differing(entry, there):
+            return _difference("held", *place, entry, there, here=entry, names=names)
     return None
+
+
+class _Held:
+    """What the operator of a run holds, beside that of the reference. To be asked entry by entry.
+
+    A checkpoint need not have all of it: much is made anew before it is used, such as the output of the latest batch. So a
+    value is compared from when the run has done again what changes it in the reference, be it a training step, a step of a
+    validation, or what happens where calls begin and end. One that never changes is no state.
+
+    Args:
+        log, reference: of the same rank.
+        ignored: names that do not count.
+    """
+
+    def __init__(self, log: DigestFile, reference: DigestFile, ignored: Collection[str]) -> None:
+        self._log = log
+        self._reference = reference
+        self._ignored = ignored
+        self._before: Entry | None = None
+        self._done: set[str] = set()
+
+    def differing(self, entry: Entry, there: Entry) -> list[str]:
+        """Names of what differs and counts, at the next entry of the log."""
+        if self._before is not None:
+            self._done.add(_doing(self._before, entry))
+        self._before = entry
+        if entry.held == there.held or not self._done:
+            return []
+        names = differing(self._reference.details(there).held, self._log.details(entry).held)
+        return [name for name in names if name not in self._ignored and self._changed_by.get(name, set()) & self._done]
+
+    @cached_property
+    def _changed_by(self) -> dict[str, set[str]]:
+        """What changes which value in the reference."""
+        found: dict[str, set[str]] = {}
+        entries = self._reference.entries
+        before = self._reference.details(entries[0]).held
+        for last, entry in pairwise(entries):
+            if entry.held != last.held:
+                held = self._reference.details(entry).held
+                for name in differing(held, before):
+                    found.setdefault(name, set()).add(_doing(last, entry))
+                before = held
+        return found
+
+
+def _doing(last: Entry, entry: Entry) -> str:
+    """What lies between two entries that follow each other: one of a few kinds of things that a run does."""
+    method = entry.call.partition("(")[0]
+    if entry.place.call != last.place.call:
+        return f"begin {method}"
+    return f"end {method}" if entry.place.end else method
+
+
+def changing_anyway(reference: Path, control: Path) -> set[str]:
+    """Names of what operators hold that is not the same in two undisturbed runs, such as times."""
+    found: set[str] = set()
+    known = {(trainer, rank): log for trainer, rank, log in logs_in(reference)}
+    for trainer, rank, log in logs_in(control):
+        there = known.get((trainer, rank))
+        for entry in log.entries if there is not None else ():
+            other = there.at.get(entry.place) if there is not None else None
+            if there is not None and other is not None and other.held != entry.held:
+                found.update(differing(log.details(entry).held, there.details(other).held))
+    return found
 
 
 def _difference(
@@ -170,12 +247,25 @@ def explain(difference: Difference, control: Difference | None, runs: Runs) -> s
         return "the script made other calls when it was started again"
     if difference.kind in ("more steps", "fewer steps"):
         return "a different number of steps: what the script or an epoch hook ends by is not the same after an interruption"
+    if difference.kind == "held":
+        return _explain_held(difference, runs)
     if difference.start == 0:
         return (
             "arithmetic that is not the same each time: it differs before the first interruption, though another "
             "undisturbed run did not; look for threads, time-outs and operations that torch.use_deterministic_algorithms names"
         )
     return _explain_state(difference, runs)
+
+
+def _explain_held(difference: Difference, runs: Runs) -> str:
+    log = DigestFile(log_path(runs.starts[difference.start], difference.spot.trainer, difference.rank))
+    operator, names = log.facts["operator"], difference.names
+    shown = ", ".join(names[:MAX_NAMED_ATTRIBUTES]) + (" and more" if len(names) > MAX_NAMED_ATTRIBUTES else "")
+    return (
+        f"a state that is not in the checkpoint: {operator} holds {shown}, which training changes and {operator}.state_dict does "
+        f"not return. It differs {_steps_after(log, difference)} the run went on at step {log.entries[0].step}. Return it from "
+        f"{operator}.state_dict and put it back in {operator}.load_state_dict"
+    )
 
 
 def _explain_state(difference: Difference, runs: Runs) -> str:
@@ -240,7 +330,7 @@ def _attributes(directory: Path, trainer: int, rank: int, place: Place) -> dict[
 
 def _largest(difference: Difference, runs: Runs) -> str:
     """The largest difference between the values that the ranks kept, if they kept them."""
-    if runs.control is None:
+    if runs.control is None or difference.kind == "held":
         return ""
     trainer, rank = difference.spot.trainer, difference.rank
     paths = [value_path(where, trainer, rank) for where in (runs.control, runs.starts[difference.start])]

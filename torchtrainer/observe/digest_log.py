@@ -4,7 +4,7 @@ One directory holds the logs of one start of a script: a file for each rank of e
 environment variable names the directory; else nothing of this costs anything.
 
     facts, as JSON
-    call | batch | end | step | time | digest of the state | digest of the batch | text of the call | the rest, as JSON
+    call | batch | end | step | time | digests of the state, of the batch, of what is held | text of the call | the rest, as JSON
     ...
 """
 
@@ -25,7 +25,7 @@ HELD = "held"
 """File that a rank makes in the directory of the logs when it holds."""
 TAIL_BYTES = 1 << 20
 """Where the last lines of a file are looked for."""
-_COLUMNS = 9
+_COLUMNS = 10
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -116,6 +116,7 @@ class Entry:
         at_ns: monotonic; the same clock in all processes of a machine.
         whole: digest of the complete state.
         data: digest of the last batch; empty: this start has not read it.
+        held: digest of what the operator holds besides.
         call: as the script made it.
         offset: of the line, in bytes.
     """
@@ -125,6 +126,7 @@ class Entry:
     at_ns: int
     whole: str
     data: str
+    held: str
     call: str
     offset: int
 
@@ -135,10 +137,12 @@ class Details:
 
     Attributes:
         state: digest by name.
+        held: digest by name of what the operator holds besides.
         attributes: plain attributes of the operator and of the data sets, as text, by name; not all belong to the state.
     """
 
     state: dict[str, str]
+    held: dict[str, str] = field(default_factory=dict)
     attributes: dict[str, str] = field(default_factory=dict)
 
 
@@ -156,15 +160,17 @@ class DigestWriter:
         self._fd = os.open(log_path(directory, trainer, rank), flags, 0o600)
         os.write(self._fd, json.dumps(facts).encode() + b"\n")
 
-    def add(self, place: Place, *, step: int, whole: str, data: str, call: str, details: Details) -> None:
+    def add(
+        self, place: Place, *, step: int, whole: str, data: str, call: str, details: Details, held: str = ""
+    ) -> None:
         """Appends a line, at once: whoever is killed leaves whole lines."""
         numbers = (place.call, place.batch, int(place.end), step, time.monotonic_ns())
-        columns = (*map(str, numbers), whole, data, json.dumps(call), _packed(details))
+        columns = (*map(str, numbers), whole, data, held, json.dumps(call), _packed(details))
         os.write(self._fd, ("\t".join(columns) + "\n").encode())
 
 
 def _packed(details: Details) -> str:
-    return json.dumps([details.state, details.attributes], separators=(",", ":"))
+    return json.dumps([details.state, details.held, details.attributes], separators=(",", ":"))
 
 
 class DigestFile:
@@ -199,18 +205,19 @@ class DigestFile:
         """The rest of a line."""
         with self._path.open("rb") as file:
             file.seek(entry.offset)
-            state, attributes = json.loads(file.readline().split(b"\t", _COLUMNS - 1)[-1])
-        return Details(state=state, attributes=attributes)
+            state, held, attributes = json.loads(file.readline().split(b"\t", _COLUMNS - 1)[-1])
+        return Details(state=state, held=held, attributes=attributes)
 
 
 def _entry(line: bytes, offset: int) -> Entry:
-    call, batch, end, step, at_ns, whole, data, text, _ = line.decode().split("\t", _COLUMNS - 1)
+    call, batch, end, step, at_ns, whole, data, held, text, _ = line.decode().split("\t", _COLUMNS - 1)
     return Entry(
         place=Place(call=int(call), batch=int(batch), end=end == "1"),
         step=int(step),
         at_ns=int(at_ns),
         whole=whole,
         data=data,
+        held=held,
         call=json.loads(text),
         offset=offset,
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError
-from torchtrainer.operator import CreatorOperator, OperatorContext, TrainingOperator, attach_created
+from torchtrainer.operator import CreatorOperator, OperatorContext, TrainingOperator
 from torchtrainer.train.components import internals
-from torchtrainer.train.creators import Creators
+from torchtrainer.train.creators import Creators, attach_created
 from torchtrainer.train.rng import seed_all, seed_rank
 
 if TYPE_CHECKING:

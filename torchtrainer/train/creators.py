@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.modules.loss import _Loss
 
-from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError
-from torchtrainer.train.components import check_models, check_optimizers, check_schedulers
+from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, OperatorUseError
+from torchtrainer.train.components import check_models, check_optimizers, check_schedulers, in_shape_of, internals
 from torchtrainer.train.rng import seed_all
+
+if TYPE_CHECKING:
+    from torchtrainer.operator import TrainingOperator
 
 Creator = Callable[..., Any]
 
@@ -142,3 +145,31 @@ def _takes_config(creator: Creator) -> bool:
 def _who(argument: str, creator: Creator) -> str:
     name = getattr(creator, "__qualname__", None) or repr(creator)
     return f"what {argument} ({name}) returns"
+
+
+def attach_created(operator: TrainingOperator, creators: Creators, *, lists: bool) -> None:
+    """Runs creators and registers what they made; singular attributes are the first of each.
+
+    Args:
+        operator: gets the attributes.
+        creators: the user's functions.
+        lists: plural attributes are always lists (first generation); else they have the shape the creator returned.
+    """
+    made = run_creators(creators, operator.config, internals(operator).context.settings.seed)
+    operator.register(
+        models=made.models, optimizers=made.optimizers, criterion=made.criterion, schedulers=made.schedulers
+    )
+    placed = internals(operator).components
+    if placed is None:
+        raise OperatorUseError(f"{type(operator).__name__}.register was overridden and did not call super().register")
+    operator.criterion = placed.criterion
+    schedulers = made.schedulers if made.schedulers is not None else []
+    for name, given, members in (
+        ("model", made.models, placed.models),
+        ("optimizer", made.optimizers, placed.optimizers),
+        ("scheduler", schedulers, placed.schedulers),
+    ):
+        setattr(operator, name, members[0] if members else None)
+        setattr(operator, f"{name}s", list(members) if lists or not members else in_shape_of(given, members))
+    if made.loaders is not None:
+        operator.register_data(train_loader=made.loaders[0], validation_loader=made.loaders[1])

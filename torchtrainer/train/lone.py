@@ -19,8 +19,9 @@ from torchtrainer.train.cards import CardFile, packed, unpacked
 from torchtrainer.train.complete_state import module_modes
 from torchtrainer.train.components import internals
 from torchtrainer.train.equality import Comparison
+from torchtrainer.train.extras import keeps_extras, packed_extras, unpacked_extras
 from torchtrainer.train.rng import StreamReader
-from torchtrainer.train.seats import Buffers, nothing, packed_extras, unpacked_extras
+from torchtrainer.train.seats import Buffers, nothing
 from torchtrainer.train.trained import TrainedParameters
 from torchtrainer.train.updates import Updates, go_to, standing
 
@@ -133,7 +134,7 @@ class LoneRank:
             "meters": packed(inside.meters.state_dict()) if inside.meters is not None else None,
             "epoch_idx": self.epoch_idx(),
             "sums": self._comparison.sums,
-            "extras": packed_extras(self._operator),
+            "extras": packed_extras(self._operator.state_dict() if keeps_extras(self._operator) else None),
         }
         self._cards[self._rank].write(self._boundary, self._buffers.tensors, plain)
 

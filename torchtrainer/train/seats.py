@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from torchtrainer.errors import EngineError
 from torchtrainer.train.cards import CardFile
 from torchtrainer.train.components import Components, internals
 from torchtrainer.train.data import RankLoader
+from torchtrainer.train.extras import Entries
 from torchtrainer.train.metrics import AverageMeterCollection
 from torchtrainer.train.rng import RngState
 from torchtrainer.train.trained import known_parameters
@@ -37,7 +35,7 @@ class Seat:
         streams: its random streams, while those of another rank are in use.
         samples: that it had in the running call.
         meters: its means in the running call.
-        extras: what the operator's own ``state_dict`` returned for it, while another rank's are in use.
+        extras: its entries of the operator's own state, as its latest card or the end of its latest turn has them.
     """
 
     rank: int
@@ -45,7 +43,7 @@ class Seat:
     streams: RngState | None = None
     samples: int = 0
     meters: AverageMeterCollection = field(default_factory=AverageMeterCollection)
-    extras: Any = None
+    extras: Entries = field(default_factory=dict)
 
     def close(self) -> None:
         """Ends its loaders' workers."""
@@ -112,37 +110,6 @@ class Buffers:
 
 
 _NOTHING = Components(raw_models=[], models=[], optimizers=[], criterion=None, schedulers=[])
-
-
-def keeps_extras(operator: TrainingOperator) -> bool:
-    """Whether the operator has a state of its own beside models, optimizers and schedulers."""
-    from torchtrainer.operator import TrainingOperator as Base
-
-    return type(operator).state_dict is not Base.state_dict
-
-
-def packed_extras(operator: TrainingOperator) -> bytes:
-    """The operator's own state for a card; empty if it has none."""
-    if not keeps_extras(operator):
-        return b""
-    buffer = io.BytesIO()
-    torch.save(operator.state_dict(), buffer)
-    return buffer.getvalue()
-
-
-def unpacked_extras(data: bytes) -> Any:
-    """What `packed_extras` was given.
-
-    Raises:
-        EngineError: it holds other things than tensors, numbers, text and containers of them.
-    """
-    try:
-        return torch.load(io.BytesIO(data), weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise EngineError(
-            f"what the operator's state_dict() returned cannot be handed to another process ({str(error).splitlines()[0]}): let "
-            "it return tensors, numbers, text, and lists and dicts of them"
-        ) from error
 
 
 def trainable_of(operator: TrainingOperator) -> Callable[[], Iterable[nn.Parameter]]:

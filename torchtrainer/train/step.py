@@ -23,11 +23,11 @@ TARGET_KEYS = ("target", "targets", "label", "labels", "y")
 """Where the built-in step looks for the target in a batch that is a dict, in this order."""
 
 
-def train_batch(operator: TrainingOperator, batch: Any) -> dict[str, Any]:
+def train_batch(operator: TrainingOperator, batch: Any, info: Mapping[str, Any] | None) -> dict[str, Any]:
     """The built-in training step; see `TrainingOperator.train_batch`."""
     stats = forward_backward(operator, batch)
     internals(operator).context.progress.enter("step")
-    update(operator)
+    update(operator, info or {})
     return stats
 
 
@@ -104,14 +104,15 @@ def _has_hooks(model: nn.Module) -> bool:
     return any(hooks)
 
 
-def update(operator: TrainingOperator) -> None:
-    """The second part of a step: the optimizer's, by the gradients that are there."""
+def update(operator: TrainingOperator, info: Mapping[str, Any]) -> None:
+    """The second part of a step: the optimizer's, by the gradients that are there; ``info`` is for `after_step`."""
     optimizer, scaler = operator.optimizer, internals(operator).amp.scaler
     with operator.timers.record("apply"):
         scaler.unscale_(optimizer)
         operator.clip_gradients()
         scaler.step(optimizer)
         scaler.update()
+        operator.after_step(dict(info))
 
 
 def validate_batch(operator: TrainingOperator, batch: Any) -> dict[str, Any]:

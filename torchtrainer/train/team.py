@@ -11,6 +11,7 @@ Everything here runs in the thread that trains.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from torchtrainer.train.cards import CardFile, packed, unpacked
 from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankBatch
 from torchtrainer.train.equality import Comparison
-from torchtrainer.train.loop import StepIterator, modules_of, step_for_passes, step_schedulers
+from torchtrainer.train.extras import Extras, packed_extras, unpacked_extras
 from torchtrainer.train.metrics import AverageMeterCollection
 from torchtrainer.train.rng import (
     StreamReader,
@@ -33,12 +34,10 @@ from torchtrainer.train.rng import (
 from torchtrainer.train.seats import (
     Buffers,
     Seat,
-    keeps_extras,
     nothing,
-    packed_extras,
     trainable_of,
-    unpacked_extras,
 )
+from torchtrainer.train.state import detached
 from torchtrainer.train.step import GradientShare, forward_backward, update
 from torchtrainer.train.trained import TrainedParameters
 from torchtrainer.train.updates import Updates, go_to, standing
@@ -59,6 +58,7 @@ class Team:
 
     Attributes:
         seats: by rank.
+        extras: the operator's own state.
         exchange: with the other processes.
         updates: of the optimizers.
         on_wait: called while others are waited for.
@@ -87,7 +87,7 @@ class Team:
         self._tag = 0
         self._strays: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._buffers = Buffers(operator)
-        self._has_extras = keeps_extras(operator)
+        self.extras = Extras(operator)
         self._streams = StreamReader()
         self._collective: Any = internals(operator).context.collective
         self._share = GradientShare(trainable_of(operator), self._collective.world_size)
@@ -127,8 +127,7 @@ class Team:
         if seat is left:
             return
         left.streams = rng_state()
-        if self._has_extras:
-            left.extras = self._operator.state_dict()
+        left.extras = self.extras.of_rank()
         self._put_in_place(seat)
         self._now = seat
         self._collective.rank = seat.rank
@@ -136,8 +135,7 @@ class Team:
         self.show_means()
 
     def _put_in_place(self, seat: Seat) -> None:
-        if self._has_extras and seat.extras is not None:
-            self._operator.load_state_dict(seat.extras)
+        self.extras.put(seat.extras)
         if seat.streams is not None:
             set_rng_state(seat.streams)
             seat.streams = None
@@ -183,13 +181,22 @@ class Team:
 
     def take_in(self) -> None:
         """Gives every seat the buffers and the operator's own state that are in place: a state dict was loaded."""
-        extras = self._operator.state_dict() if self._has_extras else None
+        for seat in self.seats.values():
+            seat.extras = self.extras.of_rank()
         for rank in self.ranks:
             seat = self.seats[rank]
-            if seat is not self._now:
-                seat.extras = extras
             self.turn_to(seat)
             self.write_card(seat, self.exchange.number)
+
+    @contextmanager
+    def for_all(self) -> Iterator[None]:
+        """What the block changes of the operator's own state changes for every seat."""
+        before = self.extras.of_rank()
+        yield
+        changed, gone = self.extras.changed_since(before)
+        for seat in self.seats.values():
+            kept = {path: value for path, value in seat.extras.items() if path not in gone}
+            seat.extras = {**kept, **detached(changed)}
 
     def _new_seat(self, rank: int) -> Seat:
         return Seat(rank=rank, loaders={name: one.for_rank(rank) for name, one in self._pattern.loaders.items()})
@@ -200,6 +207,7 @@ class Team:
         """Writes the cards of a run that begins; every rank has the random streams that a process of its own would have."""
         seed = internals(self._operator).context.settings.seed
         for rank in self.ranks:
+            self.seats[rank].extras = self.extras.of_rank()
             if self.seats[rank] is not self._now:
                 with isolated_rng():
                     seed_rank(seed, rank)
@@ -219,6 +227,7 @@ class Team:
 
     def write_card(self, seat: Seat, number: int) -> None:
         """Writes what a seat has after an exchange; the seat is the one in use."""
+        seat.extras = self.extras.of_rank()
         plain = {
             "call": self.call,
             "streams": self._streams.read(),
@@ -226,7 +235,8 @@ class Team:
             "meters": packed(seat.meters.state_dict()),
             "loaders": {name: loader.state_dict() for name, loader in seat.loaders.items()},
             "sums": self._comparison.sums,
-            "extras": packed_extras(self._operator) if self._has_extras else b"",
+            "extras": packed_extras(seat.extras or None),
+            "shared": self.extras.sums,
         }
         self._cards[seat.rank].write(number, self._buffers.tensors, plain)
 
@@ -239,8 +249,7 @@ class Team:
             seat.meters.load_state_dict(unpacked(plain["meters"]))
         for name, position in plain["loaders"].items():
             seat.loaders[name].load_state_dict(position)
-        if plain["extras"]:
-            seat.extras = unpacked_extras(plain["extras"])
+        seat.extras = unpacked_extras(plain["extras"]) if plain["extras"] else {}
         if seat is self._now:  # what is put aside for other seats is in use for this one
             self._put_in_place(seat)
 
@@ -273,6 +282,7 @@ class Team:
         for seat in self.seats.values():
             seat.samples, seat.meters = 0, AverageMeterCollection()
         self._comparison.begin()
+        self.extras.begin_comparison()
         self.refresh()
 
     def end_call(self) -> None:
@@ -305,8 +315,8 @@ class Team:
         parts = list(self.parts.values())
         return RankBatch([part.data for part in parts], sum(part.size for part in parts), parts[0].global_size)
 
-    def step(self) -> None:
-        """One optimizer step of all ranks."""
+    def step(self, info: Mapping[str, Any]) -> None:
+        """One optimizer step of all ranks; ``info`` is what their batch hooks would get."""
         self._follow_changes()
         number, steps = self.exchange.number + 1, internals(self._operator).steps
         if steps is not None and steps.compares_here:
@@ -326,12 +336,17 @@ class Team:
             except UnequalExchangeError as error:
                 raise self.updates.explain(error, self.exchange.layout) from None
         self._comparison.finish(self._cards[: self.world_size], number)
+        if self.extras.sums is not None:
+            self.extras.compare([card.read(number)[1]["shared"] for card in self._cards[: self.world_size]])
         progress.enter("step")
         for parameter, mean in zip(self._trained.parameters, means, strict=True):
             parameter.grad = mean
         self.updates.exchanged(self._trained.unit_set)
+        self.turn_to(self.seats[self.ranks[0]])
         self.follow_first_rank()
-        update(self._operator)
+        before = self._now.extras
+        update(self._operator, info)
+        self.extras.updated(before)
 
     def catch_up(self, rank: int) -> int:
         """In the middle of a step: takes a rank over and does what it had not done; returns the shares that were computed."""
@@ -370,37 +385,3 @@ class Team:
             self.exchange.put(seat.rank, number, [parameter.grad for parameter in self._trained.parameters])
         self.write_card(seat, number)
         self.exchange.publish(seat.rank, number, self._tag)
-
-
-def train_epoch(team: Team, operator: TrainingOperator, steps: StepIterator) -> None:
-    """The built-in training loop for all seats of a process; see `torchtrainer.train.loop.train_epoch`."""
-    for module in modules_of(operator):
-        module.train()
-    frequency = operator.scheduler_step_freq
-    for _ in steps:
-        if frequency == "epoch":
-            step_for_passes(operator, steps)
-        team.step()
-        if frequency == "batch":
-            step_schedulers(operator)
-    if frequency == "epoch":
-        step_for_passes(operator, steps)
-
-
-class TeamLoader:
-    """The train loaders of all seats, as one: what a `StepIterator` draws from. All of them stand at the same place.
-
-    Args:
-        team: of this process.
-    """
-
-    def __init__(self, team: Team) -> None:
-        self._team = team
-
-    def __getattr__(self, name: str) -> Any:
-        team: Team = self.__dict__["_team"]
-        return getattr(team.seats[team.ranks[0]].loaders["train"], name)
-
-    def next_batch(self) -> RankBatch | None:
-        """The batches of all seats."""
-        return self._team.deal()

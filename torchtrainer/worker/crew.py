@@ -19,6 +19,7 @@ from torchtrainer.control.wire import ForWorker, Message
 from torchtrainer.errors import EngineError, SnapshotError
 from torchtrainer.train.complete_state import shared_state
 from torchtrainer.train.components import internals
+from torchtrainer.train.extras import SHARED_EXTRAS
 from torchtrainer.train.lone import LoneRank
 from torchtrainer.train.team import Team
 from torchtrainer.worker.saver import RegionSaver
@@ -95,6 +96,7 @@ class Crew:
             self.tell_collectives()
         if not self._in_first_step:
             self.tell_carried()
+        self._tell_bound()
         self._in_first_step = False
         for order in self._waiting_orders(Carry):  # what is shared here would be before what the gate asks for
             self._at_rest(order)
@@ -125,9 +127,19 @@ class Crew:
     def tell_collectives(self) -> None:
         """Tells the driver if the user's model, loss or hooks turn out to use collectives, of which recovery knows nothing."""
         if not self._bound and collectives_begun() != self._collectives:
-            self._bound = True
-            why = "the model, the loss or a hook calls torch.distributed itself, and such calls need the process of every rank"
-            self._send(Bound(group=self._group, worker=self._worker, bound=why))
+            self._tell(
+                "the model, the loss or a hook calls torch.distributed itself, and such calls need the process of every rank"
+            )
+
+    def _tell_bound(self) -> None:
+        """Says so if it has turned out that a process can carry one rank only."""
+        reason = self._carrier.extras.unlike if isinstance(self._carrier, Team) else ""
+        if reason and not self._bound:
+            self._tell(reason)
+
+    def _tell(self, why: str) -> None:
+        self._bound = True
+        self._send(Bound(group=self._group, worker=self._worker, bound=why))
 
     def tell_carried(self) -> None:
         """Says that what was taken over is done; to be called when the step is over."""
@@ -200,17 +212,24 @@ class Crew:
                 self._redone += take(rank)
                 self._taken.append(rank)
 
+    def _state(self) -> dict[str, Any]:
+        state = shared_state(self._operator)
+        if isinstance(self._carrier, Team):
+            state[SHARED_EXTRAS] = self._carrier.extras.shared
+        return state
+
     def _share(self, order: Share) -> None:
-        error = self._carrier.why_not_shared(order.ranks) if isinstance(self._carrier, LoneRank) else ""
+        carrier = self._carrier
+        error = carrier.why_not_shared(order.ranks) if isinstance(carrier, LoneRank) else carrier.extras.unlike
         inside = internals(self._operator)
         at = {
-            **self._carrier.where(),
+            **carrier.where(),
             "steps": inside.steps.state_dict() if inside.steps is not None else None,
             "snapshots": self._saver.number if self._saver is not None else 0,
         }
         if not error:
             try:
-                self._region.write(shared_state(self._operator), {}, set(), order.number)
+                self._region.write(self._state(), {}, set(), order.number)
             except SnapshotError as failed:
                 error = str(failed)
         self._send(

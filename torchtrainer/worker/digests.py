@@ -5,11 +5,9 @@ Everything here runs in the thread that trains.
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +32,9 @@ from torchtrainer.observe.digest_log import (
 from torchtrainer.train.complete_state import rank_state, shared_state
 from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankBatch
+from torchtrainer.train.digest import combined, digest, digest_of_all, is_plain, leaves
 from torchtrainer.train.loop import StepIterator
+from torchtrainer.worker.held import held_values
 from torchtrainer.worker.keeper import RankKeeper
 from torchtrainer.worker.link import StopGate
 
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 HOLD_S = 60.0
 """Longest that a rank holds where it was told to: then whoever told it is gone, and the rank goes on."""
 HOLD_POLL_S = 0.005
-MAX_DEPTH = 8
-"""How deep containers and objects are looked into."""
 MAX_ATTRIBUTE_ITEMS, MAX_ATTRIBUTE_CHARACTERS = 16, 80
 """Attributes that are larger are left out: they are for people to read."""
 
@@ -121,7 +119,7 @@ class StateLog:
             self._reference = DigestFile(path) if path.exists() else None
 
     def note(self, batch: int, data: str, *, end: bool = False) -> None:
-        """Writes down the complete state.
+        """Writes down the complete state, and what the operator holds besides.
 
         Args:
             batch: batches of the call that were completed.
@@ -131,10 +129,18 @@ class StateLog:
         place = self._place(batch, end=end)
         values = dict(leaves(complete_state(self._operator, self._keeper.modes)))
         state = {name: digest(value) for name, value in values.items()}
-        whole = _combined(f"{name}={one}" for name, one in state.items())
-        details = Details(state=state, attributes=attributes_of(self._operator))
-        call, step = str(self._keeper.mark.get("call", "")), self._operator.global_step
-        self._writer.add(place, step=step, whole=whole, data=data, call=call, details=details)
+        whole = combined(f"{name}={one}" for name, one in state.items())
+        held = {name: digest_of_all(value) for name, value in held_values(self._operator).items()}
+        details = Details(state=state, held=held, attributes=attributes_of(self._operator))
+        self._writer.add(
+            place,
+            step=self._operator.global_step,
+            whole=whole,
+            data=data,
+            held=combined(f"{name}={one}" for name, one in held.items()),
+            call=str(self._keeper.mark.get("call", "")),
+            details=details,
+        )
         self._keep_ordered(place, values)
         self._keep_first_difference(place, values, state, whole)
 
@@ -191,43 +197,6 @@ def complete_state(operator: TrainingOperator, modes: Sequence[bool] | None) -> 
     return {**shared, **mine}
 
 
-def leaves(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """The values in nested containers with their names, such as ``optimizers[0].state[3].exp_avg``."""
-    if value is None:
-        return
-    if isinstance(value, Mapping) and depth < MAX_DEPTH:
-        for key, one in value.items():
-            inner = (
-                f"{name}.{key}" if isinstance(key, str) and name else key if isinstance(key, str) else f"{name}[{key}]"
-            )
-            yield from leaves(one, inner, depth + 1)
-    elif isinstance(value, list | tuple) and depth < MAX_DEPTH and not all(map(_is_plain, value)):
-        for index, one in enumerate(value):
-            yield from leaves(one, f"{name}[{index}]", depth + 1)
-    elif _has_members(value) and depth < MAX_DEPTH:
-        yield from leaves(vars(value), name, depth + 1)
-    else:
-        yield name, value
-
-
-def digest(value: Any) -> str:
-    """A short digest of a value of `leaves`."""
-    if isinstance(value, torch.Tensor):
-        return _tensor_digest(value)
-    found = hashlib.blake2b(type(value).__qualname__.encode(), digest_size=8)
-    if hasattr(value, "tobytes"):  # an array or an image, of whatever library
-        found.update(f"{getattr(value, 'dtype', '')} {getattr(value, 'shape', '')}".encode())
-        found.update(value.tobytes())
-    elif _is_plain(value) or isinstance(value, list | tuple):
-        found.update(repr(value).encode())
-    return found.hexdigest()
-
-
-def digest_of_all(value: Any) -> str:
-    """One digest of everything in nested containers."""
-    return _combined(f"{name}={digest(one)}" for name, one in leaves({"": value}))
-
-
 def attributes_of(operator: TrainingOperator) -> dict[str, str]:
     """Small plain attributes of the user's in the operator and its data sets, as text, by name."""
     from torchtrainer.operator import TrainingOperator as Base
@@ -244,46 +213,15 @@ def attributes_of(operator: TrainingOperator) -> dict[str, str]:
 
 def _as_text(value: Any) -> str | None:
     if isinstance(value, torch.Tensor):
-        return f"a tensor ({_tensor_digest(value)})" if value.numel() <= MAX_ATTRIBUTE_ITEMS else None
+        return f"a tensor ({digest(value)})" if value.numel() <= MAX_ATTRIBUTE_ITEMS else None
     items = list(value.values()) if isinstance(value, dict) else value
     if isinstance(items, list | tuple):
-        if len(items) > MAX_ATTRIBUTE_ITEMS or not all(map(_is_plain, items)):
+        if len(items) > MAX_ATTRIBUTE_ITEMS or not all(map(is_plain, items)):
             return None
-    elif not _is_plain(value):
+    elif not is_plain(value):
         return None
     text = repr(value)
     return text if len(text) <= MAX_ATTRIBUTE_CHARACTERS else None
-
-
-def _tensor_digest(tensor: torch.Tensor) -> str:
-    here: torch.Tensor = tensor.detach()
-    if hasattr(here, "to_local"):  # divided between the ranks: this rank's part
-        here = here.to_local()
-    found = hashlib.blake2b(f"{here.dtype} {tuple(here.shape)}".encode(), digest_size=8)
-    if here.layout is not torch.strided:
-        here = here.to_dense()
-    here = here.resolve_conj().resolve_neg().cpu().contiguous()
-    size_bytes = here.numel() * here.element_size()
-    if size_bytes:
-        found.update((ctypes.c_char * size_bytes).from_address(here.data_ptr()))
-    return found.hexdigest()
-
-
-def _combined(parts: Iterator[str]) -> str:
-    found = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        found.update(part.encode() + b"\0")
-    return found.hexdigest()
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype)
-
-
-def _has_members(value: Any) -> bool:
-    """Whether a value is an object of the user's, whose attributes are looked into."""
-    plain = _is_plain(value) or isinstance(value, torch.Tensor | Mapping | list | tuple | type)
-    return not plain and hasattr(value, "__dict__") and not hasattr(value, "tobytes")
 
 
 def _own_hooks(operator: TrainingOperator) -> list[str]:

@@ -132,8 +132,9 @@ class RankKeeper:
         state = self._of_rank()
         if "steps" in state and self.team is not None and self.team.training:
             state["steps"]["samples"] = seat.samples
-        if several and "buffers" in state:  # the next rank's will take their place
-            state["buffers"] = detached(state["buffers"])
+        for name in ("buffers", "operator") if several else ():  # the next rank's will take their place
+            if name in state:
+                state[name] = detached(state[name])
         return state
 
     def restore(self, path: str) -> None:

@@ -26,7 +26,7 @@ from torchtrainer.train.progress import Progress, StepGate
 from torchtrainer.train.seats import trainable_of
 from torchtrainer.train.state import capture, restore
 from torchtrainer.train.step import GradientShare
-from torchtrainer.train.team import TeamLoader
+from torchtrainer.train.team_loop import TeamLoader
 from torchtrainer.worker.digests import step_iterator
 from torchtrainer.worker.keeper import RankKeeper, Saver
 from torchtrainer.worker.profiling import PassObserver

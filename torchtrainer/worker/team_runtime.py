@@ -10,12 +10,14 @@ from torchtrainer.errors import OperatorUseError
 from torchtrainer.operator import TrainingOperator
 from torchtrainer.train.complete_state import set_modes
 from torchtrainer.train.components import internals
+from torchtrainer.train.extras import SHARED_EXTRAS
 from torchtrainer.train.lone import LoneRank, rank_state_of
 from torchtrainer.train.loop import Resumed, StepIterator, check_num_steps
 from torchtrainer.train.metrics import PassResult
 from torchtrainer.train.rng import set_rng_state, streams_from_plain
 from torchtrainer.train.state import restore
-from torchtrainer.train.team import Team, TeamLoader, train_epoch
+from torchtrainer.train.team import Team
+from torchtrainer.train.team_loop import TeamLoader, train_epoch
 from torchtrainer.worker.runtime import RankRuntime
 
 
@@ -78,7 +80,7 @@ class TeamRuntime(RankRuntime):
             with self._pass(dealt, "train", num_steps, profile, trace) as steps:
                 team.show_means()
                 with self.operator.timers.record("train_epoch"):
-                    train_epoch(team, self.operator, steps)
+                    train_epoch(team, self.operator, steps, {**(info or {}), "epoch_idx": self._keeper.epoch_idx})
         finally:
             team.end_call()
         self._late = lambda rank: self._train_result(rank, steps)
@@ -115,6 +117,11 @@ class TeamRuntime(RankRuntime):
             found[left[0]] = one(left[0])
         return found  # type: ignore[return-value]
 
+    def apply_operator(self, fn: Callable[[TrainingOperator], Any]) -> Any:
+        """Returns ``fn(operator)``; what it changes of the operator's own state it changes for all ranks of this process."""
+        with self.team.for_all():
+            return super().apply_operator(fn)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads a state; see `RankRuntime.load_state_dict`."""
         super().load_state_dict(state)
@@ -141,6 +148,7 @@ class TeamRuntime(RankRuntime):
         """
         team, shared = self.team, assemble([path], number)["shared"]
         restore(self.operator, shared)
+        team.extras.share(shared[SHARED_EXTRAS])
         team.join(at)
         team.assign(ranks)
         team.take_buffers()
