@@ -14,6 +14,7 @@ from torchtrainer.errors import OperatorUseError
 from torchtrainer.train import loop, step
 from torchtrainer.train.components import (
     Internals,
+    dealing_of,
     in_shape_of,
     internals,
     place,
@@ -165,11 +166,10 @@ class TrainingOperator:
                     world_size=self.world_size,
                     seed=self._internals.context.settings.seed,
                     collective=self._internals.context.collective,
-                    shard=self._internals.context.settings.add_dist_sampler,
                     training=name == "train",
                     device=self.device,
                     name=name,
-                    batch_shares=self._internals.context.batch_shares,
+                    dealing=dealing_of(self, training=name == "train"),
                 )
                 if name == "train":
                     self._internals.loaders[name].accumulate = self._internals.context.settings.accumulate

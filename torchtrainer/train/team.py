@@ -19,8 +19,8 @@ from torchtrainer.comm.exchange import GradientExchange, UnequalExchangeError
 from torchtrainer.train.cards import CardFile, packed, unpacked
 from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankBatch
+from torchtrainer.train.data_drawing import OrderComparison
 from torchtrainer.train.equality import Comparison
-from torchtrainer.train.loop import StepIterator, modules_of, step_for_passes, step_schedulers
 from torchtrainer.train.metrics import AverageMeterCollection
 from torchtrainer.train.rng import (
     StreamReader,
@@ -39,7 +39,7 @@ from torchtrainer.train.seats import (
     trainable_of,
     unpacked_extras,
 )
-from torchtrainer.train.step import GradientShare, forward_backward, update
+from torchtrainer.train.step import GradientShare, UnevenWatch, forward_backward, update
 from torchtrainer.train.trained import TrainedParameters
 from torchtrainer.train.updates import Updates, go_to, standing
 
@@ -81,7 +81,9 @@ class Team:
         self.training = False
         self.call = 0
         self._comparison = Comparison(operator)
+        self._orders = OrderComparison()
         self._operator = operator
+        self._uneven = UnevenWatch(operator, training=True)
         self._cards = cards
         self._trained = trained
         self._tag = 0
@@ -219,12 +221,14 @@ class Team:
 
     def write_card(self, seat: Seat, number: int) -> None:
         """Writes what a seat has after an exchange; the seat is the one in use."""
+        loaders = {name: loader.state_dict() for name, loader in seat.loaders.items()}
+        self._orders.note(loaders)
         plain = {
             "call": self.call,
             "streams": self._streams.read(),
             "samples": seat.samples,
             "meters": packed(seat.meters.state_dict()),
-            "loaders": {name: loader.state_dict() for name, loader in seat.loaders.items()},
+            "loaders": loaders,
             "sums": self._comparison.sums,
             "extras": packed_extras(self._operator) if self._has_extras else b"",
         }
@@ -273,6 +277,7 @@ class Team:
         for seat in self.seats.values():
             seat.samples, seat.meters = 0, AverageMeterCollection()
         self._comparison.begin()
+        self._uneven = UnevenWatch(self._operator, training=True)
         self.refresh()
 
     def end_call(self) -> None:
@@ -326,6 +331,7 @@ class Team:
             except UnequalExchangeError as error:
                 raise self.updates.explain(error, self.exchange.layout) from None
         self._comparison.finish(self._cards[: self.world_size], number)
+        self._orders.finish(self._cards[: self.world_size], number)
         progress.enter("step")
         for parameter, mean in zip(self._trained.parameters, means, strict=True):
             parameter.grad = mean
@@ -355,9 +361,11 @@ class Team:
         for parameter, gradient in self._strays:
             parameter.grad = None if gradient is None else gradient.clone()
         self._share.apply(part.size, part.global_size)
+        self._uneven.begin(part)
         try:
             stats = forward_backward(self._operator, part.data)
         finally:
+            self._uneven.end()
             self._share.remove()
         samples = stats.pop("num_samples")
         if part.size:
@@ -370,37 +378,3 @@ class Team:
             self.exchange.put(seat.rank, number, [parameter.grad for parameter in self._trained.parameters])
         self.write_card(seat, number)
         self.exchange.publish(seat.rank, number, self._tag)
-
-
-def train_epoch(team: Team, operator: TrainingOperator, steps: StepIterator) -> None:
-    """The built-in training loop for all seats of a process; see `torchtrainer.train.loop.train_epoch`."""
-    for module in modules_of(operator):
-        module.train()
-    frequency = operator.scheduler_step_freq
-    for _ in steps:
-        if frequency == "epoch":
-            step_for_passes(operator, steps)
-        team.step()
-        if frequency == "batch":
-            step_schedulers(operator)
-    if frequency == "epoch":
-        step_for_passes(operator, steps)
-
-
-class TeamLoader:
-    """The train loaders of all seats, as one: what a `StepIterator` draws from. All of them stand at the same place.
-
-    Args:
-        team: of this process.
-    """
-
-    def __init__(self, team: Team) -> None:
-        self._team = team
-
-    def __getattr__(self, name: str) -> Any:
-        team: Team = self.__dict__["_team"]
-        return getattr(team.seats[team.ranks[0]].loaders["train"], name)
-
-    def next_batch(self) -> RankBatch | None:
-        """The batches of all seats."""
-        return self._team.deal()

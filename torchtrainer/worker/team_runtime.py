@@ -15,7 +15,8 @@ from torchtrainer.train.loop import Resumed, StepIterator, check_num_steps
 from torchtrainer.train.metrics import PassResult
 from torchtrainer.train.rng import set_rng_state, streams_from_plain
 from torchtrainer.train.state import restore
-from torchtrainer.train.team import Team, TeamLoader, train_epoch
+from torchtrainer.train.team import Team
+from torchtrainer.train.team_loop import TeamLoader, train_epoch
 from torchtrainer.worker.runtime import RankRuntime
 
 
