@@ -137,11 +137,26 @@ def model_creator(config):
         point("setup", 0)
     return Net(config["name"], rank, int(os.environ.get("HIDDEN", config["hidden"])))  # no digest sees the environment
 
+class Remembering(torch.utils.data.Sampler):
+    def __init__(self, n):  # it shuffles its list in place, by generators of its own, and counts
+        self.order, self.own, self.other, self.drawn = list(range(n)), random.Random(7), np.random.default_rng(8), 0
+
+    def __len__(self):
+        return len(self.order)
+
+    def __iter__(self):
+        self.drawn += 1
+        self.own.shuffle(self.order)
+        cut = int(self.other.integers(len(self.order))) + self.drawn
+        return iter(self.order[cut:] + self.order[:cut])
+
 def data_creator(config):
     many = dict(num_workers=config["loader_workers"], persistent_workers=config["persistent"])
     test = Samples(45)
     test = TensorDataset(test.x, test.y)
-    return (DataLoader(Samples(config["samples"]), batch_size=config[BATCH_SIZE], shuffle=True, **many),
+    own = config["sampler"]
+    order = {"sampler": Remembering(config["samples"])} if own else {"shuffle": True}
+    return (DataLoader(Samples(config["samples"]), batch_size=config[BATCH_SIZE], **order, **many),
             DataLoader(test, batch_size=config[BATCH_SIZE]))
 
 def optimizer_creator(model, config):
@@ -249,7 +264,7 @@ class Callback:
         point("validate_end", e.epoch)
 
 def make(name="", **changes):
-    config = {"name": name, "hidden": 16, "samples": 86, BATCH_SIZE: 8, "loader_workers": 0, "persistent": False,
+    config = {"name": name, "hidden": 16, "samples": 86, BATCH_SIZE: 8, "loader_workers": 0, "persistent": False, "sampler": False,
               "schedule": None, "operator": "", **OPTIONS.get("config", {})}
     schedule = dict(scheduler_creator=scheduler_creator, scheduler_step_freq=config["schedule"]) if config["schedule"] else {}
     return TorchTrainer(**{**dict(
@@ -370,6 +385,8 @@ KINDS: dict[str, Options] = {
     "two": {"script": "two"},
     "saves": {"script": "saves", "config": {"schedule": "batch"}},
     "plateau": {"script": "plateau", "config": {"loader_workers": 2}},
+    "sampler": {"config": {"sampler": True, "operator": "batch"}, "script": "steps"},
+    "sampler, seats": {"config": {"sampler": True}},
     "alone": {"config": {"schedule": "batch", "operator": "accumulate"}, "trainer": {"num_workers": 1}},
 }
 """What a script does, by what is special in it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 import random
@@ -34,6 +35,7 @@ from torch.utils.data import (
 
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, UnshardableLoaderError
 from torchtrainer.train.data import RankLoader
+from torchtrainer.train.data_order import Dealing
 
 
 class Ranks:
@@ -95,9 +97,10 @@ class Alone:
 
 def rank_loader(loader: Any, collective: Any = None, **changes: Any) -> RankLoader:
     collective = collective or Alone()
+    how = {name: changes.pop(name) for name in ("shard", "even", "smallest") if name in changes}
     options: dict[str, Any] = {
         "seed": 3,
-        "shard": True,
+        "dealing": Dealing(**how),
         "training": True,
         "device": torch.device("cpu"),
         "name": "train",
@@ -706,7 +709,19 @@ def test_endless_samplers_are_refused():
                 yield 0
 
     with pytest.raises(UnshardableLoaderError, match="sampler Endless did not end after 1000000 elements"):
-        rank_loader(DataLoader(Numbers(4), sampler=Endless())).next_batch()
+        passes(2, lambda rank: DataLoader(Numbers(4), sampler=Endless()))
+
+
+def test_one_rank_takes_an_endless_sampler():
+    class Endless(Sampler):
+        def __iter__(self):
+            return itertools.cycle(range(4))
+
+    loader = rank_loader(DataLoader(Numbers(4), batch_size=3, sampler=Endless()))
+    assert [loader.next_batch().data.tolist() for _ in range(3)] == [[0, 1, 2], [3, 0, 1], [2, 3, 0]]
+    again = rank_loader(DataLoader(Numbers(4), batch_size=3, sampler=Endless()))
+    again.load_state_dict(loader.state_dict())
+    assert again.next_batch().data.tolist() == loader.next_batch().data.tolist()
 
 
 def test_bad_arguments():

@@ -85,11 +85,13 @@ CASES = [
     ("two", [("train", 5, "TERM"), ("train", 14, "KILL")]),
     ("saves", [("train", 20, "KILL")]),
     ("fit", [("train", 6, "TERM"), ("validate", 2, "KILL")]),
+    ("sampler", [("train", 3, "TERM"), ("train", 9, "KILL")]),
+    ("sampler, seats", [("train", 9, "WORKERS"), ("train", 14, "TERM")]),
     ("alone", [("epoch_end", 1, "KILL"), ("validate_end", 2, "TERM")]),
 ]
 
 
-IN_THE_DEFAULT_SUITE = {"updates", "early"}
+IN_THE_DEFAULT_SUITE = {"updates", "early", "sampler"}
 
 
 @pytest.mark.parametrize(

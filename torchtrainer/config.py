@@ -36,6 +36,22 @@ DIGESTS = "TORCHTRAINER_DIGESTS"
 PREEMPTION_SIGNALS: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
 
 
+def check_shares(even_batches: Any, min_batch_size: Any) -> None:
+    """Checks how the end of a pass is to be dealt to the ranks.
+
+    Raises:
+        InvalidArgumentError: a value that means nothing.
+    """
+    if even_batches not in (True, False, "drop", "repeat"):
+        raise InvalidArgumentError(
+            f'even_batches must be False, True, "repeat" (as True) or "drop", got {even_batches!r}'
+        )
+    if not isinstance(min_batch_size, int) or isinstance(min_batch_size, bool) or min_batch_size < 1:
+        raise InvalidArgumentError(
+            f"min_batch_size must be a whole number of at least 1 sample per rank, got {min_batch_size!r}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When a run saves its state by itself, where, and how many states it keeps.
@@ -153,6 +169,9 @@ class TrainSettings:
         wrap_ddp: wrap models in ``DistributedDataParallel`` when there are several ranks.
         ddp_args: arguments of ``DistributedDataParallel``.
         add_dist_sampler: deal each loader out to the ranks; False: use loaders as they are.
+        even_batches: give all ranks as many samples in each step, and as many steps: "repeat" or True gives some samples of the pass
+            twice, "drop" leaves some out; False: each sample once.
+        min_batch_size: fewest samples of a rank in a short last step; "auto": 2 in training where a model has batch-norm layers, else 1.
         scheduler_step_freq: when the built-in loop steps the schedulers.
         use_tqdm: whether the driver shows a progress bar.
         use_gpu: whether ranks train on GPUs.
@@ -173,6 +192,8 @@ class TrainSettings:
     wrap_ddp: bool = True
     ddp_args: dict[str, Any] = field(default_factory=dict)
     add_dist_sampler: bool = True
+    even_batches: bool | Literal["drop", "repeat"] = False
+    min_batch_size: int | Literal["auto"] = "auto"
     scheduler_step_freq: SchedulerStepFreq | None = None
     use_tqdm: bool = False
     use_gpu: bool = False
@@ -195,12 +216,13 @@ class TrainSettings:
             raise InvalidArgumentTypeError(
                 f"compile must be True, False or a dict of torch.compile options, got {self.compile!r}"
             )
+        check_shares(self.even_batches, 1 if self.min_batch_size == "auto" else self.min_batch_size)
         self._check_compute()
 
     def deciding_bits(self) -> dict[str, Any]:
         """The settings on which the bits of a training depend; of those that came later, the ones that are not as usual."""
         usual = TrainSettings()
-        later = ("accumulate", "memory_format", "fused", "comm_hook", "compile")
+        later = ("accumulate", "memory_format", "fused", "comm_hook", "compile", "even_batches", "min_batch_size")
         unusual = {name: getattr(self, name) for name in later if getattr(self, name) != getattr(usual, name)}
         return {"seed": self.seed, "precision": self.precision, **unusual}
 

@@ -11,7 +11,7 @@ import torch
 from torchtrainer.comm.group import Collective
 from torchtrainer.config import SchedulerStepFreq, TrainSettings
 from torchtrainer.train import loop, step
-from torchtrainer.train.components import Internals, in_shape_of, place, refuse_retired
+from torchtrainer.train.components import Internals, dealing_of, in_shape_of, place, refuse_retired
 from torchtrainer.train.creators import Creators, attach_created
 from torchtrainer.train.data import RankLoader
 from torchtrainer.train.precision import Amp
@@ -158,11 +158,10 @@ class TrainingOperator:
                     world_size=self.world_size,
                     seed=self._internals.context.settings.seed,
                     collective=self._internals.context.collective,
-                    shard=self._internals.context.settings.add_dist_sampler,
                     training=name == "train",
                     device=self.device,
                     name=name,
-                    batch_shares=self._internals.context.batch_shares,
+                    dealing=dealing_of(self, training=name == "train"),
                 )
                 if name == "train":
                     self._internals.loaders[name].accumulate = self._internals.context.settings.accumulate

@@ -51,6 +51,8 @@ AS_GIVEN = (
     "cpu_affinity",
     "wrap_ddp",
     "add_dist_sampler",
+    "even_batches",
+    "min_batch_size",
     "use_tqdm",
     "timeout_s",
 )

@@ -125,7 +125,14 @@ def latest_checkpoint() -> Any:
     return _loop().latest()
 
 
-def loader(loader: Any, *, seed: int = 0, training: bool = True) -> OwnLoader:
+def loader(
+    loader: Any,
+    *,
+    seed: int = 0,
+    training: bool = True,
+    even_batches: bool | str = False,
+    min_batch_size: int = 1,
+) -> OwnLoader:
     """A loader that gives each sample once per pass over all ranks, and goes on where a resumed run stopped.
 
     A collective call; the loaders of a script are told apart by the order in which they are made.
@@ -134,12 +141,17 @@ def loader(loader: Any, *, seed: int = 0, training: bool = True) -> OwnLoader:
         loader: a ``DataLoader`` as for one rank; its ``batch_size`` is that of each rank.
         seed: of the order, unless the loader has one of its own (``generator``, ``DistributedSampler``).
         training: the ranks step together, so that each has the same number of batches; False: for an evaluation.
+        even_batches: as for `torchtrainer.TorchTrainer`.
+        min_batch_size: fewest samples of a rank in a short last step: 2 for models with batch-norm layers.
 
     Raises:
+        InvalidArgumentError: ``even_batches`` or ``min_batch_size`` means nothing.
         UnshardableLoaderError: it cannot be dealt out; the message says why.
         EngineError, RunDirectoryError: as for `should_stop`.
     """
-    return _loop().loader(loader, seed=seed, training=training)
+    return _loop().loader(
+        loader, seed=seed, training=training, even_batches=even_batches, min_batch_size=min_batch_size
+    )
 
 
 def _loop() -> OwnLoop:

@@ -85,6 +85,9 @@ class TorchTrainer:
         cpu_affinity: keep each process to cores of its own; "auto": to one memory node, where there are several.
         use_tqdm: progress bar.
         add_dist_sampler: deal loaders out to the ranks; False: they are used as they are.
+        even_batches: give all ranks as many samples in each step, and as many steps: True or "repeat": some samples twice; "drop":
+            without some; False: each sample once. For losses and models that exchange between ranks.
+        min_batch_size: fewest samples of a rank in a short last step; "auto": 2 in training with batch-norm layers, else 1.
         scheduler_step_freq: ``batch``, ``epoch`` or ``manual``; required with a scheduler.
         use_local: this process carries the ranks, in turn, for debuggers.
         seed: everything random derives from it.
@@ -134,6 +137,8 @@ class TorchTrainer:
         cpu_affinity: bool | Literal["auto"] = "auto",
         use_tqdm: bool = False,
         add_dist_sampler: bool = True,
+        even_batches: bool | str = False,
+        min_batch_size: int | Literal["auto"] = "auto",
         scheduler_step_freq: str | None = None,
         use_local: bool = False,
         seed: int = 0,

@@ -9,6 +9,7 @@ import torch
 
 from torchtrainer.comm.group import Collective
 from torchtrainer.train.data import RankLoader
+from torchtrainer.train.data_order import Dealing
 
 
 class OwnLoader:
@@ -23,9 +24,12 @@ class OwnLoader:
         seed: of the order, unless the loader has one of its own.
         training: the ranks step together; else they may have unequal numbers of batches.
         name: what errors call it.
+        dealing: how the end of a pass is dealt.
     """
 
-    def __init__(self, loader: Any, collective: Collective, *, seed: int, training: bool, name: str) -> None:
+    def __init__(
+        self, loader: Any, collective: Collective, *, seed: int, training: bool, name: str, dealing: Dealing
+    ) -> None:
         self._loader = loader
         self._world_size = collective.world_size
         self._weight = 1.0
@@ -35,10 +39,10 @@ class OwnLoader:
             world_size=collective.world_size,
             seed=seed,
             collective=collective,
-            shard=True,
             training=training,
             device=torch.device("cuda") if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]  # torch has no types here
             name=name,
+            dealing=dealing,
         )
 
     def __getattr__(self, name: str) -> Any:

@@ -21,7 +21,7 @@ from torchtrainer.checkpoint.store import CheckpointStore, next_generation
 from torchtrainer.checkpoint.verified import verify
 from torchtrainer.checkpoint.writer import read_state
 from torchtrainer.comm.talk import attached, open_talk
-from torchtrainer.config import PreemptionConfig, Timeouts
+from torchtrainer.config import PreemptionConfig, Timeouts, check_shares
 from torchtrainer.driver.run_dir import RUNS, RunDirectory, program_name
 from torchtrainer.engines.inline_agreement import Agreement
 from torchtrainer.engines.inline_gate import StepCounter
@@ -43,6 +43,7 @@ from torchtrainer.process.leaving import keep_exit_code
 from torchtrainer.process.signals import EXIT_PREEMPTED
 from torchtrainer.resume import seen_here
 from torchtrainer.topology import WORKER_MARK, current
+from torchtrainer.train.data_order import Dealing, even_of
 from torchtrainer.train.rng import rng_from_data, rng_to_data
 from torchtrainer.train.state import detached
 from torchtrainer.worker.keeper import Collected
@@ -92,6 +93,7 @@ class OwnLoop:
         self._loaders: list[OwnLoader] = []
         self._positions: list[Mapping[str, int]] = []
         self._positions_ranks = 0
+        self._orders: list[Mapping[str, Any] | None] = []
         self._counter = StepCounter.of_launch(os.environ)
         self._asked = 0
         self._steps_before = 0
@@ -167,11 +169,13 @@ class OwnLoop:
         for rank, (found, _) in enumerate(answers):
             if found is not None:
                 raise InvalidArgumentTypeError(f"save_checkpoint, rank {rank}: {found}")
-        mine: dict[str, Any] = {"rng": rng_to_data(), "loaders": [one.of_rank.state_dict() for one in self._loaders]}
+        loaders = [one.of_rank for one in self._loaders]
+        mine: dict[str, Any] = {"rng": rng_to_data(), "loaders": [one.state_dict() for one in loaders]}
         if answers[self._collective.rank][1] != answers[0][1]:  # most scripts have the same state on all ranks
             mine["own"] = state
         meta = {"step": step, "world_size": self._collective.world_size, "loop": "own"}
-        collected = Collected(shared={"state": state}, mine={self._collective.rank: mine}, movable=set(), meta=meta)
+        shared = {"state": state, "orders": [one.saved_order() for one in loaders]}
+        collected = Collected(shared=shared, mine={self._collective.rank: mine}, movable=set(), meta=meta)
         self._saver.save(lambda: collected, must=True)
         ended = self._saver.finish(self._write_s)
         if ended is None:
@@ -202,6 +206,7 @@ class OwnLoop:
         self._steps_before = checkpoint.step
         mine = ranks[rank] if rank < len(ranks) else ranks[0]
         self._positions, self._positions_ranks = mine["loaders"], len(ranks)
+        self._orders = saved["shared"].get("orders", [])
         for number in range(min(len(self._loaders), len(self._positions))):
             self._put_back(number)
         if rank < len(ranks):
@@ -221,12 +226,15 @@ class OwnLoop:
 
     # Loaders
 
-    def loader(self, loader: Any, *, seed: int, training: bool) -> OwnLoader:
+    def loader(
+        self, loader: Any, *, seed: int, training: bool, even_batches: bool | str, min_batch_size: int
+    ) -> OwnLoader:
         """A resumable loader; see `torchtrainer.session.loader`."""
+        check_shares(even_batches, min_batch_size)
+        dealing = Dealing(even=even_of(even_batches), smallest=lambda: min_batch_size)
         number = len(self._loaders)
-        made = OwnLoader(
-            loader, self._collective, seed=seed, training=training, name=f"session.loader number {number + 1}"
-        )
+        name = f"session.loader number {number + 1}"
+        made = OwnLoader(loader, self._collective, seed=seed, training=training, name=name, dealing=dealing)
         self._loaders.append(made)
         if number < len(self._positions):
             self._put_back(number)
@@ -240,6 +248,9 @@ class OwnLoop:
                 "ranks can go on with: start as many, or pass another run_dir to session.configure"
             )
         loader.load_state_dict(dict(position))
+        order = self._orders[number] if number < len(self._orders) else None
+        if order is not None:
+            loader.put_order(order)
 
     def close(self) -> None:
         """Finishes what is being written, and lets go of the directory and of signals. Idempotent."""

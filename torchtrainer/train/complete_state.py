@@ -29,9 +29,15 @@ OWN_LOOP_HOOKS = ("train_epoch", "train_batch")
 
 
 def shared_state(operator: TrainingOperator) -> dict[str, Any]:
-    """The state that is alike on all ranks, as the trainer's state dict; its tensors are those of the training."""
-    loader = internals(operator).loaders.get("train")
-    return live_state(operator, loader.passes_started if loader is not None else 0)
+    """The state that is alike on all ranks, as the trainer's state dict; its tensors are those of the training.
+
+    With it go the orders of running passes that samplers of the user's have drawn.
+    """
+    loaders = internals(operator).loaders
+    loader = loaders.get("train")
+    state = live_state(operator, loader.passes_started if loader is not None else 0)
+    orders = {name: order for name, one in loaders.items() if (order := one.saved_order()) is not None}
+    return {**state, "orders": orders} if orders else state
 
 
 def equal_on_all_ranks(operator: TrainingOperator) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from torchtrainer.comm.exchange import why_no_room
@@ -16,6 +17,7 @@ from torchtrainer.comm.hooks import compress
 from torchtrainer.comm.wrapping import ddp_of, unwrap, wrap
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError
 from torchtrainer.train.compiling import compile_model
+from torchtrainer.train.data_order import Dealing, even_of
 from torchtrainer.train.formats import lay_out
 from torchtrainer.train.fully_sharded import FullySharded
 from torchtrainer.train.optimizers import choose_form
@@ -278,6 +280,25 @@ def _fully_sharded(
     )
     follows = [_follows_first_rank(model, mine, ddp_args) for model, mine in zip(plain.raw_models, ours, strict=True)]
     return replace(plain, ours=True, follows=follows, sharding=sharding)
+
+
+def dealing_of(operator: TrainingOperator, *, training: bool) -> Dealing:
+    """How an operator's loaders are dealt to the ranks."""
+    settings = internals(operator).context.settings
+
+    def smallest() -> int:
+        if settings.min_batch_size != "auto":
+            return settings.min_batch_size
+        placed = internals(operator).components
+        parts = (part for model in (placed.raw_models if placed else []) for part in model.modules())
+        return 2 if training and any(isinstance(part, _BatchNorm) for part in parts) else 1
+
+    return Dealing(
+        shard=settings.add_dist_sampler,
+        batch_shares=internals(operator).context.batch_shares,
+        even=even_of(settings.even_batches),
+        smallest=smallest,
+    )
 
 
 def _group(context: OperatorContext) -> GroupCollective:

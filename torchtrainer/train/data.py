@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from torchtrainer.errors import InvalidArgumentError
-from torchtrainer.train.data_facts import Agreement, LoaderFacts, check_facts, describe, to_json
-from torchtrainer.train.data_order import BatchOrder, ListOrder, SampleOrder
-from torchtrainer.train.data_passes import DealtPass, Pass, RankBatch, StreamPass, joined
-from torchtrainer.train.data_readers import DirectReader, ListReader, Reader, Requests, WorkerReader
-from torchtrainer.train.data_streams import DividedStream, PlainStream
+from torchtrainer.errors import InvalidArgumentError, UnshardableLoaderError
+from torchtrainer.train.data_drawing import DrawnOrders, EndlessSamplerError
+from torchtrainer.train.data_facts import (
+    Agreement,
+    LoaderFacts,
+    check_even,
+    check_facts,
+    check_orders,
+    check_undivided,
+    describe,
+    to_json,
+)
+from torchtrainer.train.data_generators import names_of, samplers_of
+from torchtrainer.train.data_order import Dealing
+from torchtrainer.train.data_passes import Pass, RankBatch, StreamPass, joined
+from torchtrainer.train.data_sources import DealtPasses, StreamPasses
 
 __all__ = ["RankBatch", "RankLoader"]
 
@@ -33,12 +43,10 @@ class RankLoader:
         world_size: how many ranks there are.
         seed: of the trainer; a seed of the loader's own (generator, DistributedSampler) goes first.
         collective: the ranks.
-        shard: deal the loader out; False: every rank uses its loader as it is.
         training: the ranks step together, so one without samples borrows some; else it gets a step without data.
         device: of the rank; batches are pinned only for CUDA, and only if the loader asks for it.
         name: what the loader is for, in errors: ``train`` or ``validation``.
-        batch_shares: parts of the batch size of all ranks, by rank, where one process has the loaders of all: a loader with
-            this rank's part stands for loaders with theirs.
+        dealing: how the loader is dealt out.
 
     Attributes:
         passes_started: passes that were started, those of an earlier process included.
@@ -58,18 +66,23 @@ class RankLoader:
         world_size: int,
         seed: int,
         collective: Agreement,
-        shard: bool,
         training: bool,
         device: torch.device | None,
         name: str,
-        batch_shares: Sequence[int] = (),
+        dealing: Dealing,
     ) -> None:
-        mine = describe(loader, name=name, seed=seed, world_size=world_size, shard=shard)
+        mine = describe(loader, name=name, seed=seed, world_size=world_size, shard=dealing.shard)
         several = world_size > 1
         facts = [LoaderFacts(**one) for one in collective.all_gather(to_json(mine))] if several else [mine]
+        batch_shares = dealing.batch_shares
         if batch_shares and mine.batch_size == batch_shares[rank]:
             facts = [replace(one, batch_size=size) for one, size in zip(facts, batch_shares, strict=True)]
         check_facts(facts)
+        self._dealing = dealing
+        check_even(facts, self._dealing.even)
+        self._drawn = _drawn_orders(loader, facts[rank], rank, facts[0].seed, collective if several else None)
+        if facts[rank].drawn and self._drawn is None:
+            facts = [describe(loader, name=name, seed=seed, world_size=1, shard=False)]
         self._loader = loader
         self._facts = facts
         self._training = training
@@ -81,17 +94,21 @@ class RankLoader:
         self._begin(rank, collective if several else None)
 
     def _begin(self, rank: int, agreement: Agreement | None) -> None:
-        self._passes: _DealtPasses | _StreamPasses
+        self._passes: DealtPasses | StreamPasses
         if self._facts[rank].kind in ("plain", "stream"):
-            streaming = agreement if self._training else None
-            self._passes = _StreamPasses(self._loader, self._facts, rank, streaming, self._pinned)
+            self._passes = StreamPasses(
+                self._loader, self._facts, rank, agreement, self._training, self._pinned, self._dealing
+            )
         else:
-            self._passes = _DealtPasses(self._loader, self._facts, rank, agreement, self._training, self._pinned)
+            self._passes = DealtPasses(
+                self._loader, self._facts, rank, agreement, self._training, self._pinned, self._dealing, self._drawn
+            )
         self.passes_started = 0
         self._pass: Pass | None = None
         self._resume: dict[str, int] | None = None
-        self._known: tuple[int | None, int | None] = self._passes.outline()
-        self.any_world_size = isinstance(self._passes, _DealtPasses)
+        self._order = 0
+        self._known: tuple[int | None, int | None] | None = None
+        self.any_world_size = isinstance(self._passes, DealtPasses)
 
     def for_rank(self, rank: int) -> RankLoader:
         """Another rank's share of the same loader, at the same place; not a collective call.
@@ -111,13 +128,19 @@ class RankLoader:
     @property
     def batches_per_pass(self) -> int | None:
         """Batches of a pass for this rank: of the running one, else of the last or the next; None if not known."""
-        batches = self._known[0]
+        batches = self._outline()[0]
         return batches if batches is None else -(-batches // self.accumulate)
 
     @property
     def samples_per_pass(self) -> int | None:
         """Samples of a pass over all ranks, as for `batches_per_pass`."""
-        return self._known[1]
+        return self._outline()[1]
+
+    def _outline(self) -> tuple[int | None, int | None]:
+        """Batches and samples of a pass; not before they are asked for, as they may depend on the models."""
+        if self._known is None:
+            self._known = self._passes.outline()
+        return self._known
 
     @property
     def batch_in_pass(self) -> int:
@@ -169,6 +192,11 @@ class RankLoader:
         resume = self._resume or {"samples": 0, "batches": 0}
         epoch = self.passes_started - 1 if self._resume is not None else self.passes_started
         started = self._passes.start(epoch, resume["samples"], resume["batches"])
+        if self._drawn is not None:
+            order = self._drawn.draw(epoch).digest
+            if self._resume is not None and self._order not in (0, order):
+                raise UnshardableLoaderError(self._drawn.changed(epoch))
+            self._order = order
         self.passes_started = epoch + 1
         self._resume = None
         self._known = (started.count, started.total)
@@ -179,16 +207,30 @@ class RankLoader:
 
         Returns:
             ``passes_started``; ``samples``: the global position in the running pass, 0 between passes, for any
-            number of ranks; ``batches``: what this rank took of it, which only streams need.
+            number of ranks; ``batches``: what this rank took of it, which only streams need; ``order``: a digest of the
+            order of the latest pass, where a sampler of the user's gave it.
         """
+        order = {"order": self._order} if self._drawn is not None else {}
         if self._resume is not None:
-            return {"passes_started": self.passes_started, **self._resume}
+            return {"passes_started": self.passes_started, **self._resume, **order}
         running = self._pass
         return {
             "passes_started": self.passes_started,
             "samples": running.samples if running is not None else 0,
             "batches": running.batches if running is not None else 0,
+            **order,
         }
+
+    def saved_order(self) -> dict[str, Any] | None:
+        """The order of the running pass for a checkpoint, alike on all ranks; None where it need not be saved, or cannot be."""
+        if self._drawn is None or not self.in_pass:
+            return None
+        return self._drawn.saved(self.passes_started - 1)
+
+    def put_order(self, saved: Mapping[str, Any]) -> None:
+        """Takes the order of the running pass from a checkpoint, for all ranks of this process."""
+        if self._drawn is not None:
+            self._drawn.put(saved)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes to where another loader over the same data stood; a pass that is running here is given up.
@@ -197,7 +239,7 @@ class RankLoader:
         dropped: they need the same number of ranks and of loader workers.
 
         Args:
-            state: from `state_dict`; ``batches`` may be missing.
+            state: from `state_dict`; ``batches`` and ``order`` may be missing.
 
         Raises:
             InvalidArgumentError: a number is negative, or a position is given without a pass that was started.
@@ -208,6 +250,7 @@ class RankLoader:
         self._give_up()
         self.passes_started = passes
         self._resume = {"samples": samples, "batches": batches} if samples or batches else None
+        self._order = int(state.get("order", 0))
 
     def close(self) -> None:
         """Ends loader workers. The loader may be used again; a running pass goes on where it was."""
@@ -233,103 +276,32 @@ class RankLoader:
         self._resume = None
 
 
-class _DealtPasses:
-    """Passes over loaders whose order is known beforehand. Arguments as for `_StreamPasses`."""
+def _drawn_orders(
+    loader: Any, facts: LoaderFacts, rank: int, seed: int, collective: Agreement | None
+) -> DrawnOrders | None:
+    """The orders of the user's sampler, if they are drawn, the first one compared between the ranks.
 
-    def __init__(
-        self,
-        loader: Any,
-        facts: list[LoaderFacts],
-        rank: int,
-        agreement: Agreement | None,
-        training: bool,
-        pinned: bool,
-    ) -> None:
-        self._rank = rank
-        self._training = training
-        self._seed = facts[0].seed
-        self._reader: Reader
-        self._order: SampleOrder | BatchOrder | ListOrder
-        if facts[0].kind == "list":
-            self._order, self._reader = ListOrder(loader, rank, len(facts)), ListReader(loader)
-            return
-        order = SampleOrder if facts[0].kind == "samples" else BatchOrder
-        self._order = order(loader, facts, rank, agreement, every_pass=training)
-        if loader.num_workers > 0:
-            self._reader = WorkerReader(loader, pinned, self._seed)
-        else:
-            self._reader = DirectReader(loader, pinned)
-
-    def outline(self) -> tuple[int | None, int | None]:
-        """Batches for this rank and samples for all, of every pass, where known."""
-        plan = self._order.outline()
-        return (None, None) if plan is None else (plan.count(self._training), plan.samples)
-
-    def start(self, epoch: int, samples: int, batches: int) -> Pass:
-        """Starts a pass at a global position."""
-        plan = self._order.plan(epoch, samples)
-        requests = Requests(plan, epoch=epoch, seed=self._seed, rank=self._rank, borrow=self._training)
-        return DealtPass(requests, self._reader)
-
-    def stop(self) -> None:
-        """Ends the running pass; persistent workers stay."""
-        self._reader.stop()
-
-    def close(self) -> None:
-        """Ends the loader workers."""
-        self._reader.close()
-
-
-class _StreamPasses:
-    """Passes over loaders whose end shows only when it is reached.
-
-    Args:
-        loader: the user's.
-        facts: of all ranks, by rank.
-        rank: this one.
-        agreement: the ranks that step together, or None.
-        pinned: whether batches are to lie in pinned memory.
+    None also if it never ends, which does not matter to a rank that is alone.
     """
-
-    def __init__(
-        self, loader: Any, facts: list[LoaderFacts], rank: int, agreement: Agreement | None, pinned: bool
-    ) -> None:
-        mine = facts[rank]
-        self._world_size = len(facts)
-        self._name = mine.name
-        self._length = mine.length
-        self._exact = agreement is not None and mine.length is not None and len({one.length for one in facts}) == 1
-        self._agreement = None if self._exact else agreement
-        self._stream: DividedStream | PlainStream
-        if mine.kind == "stream":
-            self._stream = DividedStream(loader, seed=facts[0].seed, rank=rank, world_size=len(facts), pinned=pinned)
-        else:
-            self._stream = PlainStream(loader, seed=mine.seed, rank=rank, name=mine.name)
-
-    def outline(self) -> tuple[int | None, int | None]:
-        """Batches for this rank of every pass, where known."""
-        return self._count(), None
-
-    def _count(self) -> int | None:
-        return self._length if self._exact or self._agreement is None else None
-
-    def start(self, epoch: int, samples: int, batches: int) -> Pass:
-        """Starts a pass, leaving out batches that were taken before."""
-        return StreamPass(
-            self._stream.open(epoch),
-            world_size=self._world_size,
-            agreement=self._agreement,
-            count=self._count(),
-            exact=self._exact,
-            skip=batches,
-            samples=samples,
-            name=self._name,
-        )
-
-    def stop(self) -> None:
-        """Ends the running pass; persistent workers stay."""
-        self._stream.stop()
-
-    def close(self) -> None:
-        """Ends the loader workers."""
-        self._stream.close()
+    if not facts.drawn:
+        return None
+    sampler = loader.batch_sampler.sampler if facts.kind == "samples" else loader.batch_sampler or loader.sampler
+    drawn = DrawnOrders(loader, sampler, seed=seed, name=facts.name)
+    try:
+        first = drawn.draw(0)
+    except EndlessSamplerError:
+        if collective is None:
+            return None
+        raise
+    if collective is not None:
+        known = names_of(rank, samplers_of(loader), loader)
+        told = collective.all_gather([len(first.elements), first.digest, known])
+        orders = [one[:2] for one in told]
+        orders[rank] = [
+            len(first.elements),
+            first.digest,
+        ]  # a process that is built later gets answers of an earlier one
+        check_orders(facts.name, drawn.kind, orders, 0)
+        check_undivided(facts, drawn.kind, first.samples, [one[2] for one in told])
+    drawn.forget()
+    return drawn

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
-import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -15,9 +15,11 @@ from torch.utils.data import (
     IterDataPipe,
     RandomSampler,
     SequentialSampler,
+    Subset,
 )
 
-from torchtrainer.errors import InvalidArgumentTypeError, UnshardableLoaderError
+from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, UnshardableLoaderError
+from torchtrainer.train.data_generators import seed_of
 from torchtrainer.train.sampler import is_even_split
 
 Kind = Literal["samples", "batches", "list", "stream", "plain"]
@@ -50,6 +52,8 @@ class LoaderFacts:
         batch_size: per rank.
         drop_last: of the loader.
         length: ``len(loader)``, if known and exact.
+        drawn: its order is a sampler's of the user.
+        part: tells parts of one data set apart, where that costs nothing.
     """
 
     name: str
@@ -60,6 +64,8 @@ class LoaderFacts:
     batch_size: int | None = None
     drop_last: bool = False
     length: int | None = None
+    drawn: bool = False
+    part: str = ""
 
 
 def describe(loader: Any, *, name: str, seed: int, world_size: int, shard: bool) -> LoaderFacts:
@@ -86,13 +92,30 @@ def describe(loader: Any, *, name: str, seed: int, world_size: int, shard: bool)
 
 
 def _describe_map_style(loader: DataLoader[Any], name: str, seed: int) -> LoaderFacts:
-    seed = _loader_seed(loader, seed)
+    facts = LoaderFacts(
+        name, "batches", None, seed_of(loader, seed), length_of(loader.dataset), drawn=True, part=_part(loader.dataset)
+    )
     batching = loader.batch_sampler
     if type(batching) is not BatchSampler:
-        return LoaderFacts(name, "batches", None, seed, samples=length_of(loader.dataset))
+        return facts
     standard = standard_order(batching.sampler)
-    samples = standard[1] if standard is not None else length_of(loader.dataset)
-    return LoaderFacts(name, "samples", None, seed, samples, batching.batch_size, batching.drop_last)
+    return replace(
+        facts,
+        kind="samples",
+        samples=facts.samples if standard is None else standard[1],
+        batch_size=batching.batch_size,
+        drop_last=batching.drop_last,
+        drawn=standard is None,
+    )
+
+
+def _part(dataset: Any) -> str:
+    """Which part of a data set another one is; empty where that does not show."""
+    if isinstance(dataset, Subset):
+        indices = dataset.indices
+        plain = indices.tolist() if hasattr(indices, "tolist") else list(indices)
+        return hashlib.blake2b(repr(plain).encode(), digest_size=8).hexdigest()
+    return str(getattr(dataset, "_fingerprint", ""))  # of Hugging Face's data sets
 
 
 def _problem(loader: Any) -> str | None:
@@ -133,6 +156,8 @@ def check_facts(all_facts: Sequence[LoaderFacts]) -> None:
     what = "numbers of batches in the list" if first.kind == "list" else "dataset lengths"
     _must_agree(name, what, [facts.samples for facts in all_facts])
     _must_agree(name, "values of drop_last", [facts.drop_last for facts in all_facts])
+    _must_agree(name, "kinds of samplers", ["own" if facts.drawn else "usual" for facts in all_facts])
+    _must_agree(name, "parts of the data set", [facts.part for facts in all_facts])
     sizes = [facts.batch_size for facts in all_facts if facts.batch_size is not None]
     if first.kind == "samples" and not is_even_split(sizes):
         raise UnshardableLoaderError(
@@ -149,32 +174,88 @@ def _must_agree(name: str, what: str, values: list[Any]) -> None:
         )
 
 
+def check_even(all_facts: Sequence[LoaderFacts], even: str) -> None:
+    """Checks that all ranks can have as many samples in each step, if that is wanted.
+
+    Raises:
+        InvalidArgumentError: their batch sizes differ.
+    """
+    sizes = [facts.batch_size for facts in all_facts]
+    if even and any(size != sizes[0] for size in sizes):
+        raise InvalidArgumentError(
+            f"even_batches={even!r}, but the {all_facts[0].name} loader has batch sizes {sizes} by rank: use a "
+            f"config[BATCH_SIZE] that {len(sizes)} ranks divide evenly"
+        )
+
+
+def check_orders(name: str, sampler: str, orders: Sequence[Any], epoch: int) -> None:
+    """Checks that a sampler gave all ranks the same order.
+
+    Args:
+        name: what the loader is for.
+        sampler: its kind.
+        orders: number of elements and digest, by rank.
+        epoch: of the pass.
+
+    Raises:
+        UnshardableLoaderError: it did not.
+    """
+    if any(order != orders[0] for order in orders):
+        raise UnshardableLoaderError(
+            f"the {name} loader's sampler {sampler} gives different orders on different ranks in epoch {epoch} (elements by "
+            f"rank: {[order[0] for order in orders]}), so dealing them out would repeat and lose samples; let it depend only "
+            f"on the epoch and on its seed, not on the rank; or {AS_THEY_ARE}"
+        )
+
+
+def check_undivided(facts: LoaderFacts, sampler: str, samples: int, names: Sequence[Sequence[str]]) -> None:
+    """Checks that a sampler that gives all ranks the same does not mean it to be a part of the data set for each.
+
+    Args:
+        facts: of the loader.
+        sampler: its kind.
+        samples: that it gives.
+        names: of its attributes that have the number of the rank, by rank.
+
+    Raises:
+        UnshardableLoaderError: it knows its rank, and gives less than the data set has.
+    """
+    ranks = sorted(set(names[0]).intersection(*names[1:]))
+    if ranks and (facts.samples is None or samples < facts.samples):
+        raise UnshardableLoaderError(
+            f"the {facts.name} loader's sampler {sampler} gives {samples} samples of a data set of {facts.samples}, and "
+            f"{ranks[0]} is the number of the rank: it divides the data set itself, and to deal out its part would lose the "
+            f"rest; use a sampler that gives all, for every rank alike; or {AS_THEY_ARE}"
+        )
+
+
+def check_streams(name: str, firsts: Sequence[Sequence[int] | None]) -> None:
+    """Checks that all ranks iterate the same stream.
+
+    Args:
+        name: what the loader is for.
+        firsts: by rank: loader worker and fingerprint of the first element of its part, of the rank's first batch; None: it has none.
+
+    Raises:
+        UnshardableLoaderError: they do not.
+    """
+    parts: dict[int, dict[int, list[int]]] = {}
+    for rank, first in enumerate(firsts):
+        if first is not None:
+            parts.setdefault(first[0], {}).setdefault(first[1], []).append(rank)
+    for found in parts.values():
+        if len(found) > 1:
+            ranks = " and ".join(str(one) for one in sorted(found.values()))
+            raise UnshardableLoaderError(
+                f"the {name} loader's data set gives ranks {ranks} different streams (their first elements differ), so to take "
+                "every so many-th element of each would lose samples: a stream that divides itself by rank, or shuffles by "
+                f"random numbers of its own, is not to be dealt out; let all ranks iterate the same; or {AS_THEY_ARE}"
+            )
+
+
 def to_json(facts: LoaderFacts) -> dict[str, Any]:
     """Facts as JSON data."""
     return asdict(facts)
-
-
-def generators_of(loader: Any) -> list[torch.Generator]:
-    """The torch generators of a loader and its samplers."""
-    owners = [*samplers_of(loader), loader]
-    found = [getattr(owner, "generator", None) for owner in owners]
-    return [one for one in found if isinstance(one, torch.Generator)]
-
-
-def samplers_of(loader: Any) -> list[Any]:
-    """The samplers of a loader, innermost first."""
-    batching = getattr(loader, "batch_sampler", None)
-    found = [getattr(batching, "sampler", None), getattr(loader, "sampler", None), batching]
-    return list({id(one): one for one in found if one is not None}.values())
-
-
-def _loader_seed(loader: Any, seed: int) -> int:
-    """The seed of a loader's order: a DistributedSampler's, that of a generator of the user's, or the trainer's."""
-    for sampler in samplers_of(loader):
-        if type(sampler) is DistributedSampler:
-            return int(sampler.seed)
-    generators = generators_of(loader)
-    return int(generators[0].initial_seed()) if generators else seed
 
 
 def standard_order(sampler: Any) -> tuple[bool, int] | None:

@@ -1,30 +1,47 @@
-"""In which order the samples of a loader are dealt: the sampler's own, drawn alike on every rank."""
+"""In which order the samples of a loader are dealt: by its settings, or as a sampler of the user's gives it."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from torchtrainer.errors import UnshardableLoaderError
-from torchtrainer.train.data_facts import (
-    AS_THEY_ARE,
-    Agreement,
-    LoaderFacts,
-    generators_of,
-    length_of,
-    samplers_of,
-    standard_order,
-)
-from torchtrainer.train.fetch import call_set_epoch, seeded
-from torchtrainer.train.sampler import BatchPlan, Plan, SamplePlan, derive_seed, epoch_order
+from torchtrainer.train.data_drawing import DrawnOrders, set_epochs
+from torchtrainer.train.data_facts import LoaderFacts, length_of, standard_order
+from torchtrainer.train.sampler import BatchPlan, Even, Plan, SamplePlan, epoch_order
 
-_MOST_DRAWN = 1_000_000
+
+def one_sample() -> int:
+    """The least that a rank with any samples can have."""
+    return 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dealing:
+    """How a loader is dealt to the ranks.
+
+    Attributes:
+        shard: deal it out; False: every rank uses its loader as it is.
+        batch_shares: parts of the batch size of all ranks, by rank, where one process has the loaders of all: a loader with
+            this rank's part stands for loaders with theirs.
+        even: what is done so that all ranks have as many samples in each step.
+        smallest: gives the fewest samples of a rank in a step; asked when a pass starts, and alike on all ranks.
+    """
+
+    shard: bool = True
+    batch_shares: Sequence[int] = ()
+    even: Even = ""
+    smallest: Callable[[], int] = one_sample
+
+
+def even_of(even_batches: bool | str) -> Even:
+    """The option ``even_batches`` as a part of `Dealing`."""
+    if even_batches is True or even_batches == "repeat":
+        return "repeat"
+    return "drop" if even_batches == "drop" else ""
 
 
 class SampleOrder:
@@ -34,8 +51,8 @@ class SampleOrder:
         loader: the user's.
         facts: all ranks', by rank.
         rank: this one.
-        agreement: the other ranks, or None if there is only one.
-        every_pass: all ranks start every pass together, so that each order can be compared; else only the first.
+        dealing: how the end of a pass is dealt.
+        drawn: the sampler's orders, or None if they follow from the settings.
     """
 
     def __init__(
@@ -43,27 +60,31 @@ class SampleOrder:
         loader: DataLoader[Any],
         facts: Sequence[LoaderFacts],
         rank: int,
-        agreement: Agreement | None,
-        *,
-        every_pass: bool,
+        dealing: Dealing,
+        drawn: DrawnOrders | None,
     ) -> None:
         self._loader = loader
         self._sampler = loader.batch_sampler.sampler  # type: ignore[union-attr]  # exactly a BatchSampler, see `describe`
         self._standard = standard_order(self._sampler)
-        self._drawn = DrawnOrder(loader, self._sampler, facts[0], agreement, every_pass)
+        self._drawn = drawn
         self._seed = facts[0].seed
         self._global_batch = sum(one.batch_size or 0 for one in facts)
         self._drop_last = facts[0].drop_last
         self._rank = rank
         self._world_size = len(facts)
+        self._dealing = dealing
 
     def plan(self, epoch: int, start: int) -> Plan:
         """What is dealt in an epoch from a global position on."""
+        order: Any
+        if self._drawn is not None:
+            order = self._drawn.draw(epoch).elements
+        else:
+            assert self._standard is not None  # else it is drawn
+            shuffle, samples = self._standard
+            order = epoch_order(samples, shuffle=shuffle, seed=self._seed, epoch=epoch)
         set_epochs(self._loader, epoch)
-        if self._standard is None:
-            return self._plan(self._drawn.draw(epoch), start)
-        shuffle, samples = self._standard
-        return self._plan(epoch_order(samples, shuffle=shuffle, seed=self._seed, epoch=epoch), start)
+        return self._plan(order, start)
 
     def outline(self) -> Plan | None:
         """A plan with the lengths of every epoch, but not the order; None if the lengths are not known."""
@@ -71,7 +92,16 @@ class SampleOrder:
         return None if samples is None else self._plan(range(samples), 0)
 
     def _plan(self, order: Any, start: int) -> Plan:
-        return SamplePlan(order, self._global_batch, self._drop_last, self._rank, self._world_size, start)
+        return SamplePlan(
+            order,
+            self._global_batch,
+            self._drop_last,
+            self._rank,
+            self._world_size,
+            start,
+            self._dealing.smallest(),
+            self._dealing.even,
+        )
 
 
 class BatchOrder:
@@ -82,27 +112,21 @@ class BatchOrder:
     """
 
     def __init__(
-        self,
-        loader: DataLoader[Any],
-        facts: Sequence[LoaderFacts],
-        rank: int,
-        agreement: Agreement | None,
-        *,
-        every_pass: bool,
+        self, loader: DataLoader[Any], facts: Sequence[LoaderFacts], rank: int, dealing: Dealing, drawn: DrawnOrders
     ) -> None:
         self._loader = loader
-        self._source = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-        self._drawn = DrawnOrder(loader, self._source, facts[0], agreement, every_pass)
+        self._drawn = drawn
         self._rank = rank
         self._world_size = len(facts)
+        self._even = dealing.even
 
     def plan(self, epoch: int, start: int) -> Plan:
         """What is dealt in an epoch from a global position on."""
+        batches = self._drawn.draw(epoch).elements
         set_epochs(self._loader, epoch)
-        batches = self._drawn.draw(epoch)
         single = self._loader.batch_sampler is None
         sizes = [1 if single and not isinstance(batch, list | tuple) else len(batch) for batch in batches]
-        return BatchPlan(batches, sizes, self._rank, self._world_size, start)
+        return BatchPlan(batches, sizes, self._rank, self._world_size, start, self._even)
 
     def outline(self) -> Plan | None:
         """None: how many samples the batches have is known once they are drawn."""
@@ -116,101 +140,23 @@ class ListOrder:
         batches: the user's.
         rank: who reads.
         world_size: how many ranks there are.
+        even: what is done so that all ranks have as many batches.
     """
 
-    def __init__(self, batches: Sequence[Any], rank: int, world_size: int) -> None:
+    def __init__(self, batches: Sequence[Any], rank: int, world_size: int, even: Even) -> None:
         self._batches = batches
         self._rank = rank
         self._world_size = world_size
+        self._even = even
 
     def plan(self, epoch: int, start: int) -> Plan:
         """What is dealt in an epoch from a global position on; the same in every epoch."""
         sizes = [size_of(batch) for batch in self._batches]
-        return BatchPlan(range(len(self._batches)), sizes, self._rank, self._world_size, start)
+        return BatchPlan(range(len(self._batches)), sizes, self._rank, self._world_size, start, self._even)
 
     def outline(self) -> Plan | None:
         """A plan with the lengths of every epoch."""
         return self.plan(0, 0)
-
-
-class DrawnOrder:
-    """The sequence that a sampler gives, drawn on every rank alike.
-
-    The sampler runs under python's, numpy's and torch's generators, and its own, seeded by (seed, epoch); all of them
-    are put back. The ranks compare what they drew.
-
-    Args:
-        loader: the user's.
-        sampler: what is drawn from.
-        facts: of the first rank, whose seed all take.
-        agreement: the other ranks, or None.
-        every_pass: as for `SampleOrder`.
-    """
-
-    def __init__(
-        self, loader: Any, sampler: Any, facts: LoaderFacts, agreement: Agreement | None, every_pass: bool
-    ) -> None:
-        self._loader = loader
-        self._sampler = sampler
-        self._seed = facts.seed
-        self._name = facts.name
-        self._agreement = agreement
-        self._every_pass = every_pass
-
-    def draw(self, epoch: int) -> list[Any]:
-        """The sequence of an epoch.
-
-        Raises:
-            UnshardableLoaderError: it does not end, or the ranks got different ones.
-        """
-        seed = derive_seed(self._seed, epoch)
-        known = max(length_of(self._sampler) or 0, length_of(self._loader.dataset) or 0)
-        most = max(_MOST_DRAWN, 20 * known)
-        with seeded(seed), _generators_seeded(self._loader, seed):
-            drawn = list(islice(iter(self._sampler), most + 1))
-        if len(drawn) > most:
-            raise UnshardableLoaderError(
-                f"the {self._name} loader's sampler {type(self._sampler).__name__} did not end after {most} elements, "
-                f"so it cannot be dealt out; let it end after one epoch, or pass add_dist_sampler=False"
-            )
-        self._compare(drawn, epoch)
-        return drawn
-
-    def _compare(self, drawn: list[Any], epoch: int) -> None:
-        agreement = self._agreement
-        if agreement is None:
-            return
-        if not self._every_pass:
-            self._agreement = None
-        digest = hashlib.blake2b(repr(drawn).encode(), digest_size=16).hexdigest()
-        orders = agreement.all_gather([len(drawn), digest])
-        if any(order != orders[0] for order in orders):
-            raise UnshardableLoaderError(
-                f"the {self._name} loader's sampler {type(self._sampler).__name__} gives different orders on different "
-                f"ranks in epoch {epoch} (elements by rank: {[order[0] for order in orders]}), so dealing them out "
-                f"would repeat and lose samples; let it depend only on the epoch and on its seed, not on the rank; or "
-                f"{AS_THEY_ARE}"
-            )
-
-
-@contextmanager
-def _generators_seeded(loader: Any, seed: int) -> Iterator[None]:
-    """Seeds the torch generators of a loader and its samplers, and puts them back."""
-    found = {id(one): one for one in generators_of(loader)}
-    states = [(one, one.get_state()) for one in found.values()]
-    for one, _ in states:
-        one.manual_seed(seed)
-    try:
-        yield
-    finally:
-        for one, state in states:
-            one.set_state(state)
-
-
-def set_epochs(loader: Any, epoch: int) -> None:
-    """Calls ``set_epoch`` of whatever has it: the samplers of a loader and its dataset."""
-    for one in (*samplers_of(loader), getattr(loader, "dataset", None)):
-        call_set_epoch(one, epoch)
 
 
 def size_of(batch: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ from torchtrainer.errors import UnshardableLoaderError
 from torchtrainer.train.data_facts import Agreement
 from torchtrainer.train.data_order import size_of
 from torchtrainer.train.data_readers import Reader, Requests
+from torchtrainer.train.sampler import Even
 
 _END: Any = object()
 
@@ -24,11 +25,15 @@ class RankBatch:
             validation there is none, and the step only counts.
         global_size: samples of the step over all ranks. ``size * world_size`` where nobody needs to know better: in a
             pass of a stream over validation data, and for loaders used as they are with equal lengths.
+        even: all ranks have as many samples, as far as is known.
+        without: ranks without samples.
     """
 
     data: Any
     size: int
     global_size: int
+    even: bool = True
+    without: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +49,8 @@ class MicroBatches:
 
 def joined(parts: Sequence[RankBatch]) -> RankBatch:
     """Batches of a rank as one step's."""
-    return RankBatch(
-        MicroBatches(tuple(parts)), sum(part.size for part in parts), sum(part.global_size for part in parts)
-    )
+    size, global_size = sum(part.size for part in parts), sum(part.global_size for part in parts)
+    return RankBatch(MicroBatches(tuple(parts)), size, global_size, all(part.even for part in parts))
 
 
 class Pass(Protocol):
@@ -104,7 +108,7 @@ class DealtPass:
         self.samples = share.position + share.global_size
         if self._taken == self._left:
             self.ended = True
-        return RankBatch(data, share.size, share.global_size)
+        return RankBatch(data, share.size, share.global_size, share.even, share.without)
 
 
 class StreamPass:
@@ -122,6 +126,8 @@ class StreamPass:
         skip: batches to leave out, which an earlier process had.
         samples: samples in them, over all ranks.
         name: what the loader is for.
+        on_first: called when the first batch was read that is not left out, or there is none.
+        even: give all ranks as many batches: end when the first rank has none any more, or repeat the last ones of those.
     """
 
     def __init__(
@@ -135,8 +141,12 @@ class StreamPass:
         skip: int,
         samples: int,
         name: str,
+        on_first: Callable[[], None],
+        even: Even,
     ) -> None:
+        self._even = even
         self._iterator = batches
+        self._on_first = on_first
         self._world_size = world_size
         self._agreement = agreement
         self._exact = exact
@@ -181,6 +191,7 @@ class StreamPass:
         if not self._started:
             self._upcoming = next(self._iterator, _END)
             self._started = True
+            self._on_first()
         data = self._upcoming
         self._upcoming = _END if data is _END else next(self._iterator, _END)
         if self._agreement is not None:
@@ -189,17 +200,23 @@ class StreamPass:
         return None if data is _END else self._weighed(data)
 
     def _agree(self, agreement: Agreement, data: Any) -> RankBatch | None:
+        ranks, having = self._world_size, data is not _END
+        if not having and self._even == "repeat" and self._last is not _END:
+            data = self._last
         size = 0 if data is _END else size_of(data)
-        total, having, more = agreement.sum([size, data is not _END, self._upcoming is not _END])
-        self.ended = more == 0
-        if having == 0:
+        total, squares, present, more = agreement.sum([size, size * size, having, self._upcoming is not _END])
+        self.ended = more == 0 or (self._even == "drop" and more < ranks)
+        if present == 0 or (self._even == "drop" and present < ranks):
+            self.ended = True
             return None
-        if self.batches == 0 and having < self._world_size:
+        if self.batches == 0 and present < ranks:
             raise UnshardableLoaderError(
-                f"the {self._name} loader gave no batch at all to {self._world_size - int(having)} of "
-                f"{self._world_size} ranks, which cannot take a step; use fewer ranks"
+                f"the {self._name} loader gave no batch at all to {ranks - int(present)} of {ranks} ranks, which cannot take "
+                f"a step; use fewer ranks"
             )
-        return RankBatch(self._last if data is _END else data, size, int(total))
+        without = 0 if self._even else ranks - int(present)
+        even = not without and ranks * squares == total * total
+        return RankBatch(self._last if data is _END else data, size, int(total), even, without)
 
     def _weighed(self, data: Any) -> RankBatch:
         size = size_of(data)

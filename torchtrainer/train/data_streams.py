@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert, get_worker_info
 
 from torchtrainer.errors import UnshardableLoaderError
-from torchtrainer.train.data_order import set_epochs
+from torchtrainer.train.data_drawing import set_epochs
 from torchtrainer.train.fetch import (
     OwnStreams,
-    StridedStream,
     WorkerStart,
+    call_set_epoch,
     end_persistent,
     end_workers,
     rebuild_loader,
+    seed_host,
+    seeded,
 )
+from torchtrainer.train.fingerprints import fingerprint
 from torchtrainer.train.sampler import derive_seed
 
 _END: Any = object()
@@ -30,6 +35,9 @@ class PlainStream:
         seed: of the trainer.
         rank: the streams differ between ranks.
         name: what the loader is for.
+
+    Attributes:
+        first: None: the ranks need not have the same stream.
     """
 
     def __init__(self, loader: Any, *, seed: int, rank: int, name: str) -> None:
@@ -39,6 +47,7 @@ class PlainStream:
         self._name = name
         self._passes = 0
         self._iterator: Any = None
+        self.first: list[int] | None = None
 
     def open(self, epoch: int) -> Iterator[Any]:
         """The batches of a pass."""
@@ -93,10 +102,28 @@ class DividedStream:
         rank: this one.
         world_size: how many there are.
         pinned: whether batches are to lie in pinned memory.
+        drop_last: leave out short last batches.
+        smallest: gives the fewest elements of a last batch.
+
+    Attributes:
+        first: loader worker, and fingerprint of the first element of its part, of the first batch of the pass; None: there is
+            none yet.
     """
 
-    def __init__(self, loader: DataLoader[Any], *, seed: int, rank: int, world_size: int, pinned: bool) -> None:
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        pinned: bool,
+        drop_last: bool,
+        smallest: Callable[[], int],
+    ) -> None:
         self._source = loader
+        self._drop_last = drop_last
+        self._smallest = smallest
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
@@ -104,6 +131,7 @@ class DividedStream:
         self._loader: DataLoader[Any] | None = None
         self._next_epoch = 0
         self._iterator: Any = None
+        self.first: list[int] | None = None
 
     def open(self, epoch: int) -> Iterator[Any]:
         """The batches of a pass."""
@@ -117,11 +145,20 @@ class DividedStream:
             self._iterator = iter(loader)
             return self._iterator  # type: ignore[no-any-return]
 
-        return isolated(OwnStreams(derive_seed(self._seed, epoch, self._rank)), start, lambda: None)
+        self.first = None
+        return self._data(isolated(OwnStreams(derive_seed(self._seed, epoch, self._rank)), start, lambda: None))
+
+    def _data(self, batches: Iterator[StreamBatch]) -> Iterator[Any]:
+        for worker, first_element, data in batches:
+            if self.first is None:
+                self.first = [worker, first_element]
+            yield data
 
     def _build(self, epoch: int) -> DataLoader[Any]:
         source = self._source
         set_epochs(source, epoch)
+        size, smallest = source.batch_size, self._smallest()
+        batches = WholeBatches(size, min(size, smallest), self._drop_last) if size and smallest > 1 else None
         stream = StridedStream(
             source.dataset,
             source.collate_fn,
@@ -129,15 +166,16 @@ class DividedStream:
             epoch=epoch,
             rank=self._rank,
             world_size=self._world_size,
+            batches=batches,
         )
+        batching = {"batch_size": size, "drop_last": self._drop_last} if batches is None else {"batch_size": None}
         return rebuild_loader(
             source,
             stream,
             stream.collate,
             pinned=self._pinned,
             seed=derive_seed(self._seed, epoch),
-            batch_size=source.batch_size,
-            drop_last=source.drop_last,
+            **batching,
         )
 
     def stop(self) -> None:
@@ -170,3 +208,135 @@ def isolated(streams: OwnStreams, start: Callable[[], Iterator[Any]], on_empty: 
         yield element
         with streams.use():
             element = next(iterator, _END)
+
+
+class StridedStream(IterableDataset[Any]):
+    """Every ``world_size``-th element of a stream, under streams of random numbers that are the same on all ranks.
+
+    Every rank iterates the same stream, so what the stream draws must not depend on the rank, or elements would come
+    twice or not at all. ``collate_fn``, which sees only this rank's elements, has streams of its own.
+
+    Args:
+        dataset: the user's; other attributes than ours are looked up on it.
+        collate_fn: the user's.
+        seed: of the loader.
+        epoch: of the first pass; each further iteration is one epoch more.
+        rank: which elements are kept: ``rank``, ``rank + world_size``, ...
+        world_size: how many ranks there are.
+        batches: puts the elements into batches; None: the loader does.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate_fn: Callable[[Any], Any],
+        *,
+        seed: int,
+        epoch: int,
+        rank: int,
+        world_size: int,
+        batches: Callable[[Iterator[Any]], Iterator[list[Any]]] | None,
+    ) -> None:
+        self.dataset = dataset
+        self.collate = SeededCollate(collate_fn)
+        self._seed = seed
+        self._next_epoch = epoch
+        self._rank = rank
+        self._world_size = world_size
+        self._batches = batches
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "dataset":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
+        info = get_worker_info()
+        worker = info.id if info is not None else 0
+        call_set_epoch(self.dataset, epoch)
+        self.collate.restart(worker, derive_seed(self._seed, epoch, worker, self._rank))
+        seed_host(derive_seed(self._seed, epoch, worker))
+        mine = self._mine(iter(self.dataset))
+        return mine if self._batches is None else self._batches(mine)
+
+    def _mine(self, stream: Iterator[Any]) -> Iterator[Any]:
+        for number, element in enumerate(stream):
+            if number == 0:
+                self.collate.first_element = fingerprint(element)
+            if number % self._world_size == self._rank:
+                yield element
+
+
+@dataclass(frozen=True)
+class WholeBatches:
+    """Puts elements into batches, of which the last one has no fewer than a smallest number: else it joins the one before.
+
+    Attributes:
+        size: of a batch.
+        smallest: as said.
+        drop_last: leave out a short last batch.
+    """
+
+    size: int
+    smallest: int
+    drop_last: bool
+
+    def __call__(self, elements: Iterator[Any]) -> Iterator[list[Any]]:
+        """The batches; one is read ahead."""
+        held: list[Any] = []
+        while batch := list(islice(elements, self.size)):
+            if len(batch) < self.size and self.drop_last:
+                break
+            if held and len(batch) < self.smallest:
+                held += batch
+                continue
+            if held:
+                yield held
+            held = batch
+        if held:
+            yield held
+
+
+class StreamBatch(NamedTuple):
+    """A batch of a stream, and by what the ranks see that they iterate the same stream.
+
+    Attributes:
+        worker: of the loader.
+        first_element: a fingerprint of the first element of this worker's part in the pass, whichever rank's it is.
+        data: the batch.
+    """
+
+    worker: int
+    first_element: int
+    data: Any
+
+
+class SeededCollate:
+    """A ``collate_fn`` under random streams of its own, so that it does not disturb those of the stream it follows.
+
+    Attributes:
+        first_element: of the stream in this pass, as a fingerprint.
+    """
+
+    def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
+        self._collate_fn = collate_fn
+        self._seed = 0
+        self._batches = 0
+        self._worker = 0
+        self.first_element = 0
+
+    def restart(self, worker: int, seed: int) -> None:
+        """Starts a pass."""
+        self._worker, self._seed, self._batches = worker, seed, 0
+
+    def __call__(self, elements: Any) -> StreamBatch:
+        """The batch of some elements."""
+        return StreamBatch(self._worker, self.first_element, self._collated(elements))
+
+    def _collated(self, elements: Any) -> Any:
+        if self._collate_fn is default_collate or self._collate_fn is default_convert:
+            return self._collate_fn(elements)
+        self._batches += 1
+        with seeded(derive_seed(self._seed, self._batches)):
+            return self._collate_fn(elements)

@@ -19,16 +19,13 @@ import torch
 from torch.utils.data import (
     DataLoader,
     Dataset,
-    IterableDataset,
     Subset,
     TensorDataset,
     default_collate,
-    default_convert,
     get_worker_info,
 )
 
 from torchtrainer.process.guard import be_killed_with_parent
-from torchtrainer.train.sampler import derive_seed
 
 _WORD = 2**32
 
@@ -249,72 +246,6 @@ class RequestDataset(Dataset[Any]):
             call_set_epoch(self.dataset, request.epoch)
         seed_host(request.seed)
         return request.number, read(self.dataset, self._collate_fn, request.indices, self._batched)
-
-
-class StridedStream(IterableDataset[Any]):
-    """Every ``world_size``-th element of a stream, under streams of random numbers that are the same on all ranks.
-
-    Every rank iterates the same stream, so what the stream draws must not depend on the rank, or elements would come
-    twice or not at all. ``collate_fn``, which sees only this rank's elements, has streams of its own.
-
-    Args:
-        dataset: the user's; other attributes than ours are looked up on it.
-        collate_fn: the user's.
-        seed: of the loader.
-        epoch: of the first pass; each further iteration is one epoch more.
-        rank: which elements are kept: ``rank``, ``rank + world_size``, ...
-        world_size: how many ranks there are.
-    """
-
-    def __init__(
-        self, dataset: Any, collate_fn: Callable[[Any], Any], *, seed: int, epoch: int, rank: int, world_size: int
-    ) -> None:
-        self.dataset = dataset
-        self.collate = SeededCollate(collate_fn)
-        self._seed = seed
-        self._next_epoch = epoch
-        self._rank = rank
-        self._world_size = world_size
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "dataset":
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-    def __iter__(self) -> Iterator[Any]:
-        epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
-        info = get_worker_info()
-        worker = info.id if info is not None else 0
-        call_set_epoch(self.dataset, epoch)
-        self.collate.restart(derive_seed(self._seed, epoch, worker, self._rank))
-        seed_host(derive_seed(self._seed, epoch, worker))
-        return self._mine(iter(self.dataset))
-
-    def _mine(self, stream: Iterator[Any]) -> Iterator[Any]:
-        for number, element in enumerate(stream):
-            if number % self._world_size == self._rank:
-                yield element
-
-
-class SeededCollate:
-    """A ``collate_fn`` under random streams of its own, so that it does not disturb those of the stream it follows."""
-
-    def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
-        self._collate_fn = collate_fn
-        self._seed = 0
-        self._batches = 0
-
-    def restart(self, seed: int) -> None:
-        """Starts a pass."""
-        self._seed, self._batches = seed, 0
-
-    def __call__(self, elements: Any) -> Any:
-        """The batch of some elements."""
-        if self._collate_fn is default_collate or self._collate_fn is default_convert:
-            return self._collate_fn(elements)
-        self._batches += 1
-        with seeded(derive_seed(self._seed, self._batches)):
-            return self._collate_fn(elements)
 
 
 def as_read(batch: Any) -> Any:

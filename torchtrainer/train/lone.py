@@ -18,6 +18,7 @@ from torchtrainer.comm.exchange import GradientExchange, UnequalExchangeError
 from torchtrainer.train.cards import CardFile, packed, unpacked
 from torchtrainer.train.complete_state import module_modes
 from torchtrainer.train.components import internals
+from torchtrainer.train.data_drawing import OrderComparison
 from torchtrainer.train.equality import Comparison
 from torchtrainer.train.extras import keeps_extras, packed_extras, unpacked_extras
 from torchtrainer.train.rng import StreamReader
@@ -64,6 +65,7 @@ class LoneRank:
         self._rank = internals(operator).context.collective.rank
         self._boundary = exchange.number
         self._comparison = Comparison(operator)
+        self._orders = OrderComparison()
         self._trained = trained
         self._ends = BackwardEnd(self._on_backward_end)
         self._watch()
@@ -126,9 +128,11 @@ class LoneRank:
         self.exchange.be_at(self._rank, self.updates.place)
         if inside.steps is not None and inside.steps.compares_here:
             self._comparison.begin()
+        loaders = {name: loader.state_dict() for name, loader in inside.loaders.items()}
+        self._orders.note(loaders)
         plain = {
             "streams": self._streams.read(),
-            "loaders": {name: loader.state_dict() for name, loader in inside.loaders.items()},
+            "loaders": loaders,
             "modes": module_modes(self._operator),
             "steps": inside.steps.state_dict() if inside.steps is not None else None,
             "meters": packed(inside.meters.state_dict()) if inside.meters is not None else None,
@@ -186,6 +190,7 @@ class LoneRank:
             except UnequalExchangeError as error:
                 raise self.updates.explain(error, self.exchange.layout) from None
         self._comparison.finish(self._cards[:-1], number - 1)
+        self._orders.finish(self._cards[:-1], number - 1)
         self.follow_first_rank()
         take_over(parameters, means)
         self.updates.exchanged(units)

@@ -21,7 +21,7 @@ from torchtrainer.train.data import RankBatch, RankLoader
 from torchtrainer.train.hooks import batch_info, bind_hook
 from torchtrainer.train.metrics import AverageMeterCollection, plain
 from torchtrainer.train.progress import Keeper, Progress, StepGate
-from torchtrainer.train.step import GradientShare
+from torchtrainer.train.step import GradientShare, UnevenWatch
 from torchtrainer.train.timers import TimerCollection
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class StepIterator:
         passes_scheduled: those of them after which the schedulers were stepped.
         first_batch: number of the first batch that is still to come, where an interrupted call goes on.
         current: the batch being worked on.
+        uneven: watches the collectives of the user's; None: nobody does.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class StepIterator:
         if resumed is not None:
             self._resume(resumed)
         self._found = (self.batches, progress.samples)
+        self.uneven: UnevenWatch | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -115,6 +117,8 @@ class StepIterator:
             batch = self._next_step()
         if self._share is not None:
             self._share.apply(batch.size, batch.global_size)
+        if self.uneven is not None:
+            self.uneven.begin(batch)
         self._progress.enter(self._phase)
         return batch.data
 
@@ -156,6 +160,8 @@ class StepIterator:
 
     def close(self, *, completed: bool) -> None:
         """Ends the call: the last batch counts if the hook came through, and gradients are left alone again."""
+        if self.uneven is not None:
+            self.uneven.end()
         self._over = True
         if completed:
             self._complete()
@@ -197,6 +203,8 @@ class StepIterator:
 
     def _complete(self) -> None:
         """The step of the current batch is complete: every loop gets here through its next ``next()``."""
+        if self.uneven is not None:
+            self.uneven.end()
         batch, self.current = self.current, None
         if batch is None or self._loader is None:
             return

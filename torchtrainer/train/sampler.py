@@ -2,7 +2,8 @@
 
 The order is that of torch's ``DistributedSampler``: ``perm = randperm(n)`` under a generator seeded with
 ``seed + epoch``; global batch ``k`` is ``perm[k*B : (k+1)*B]``, and rank ``r`` of ``W`` takes ``batch_k[r::W]``.
-Nothing is padded, so each sample comes once per epoch, and the last global batch may give the ranks unequal shares.
+Nothing is padded, so each sample comes once per epoch, and the last global batch may give the ranks unequal shares; or
+some are left out or repeated, if that is asked for.
 
 ::
 
@@ -17,7 +18,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -75,6 +76,10 @@ def is_even_split(sizes: Sequence[int]) -> bool:
     return list(sizes) == [share_of(total, rank, world_size) for rank in range(world_size)]
 
 
+Even = Literal["", "drop", "repeat"]
+"""What is done so that all ranks have as many samples in each step: nothing, leave samples out, or give some twice."""
+
+
 @dataclass(frozen=True)
 class Share:
     """What one rank reads in one step.
@@ -84,17 +89,24 @@ class Share:
         indices: what to read: a list, a tensor or a range of indices, or one element of a sampler.
         size: samples that count for this rank; 0: ``indices`` are borrowed from another rank.
         global_size: samples of the step over all ranks.
+        even: all ranks have as many.
+        without: ranks without samples.
     """
 
     position: int
     indices: Any
     size: int
     global_size: int
+    even: bool = True
+    without: int = 0
 
 
 @dataclass(frozen=True)
 class SamplePlan:
     """The rest of an epoch of samples, dealt one by one.
+
+    The last step may be short. Then so many ranks get a share of it that each has at least ``smallest`` samples. A last step
+    with fewer than that in all joins the step before it.
 
     Attributes:
         order: the whole epoch: a tensor, a range or a list of indices.
@@ -103,6 +115,8 @@ class SamplePlan:
         rank: who reads.
         world_size: how many ranks there are.
         start: samples that were read before.
+        smallest: fewest samples of a rank that has any, as long as whole batches have as many.
+        even: give all ranks as many samples in a short last step: by leaving some out, or by repeating the first of the epoch.
     """
 
     order: Any
@@ -111,12 +125,39 @@ class SamplePlan:
     rank: int
     world_size: int
     start: int = 0
+    smallest: int = 1
+    even: Even = ""
+    _steps: int = field(init=False, repr=False)
+    _last_size: int = field(init=False, repr=False)
+    _last_ranks: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        left = max(len(self.order) - self.start, 0)
+        steps = count_steps(left, self.global_batch, self.drop_last)
+        tail = min(left - (steps - 1) * self.global_batch, self.global_batch) if steps else 0
+        smallest = self._smallest
+        ranks = self.world_size
+        if tail < self.global_batch and self.even == "repeat":
+            tail = max(-(-tail // ranks), smallest) * ranks if tail else 0
+        elif tail < self.global_batch and self.even == "drop":
+            tail = tail // ranks * ranks if tail // ranks >= smallest else 0
+            if not tail and steps:
+                steps, tail = steps - 1, self.global_batch
+        elif tail < smallest and steps > 1:
+            steps, tail = steps - 1, tail + self.global_batch
+        elif tail < smallest * ranks:
+            ranks = max(tail // smallest, 1)
+        for name, value in (("_steps", steps), ("_last_size", tail), ("_last_ranks", ranks)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def _smallest(self) -> int:
+        return max(min(self.smallest, self.global_batch // self.world_size), 1)
 
     @property
     def samples(self) -> int:
-        """Samples of the whole epoch over all ranks, those that ``drop_last`` leaves out not counted."""
-        total = len(self.order)
-        return total - total % self.global_batch if self.drop_last else total
+        """Samples of the whole epoch, over all ranks; those that are given twice count twice."""
+        return self.start + (self._steps - 1) * self.global_batch + self._last_size if self._steps else self.start
 
     @property
     def done(self) -> int:
@@ -129,18 +170,27 @@ class SamplePlan:
         Args:
             borrow: a rank without samples in the last step borrows some, so that all ranks take all steps.
         """
-        left = max(len(self.order) - self.start, 0)
-        steps = count_steps(left, self.global_batch, self.drop_last)
-        tail = left - (steps - 1) * self.global_batch
-        return steps - 1 if steps and not borrow and tail <= self.rank else steps
+        return self._steps if borrow or not self._steps or self.rank < self._last_ranks else self._steps - 1
 
     def share(self, step: int) -> Share:
-        """This rank's part of a step after the start; without samples it borrows the first two of the step."""
+        """This rank's part of a step after the start; without samples it borrows the first ones of the step."""
         first = self.start + step * self.global_batch
-        last = min(first + self.global_batch, len(self.order))
-        mine = self.order[first + self.rank : last : self.world_size]
-        size = len(mine)
-        return Share(first, mine if size else self.order[first : min(first + 2, last)], size, last - first)
+        last_step = step == self._steps - 1
+        size, ranks = (self._last_size, self._last_ranks) if last_step else (self.global_batch, self.world_size)
+        even = ranks == self.world_size and size % ranks == 0
+        if self.rank >= ranks:
+            lent = self._between(first, first + min(size, max(self._smallest, 2)), 1)
+            return Share(first, lent, 0, size, even, self.world_size - ranks)
+        mine = self._between(first + self.rank, first + size, ranks)
+        return Share(first, mine, len(mine), size, even, self.world_size - ranks)
+
+    def _between(self, first: int, last: int, stride: int) -> Any:
+        """Part of the order; beyond its end it starts anew."""
+        whole = len(self.order)
+        if last <= whole:
+            return self.order[first:last:stride]
+        places = [place % whole for place in range(first, last, stride)]
+        return self.order[places] if isinstance(self.order, torch.Tensor) else [self.order[one] for one in places]
 
 
 @dataclass(frozen=True)
@@ -153,6 +203,7 @@ class BatchPlan:
         rank: who reads.
         world_size: how many ranks there are.
         start: samples that were read before.
+        even: give all ranks as many batches: by leaving out the last ones, or by repeating the first of the epoch.
     """
 
     batches: Sequence[Any]
@@ -160,15 +211,22 @@ class BatchPlan:
     rank: int
     world_size: int
     start: int = 0
+    even: Even = ""
     _positions: list[int] = field(init=False, repr=False)
+    _steps: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_positions", [0, *accumulate(self.sizes)])
+        whole = len(self.batches) // self.world_size
+        steps = whole if self.even == "drop" else -(-len(self.batches) // self.world_size)
+        object.__setattr__(self, "_steps", steps)
 
     @property
     def samples(self) -> int:
-        """Samples of the whole epoch, over all ranks."""
-        return self._positions[-1]
+        """Samples of the whole epoch, over all ranks; those that are given twice count twice."""
+        if not self.even:
+            return self._positions[-1]
+        return sum(self.sizes[one % len(self.sizes)] for one in range(self._steps * self.world_size))
 
     @property
     def done(self) -> int:
@@ -177,21 +235,24 @@ class BatchPlan:
 
     def count(self, borrow: bool) -> int:
         """Steps from the start in which this rank has a batch; ``borrow`` as in `SamplePlan.count`."""
-        steps = -(-len(self.batches) // self.world_size)
+        steps = self._steps
         tail = len(self.batches) - (steps - 1) * self.world_size
-        mine = steps - 1 if steps and not borrow and tail <= self.rank else steps
+        mine = steps - 1 if steps and not borrow and not self.even and tail <= self.rank else steps
         return max(mine - self.done, 0)
 
     def share(self, step: int) -> Share:
         """This rank's part of a step after the start; without a batch it borrows from the first one of the step."""
         first = (self.done + step) * self.world_size
-        last = min(first + self.world_size, len(self.batches))
-        size = self._positions[last] - self._positions[first]
-        mine = first + self.rank
-        if mine < last:
-            return Share(self._positions[first], self.batches[mine], self.sizes[mine], size)
+        end = first + self.world_size
+        places = range(first, end if self.even else min(end, len(self.batches)))
+        sizes = [self.sizes[one % len(self.sizes)] for one in places]
+        position, without = self._positions[first], self.world_size - len(places)
+        even = not without and len(set(sizes)) == 1
+        if self.rank < len(places):
+            mine = self.batches[places[self.rank] % len(self.batches)]
+            return Share(position, mine, sizes[self.rank], sum(sizes), even, without)
         lent = self.batches[first]
-        return Share(self._positions[first], lent[:2] if isinstance(lent, list) else lent, 0, size)
+        return Share(position, lent[:2] if isinstance(lent, list) else lent, 0, sum(sizes), even, without)
 
 
 Plan = SamplePlan | BatchPlan

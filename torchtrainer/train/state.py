@@ -99,6 +99,9 @@ def restore(operator: TrainingOperator, state: Mapping[str, Any]) -> None:
         scheduler.load_state_dict(detached(values))
     if internals(operator).amp.scaler.is_enabled() and state.get("amp_native"):
         internals(operator).amp.scaler.load_state_dict(state["amp_native"])
+    for name, order in state.get("orders", {}).items():
+        if name in internals(operator).loaders:
+            internals(operator).loaders[name].put_order(order)
     operator.global_step = int(state.get("global_step", 0))
     operator.load_state_dict(detached(state.get("operator")))
 

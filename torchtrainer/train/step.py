@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from torchtrainer.comm.uneven import UnevenStep, collectives_made
 from torchtrainer.errors import InvalidArgumentTypeError, OperatorUseError
 from torchtrainer.train.components import internals
 from torchtrainer.train.data_passes import MicroBatches, RankBatch
@@ -258,6 +259,43 @@ class GradientShare:
             hook.remove()
         self._hooks.clear()
         self._nodes.clear()
+
+
+class UnevenWatch:
+    """Has collectives of the user's fail with a word that helps, in steps of a call in which ranks have unequal numbers of samples.
+
+    Only if this call has made collectives before, or may not have had the chance to. Compiled models are not watched: they would be
+    run as they were before they were compiled.
+
+    Args:
+        operator: whose step it is.
+        training: ranks without samples take part with borrowed ones.
+    """
+
+    def __init__(self, operator: TrainingOperator, *, training: bool) -> None:
+        self._off = bool(internals(operator).context.settings.compile)
+        self._training = training
+        self._first = True
+        self._made = collectives_made()
+        self._mode: UnevenStep | None = None
+
+    def begin(self, batch: RankBatch) -> None:
+        """The step of a batch begins."""
+        first, self._first = self._first, False
+        if batch.even or self._off or not (first or collectives_made() > self._made):
+            return
+        samples = f"this rank has {batch.size} of the {batch.global_size} samples of this step"
+        missing = 0 if self._training else batch.without
+        if missing:
+            samples += f" of a validation, and {missing} {'rank has' if missing == 1 else 'ranks have'} none"
+        self._mode = UnevenStep(samples, missing=missing)
+        self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch has no types here
+
+    def end(self) -> None:
+        """The step is over."""
+        mode, self._mode = self._mode, None
+        if mode is not None:
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # nor here
 
 
 class GradientClock:

@@ -20,6 +20,7 @@ from torchtrainer.comm.exchange import GradientExchange, UnequalExchangeError
 from torchtrainer.train.cards import CardFile, packed, unpacked
 from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankBatch
+from torchtrainer.train.data_drawing import OrderComparison
 from torchtrainer.train.equality import Comparison
 from torchtrainer.train.extras import Extras, packed_extras, unpacked_extras
 from torchtrainer.train.metrics import AverageMeterCollection
@@ -38,7 +39,7 @@ from torchtrainer.train.seats import (
     trainable_of,
 )
 from torchtrainer.train.state import detached
-from torchtrainer.train.step import GradientShare, forward_backward, update
+from torchtrainer.train.step import GradientShare, UnevenWatch, forward_backward, update
 from torchtrainer.train.trained import TrainedParameters
 from torchtrainer.train.updates import Updates, go_to, standing
 
@@ -81,7 +82,9 @@ class Team:
         self.training = False
         self.call = 0
         self._comparison = Comparison(operator)
+        self._orders = OrderComparison()
         self._operator = operator
+        self._uneven = UnevenWatch(operator, training=True)
         self._cards = cards
         self._trained = trained
         self._tag = 0
@@ -228,12 +231,14 @@ class Team:
     def write_card(self, seat: Seat, number: int) -> None:
         """Writes what a seat has after an exchange; the seat is the one in use."""
         seat.extras = self.extras.of_rank()
+        loaders = {name: loader.state_dict() for name, loader in seat.loaders.items()}
+        self._orders.note(loaders)
         plain = {
             "call": self.call,
             "streams": self._streams.read(),
             "samples": seat.samples,
             "meters": packed(seat.meters.state_dict()),
-            "loaders": {name: loader.state_dict() for name, loader in seat.loaders.items()},
+            "loaders": loaders,
             "sums": self._comparison.sums,
             "extras": packed_extras(seat.extras or None),
             "shared": self.extras.sums,
@@ -283,6 +288,7 @@ class Team:
             seat.samples, seat.meters = 0, AverageMeterCollection()
         self._comparison.begin()
         self.extras.begin_comparison()
+        self._uneven = UnevenWatch(self._operator, training=True)
         self.refresh()
 
     def end_call(self) -> None:
@@ -338,6 +344,7 @@ class Team:
         self._comparison.finish(self._cards[: self.world_size], number)
         if self.extras.sums is not None:
             self.extras.compare([card.read(number)[1]["shared"] for card in self._cards[: self.world_size]])
+        self._orders.finish(self._cards[: self.world_size], number)
         progress.enter("step")
         for parameter, mean in zip(self._trained.parameters, means, strict=True):
             parameter.grad = mean
@@ -370,9 +377,11 @@ class Team:
         for parameter, gradient in self._strays:
             parameter.grad = None if gradient is None else gradient.clone()
         self._share.apply(part.size, part.global_size)
+        self._uneven.begin(part)
         try:
             stats = forward_backward(self._operator, part.data)
         finally:
+            self._uneven.end()
             self._share.remove()
         samples = stats.pop("num_samples")
         if part.size:

@@ -25,7 +25,7 @@ from torchtrainer.train.metrics import PassResult, plain
 from torchtrainer.train.progress import Progress, StepGate
 from torchtrainer.train.seats import trainable_of
 from torchtrainer.train.state import capture, restore
-from torchtrainer.train.step import GradientShare
+from torchtrainer.train.step import GradientShare, UnevenWatch
 from torchtrainer.train.team_loop import TeamLoader
 from torchtrainer.worker.digests import step_iterator
 from torchtrainer.worker.keeper import RankKeeper, Saver
@@ -290,8 +290,7 @@ class RankRuntime:
         """The iterator of one call, in place while the hook runs and taken down whatever happens in it."""
         operator, inside = self.operator, internals(self.operator)
         self._progress.begin_pass()
-        clocked = self._clocked and name == "train"
-        observer = self._observer = PassObserver(operator, clocked, profile, trace, num_steps)
+        observer = self._observer = PassObserver(operator, self._clocked and name == "train", profile, trace, num_steps)
         steps = self._new_steps(
             loader,
             missing=_NO_LOADER.format(name=name),
@@ -304,6 +303,7 @@ class RankRuntime:
             keeper=self._keeper if self._keeps(name) else None,
             resumed=self._keeper.take_resumed(),
         )
+        steps.uneven = UnevenWatch(operator, training=name == "train")
         inside.steps, inside.meters = steps, None
         completed = False
         with observer.watching():
