@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, OperatorUseError
@@ -21,6 +20,7 @@ from torchtrainer.train.data import RankBatch, RankLoader
 from torchtrainer.train.hooks import batch_info, bind_hook
 from torchtrainer.train.metrics import AverageMeterCollection, plain
 from torchtrainer.train.progress import Keeper, Progress, StepGate
+from torchtrainer.train.schedules import SchedulerSteps
 from torchtrainer.train.step import GradientShare
 from torchtrainer.train.timers import TimerCollection
 
@@ -307,16 +307,13 @@ def train_epoch(operator: TrainingOperator, iterator: Iterable[Any], info: Mappi
         module.train()
     meters = internals(operator).meters = AverageMeterCollection()
     hook = bind_hook(operator.train_batch, ("batch_info",))
-    steps, frequency = internals(operator).steps, operator.scheduler_step_freq
-    for batch_idx, batch in enumerate(iterator, start=steps.first_batch if steps is not None else 0):
-        if steps is not None and frequency == "epoch":
-            step_for_passes(operator, steps)
-        stats = hook(batch, {"batch_info": batch_info(info, batch_idx, operator.global_step)})
-        _measure(operator, meters, stats, "train_batch")
-        if frequency == "batch":
-            step_schedulers(operator)
-    if steps is not None and frequency == "epoch":
-        step_for_passes(operator, steps)
+    steps = internals(operator).steps
+    with SchedulerSteps(operator, steps) as schedulers:
+        for batch_idx, batch in enumerate(iterator, start=steps.first_batch if steps is not None else 0):
+            schedulers.before_batch()
+            stats = hook(batch, {"batch_info": batch_info(info, batch_idx, operator.global_step)})
+            _measure(operator, meters, stats, "train_batch")
+            schedulers.after_batch()
     return meters.summary()
 
 
@@ -344,34 +341,6 @@ def modules_of(operator: TrainingOperator) -> list[nn.Module]:
             if isinstance(one, nn.Module) and not any(one is known for known in found):
                 found.append(one)
     return found
-
-
-def step_schedulers(operator: TrainingOperator) -> None:
-    """Steps every scheduler: the registered ones, and one that the user only put in ``self.scheduler``."""
-    for scheduler in schedulers_of(operator):
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise InvalidArgumentTypeError(
-                f"ReduceLROnPlateau steps by a metric, which scheduler_step_freq={operator.scheduler_step_freq!r} does not "
-                f'have; use scheduler_step_freq="manual" and call update_scheduler(metric) on the trainer'
-            )
-        scheduler.step()
-
-
-def schedulers_of(operator: TrainingOperator) -> list[Any]:
-    """Every scheduler of an operator."""
-    components = internals(operator).components
-    found = list(components.schedulers) if components is not None else []
-    own = getattr(operator, "scheduler", None)
-    if own is not None and not isinstance(own, list | tuple) and not any(own is known for known in found):
-        found.append(own)
-    return found
-
-
-def step_for_passes(operator: TrainingOperator, steps: StepIterator) -> None:
-    """Steps the schedulers once for every pass that was completed and had no such step yet."""
-    while steps.passes_scheduled < steps.passes_completed:
-        step_schedulers(operator)
-        steps.passes_scheduled += 1
 
 
 def _measure(operator: TrainingOperator, meters: AverageMeterCollection, stats: Any, hook: str) -> None:

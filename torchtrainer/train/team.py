@@ -20,7 +20,7 @@ from torchtrainer.train.cards import CardFile, packed, unpacked
 from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankBatch
 from torchtrainer.train.equality import Comparison
-from torchtrainer.train.loop import StepIterator, modules_of, step_for_passes, step_schedulers
+from torchtrainer.train.loop import StepIterator, modules_of
 from torchtrainer.train.metrics import AverageMeterCollection
 from torchtrainer.train.rng import (
     StreamReader,
@@ -30,6 +30,7 @@ from torchtrainer.train.rng import (
     set_rng_state,
     streams_from_plain,
 )
+from torchtrainer.train.schedules import SchedulerSteps
 from torchtrainer.train.seats import (
     Buffers,
     Seat,
@@ -376,15 +377,11 @@ def train_epoch(team: Team, operator: TrainingOperator, steps: StepIterator) -> 
     """The built-in training loop for all seats of a process; see `torchtrainer.train.loop.train_epoch`."""
     for module in modules_of(operator):
         module.train()
-    frequency = operator.scheduler_step_freq
-    for _ in steps:
-        if frequency == "epoch":
-            step_for_passes(operator, steps)
-        team.step()
-        if frequency == "batch":
-            step_schedulers(operator)
-    if frequency == "epoch":
-        step_for_passes(operator, steps)
+    with SchedulerSteps(operator, steps) as schedulers:
+        for _ in steps:
+            schedulers.before_batch()
+            team.step()
+            schedulers.after_batch()
 
 
 class TeamLoader:

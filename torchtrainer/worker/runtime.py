@@ -19,9 +19,10 @@ from torchtrainer.train.build import build_operator
 from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankLoader
 from torchtrainer.train.hooks import bind_hook
-from torchtrainer.train.loop import StepIterator, schedulers_of
+from torchtrainer.train.loop import StepIterator
 from torchtrainer.train.metrics import PassResult, plain
 from torchtrainer.train.progress import Progress, StepGate
+from torchtrainer.train.schedules import step_by_metric
 from torchtrainer.train.seats import trainable_of
 from torchtrainer.train.state import capture, restore
 from torchtrainer.train.step import GradientShare
@@ -199,19 +200,8 @@ class RankRuntime:
         return fn()
 
     def update_scheduler(self, metric: float) -> None:
-        """Calls ``step(metric)`` of every scheduler.
-
-        Raises:
-            OperatorUseError: there is none.
-        """
-        schedulers = schedulers_of(self.operator)
-        if not schedulers:
-            raise OperatorUseError(
-                f"update_scheduler({metric!r}): {type(self.operator).__name__} has no scheduler; pass scheduler_creator= to "
-                f"TorchTrainer, or schedulers= to self.register in setup"
-            )
-        for scheduler in schedulers:
-            scheduler.step(metric)
+        """Calls ``step(metric)`` of every scheduler; an OperatorUseError if there is none."""
+        step_by_metric(self.operator, metric)
 
     def get_model(self, to_cpu: bool = True) -> Any:
         """A copy of the model, or a list of copies, without any wrapper. Training goes on with the original.
