@@ -12,13 +12,7 @@ from torchtrainer.comm.group import Collective
 from torchtrainer.config import SchedulerStepFreq, TrainSettings
 from torchtrainer.errors import OperatorUseError
 from torchtrainer.train import loop, step
-from torchtrainer.train.components import (
-    Internals,
-    in_shape_of,
-    internals,
-    place,
-    refuse_retired,
-)
+from torchtrainer.train.components import Internals, Registered, in_shape_of, internals, place, refuse_retired
 from torchtrainer.train.creators import Creators, run_creators
 from torchtrainer.train.data import RankLoader
 from torchtrainer.train.precision import Amp
@@ -76,6 +70,9 @@ class TrainingOperator:
     criterion: Any
     scheduler: Any
     schedulers: Any
+    _models: Any = Registered("models")
+    _optimizers: Any = Registered("optimizers")
+    _schedulers: Any = Registered("schedulers")
 
     def __init__(self, context: OperatorContext) -> None:
         self._internals = Internals(context=context, amp=Amp(context.settings.precision, context.device))

@@ -32,6 +32,33 @@ COMPARE_EVERY = 64
 _COMPARED_EARLY = (1, 4, 16)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How far a call goes.
+
+    Attributes:
+        num_steps: batches per rank; None: to the end of the pass.
+        new_pass: begin a new pass, and end with it at the latest.
+
+    Raises:
+        InvalidArgumentError: ``num_steps`` is no number of batches.
+    """
+
+    num_steps: int | None = None
+    new_pass: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_steps is not None and (type(self.num_steps) is not int or self.num_steps < 0):
+            raise InvalidArgumentError(
+                f"num_steps must be None or a whole number of at least 0 batches per rank, got {self.num_steps!r}"
+            )
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether the call ends with the pass."""
+        return self.new_pass or self.num_steps is None
+
+
 class StepIterator:
     """The batches of one ``train`` or ``validate`` call on one rank.
 
@@ -41,7 +68,7 @@ class StepIterator:
     Args:
         loader: the rank's loader; None: the operator registered none, an error once a batch is asked for.
         missing: what to say then.
-        num_steps: batches to deal, or None.
+        extent: how far the call goes; a pass that it gives up was given up before.
         progress: where the position is shown.
         gate: asked at every step boundary whether to go on.
         timers: measures the wait for data.
@@ -64,7 +91,7 @@ class StepIterator:
         loader: RankLoader | None,
         *,
         missing: str,
-        num_steps: int | None,
+        extent: Extent,
         progress: Progress,
         gate: StepGate,
         timers: TimerCollection,
@@ -81,7 +108,8 @@ class StepIterator:
         self.current: RankBatch | None = None
         self._loader = loader
         self._missing = missing
-        self._num_steps = check_num_steps(num_steps)
+        self._num_steps = extent.num_steps
+        self._one_pass = extent.one_pass
         self._phase = "train" if share is not None else "validate"
         self._progress = progress
         self._gate = gate
@@ -90,7 +118,7 @@ class StepIterator:
         self._on_step = on_step
         self._keeper = keeper
         self._over = False
-        self._length = _length(loader, num_steps)
+        self._length = _length(loader, extent)
         self._put_back: Callable[[], None] | None = None
         progress.batch, progress.batches, progress.samples = 0, self._length, 0
         if resumed is not None:
@@ -149,8 +177,9 @@ class StepIterator:
         self.passes_completed, self.passes_scheduled = at["passes_completed"], at["passes_scheduled"]
         self._put_back = resumed.put_back
         self.first_batch = self.batches
-        if self._num_steps is None and self._length is not None:
+        if self._one_pass and self._length is not None:
             self._length += self.batches
+            self._length = self._length if self._num_steps is None else min(self._length, self._num_steps)
         self._progress.batch, self._progress.batches = self.batches, self._length
         self._progress.samples = at["samples_shown"]
 
@@ -212,7 +241,7 @@ class StepIterator:
 
     def _end_pass(self) -> None:
         self.passes_completed += 1
-        if self._num_steps is None:
+        if self._one_pass:
             self._over = True
 
     def _deal(self) -> RankBatch | None:
@@ -229,7 +258,7 @@ class StepIterator:
                 return batch
             # The end of a loader without length is noticed only here. A call that has dealt nothing of it starts anew.
             self.passes_completed += 1
-            if self._num_steps is None and self.batches > 0:
+            if self._one_pass and self.batches > 0:
                 return None
 
 
@@ -276,23 +305,13 @@ class LoaderView:
                 return
 
 
-def check_num_steps(num_steps: Any) -> int | None:
-    """``num_steps`` as it is, or an InvalidArgumentError."""
-    if num_steps is None:
-        return None
-    if isinstance(num_steps, int) and not isinstance(num_steps, bool) and num_steps >= 0:
-        return num_steps
-    raise InvalidArgumentError(
-        f"num_steps must be None or a whole number of at least 0 batches per rank, got {num_steps!r}"
-    )
-
-
-def _length(loader: RankLoader | None, num_steps: int | None) -> int | None:
-    if num_steps is not None:
-        return num_steps
+def _length(loader: RankLoader | None, extent: Extent) -> int | None:
+    if not extent.one_pass:
+        return extent.num_steps
     if loader is None or loader.batches_per_pass is None:
         return None
-    return loader.batches_per_pass - (loader.batch_in_pass if loader.in_pass else 0)
+    left = loader.batches_per_pass - (loader.batch_in_pass if loader.in_pass else 0)
+    return left if extent.num_steps is None else min(left, extent.num_steps)
 
 
 def train_epoch(operator: TrainingOperator, iterator: Iterable[Any], info: Mapping[str, Any]) -> dict[str, Any]:

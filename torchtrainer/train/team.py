@@ -64,6 +64,7 @@ class Team:
         updates: of the optimizers.
         on_wait: called while others are waited for.
         training: a ``train`` call is running.
+        new_pass: the running ``train`` call began a new pass.
         call: number of the call that is running, or was the latest; alike in all processes.
     """
 
@@ -80,6 +81,7 @@ class Team:
         self.updates = Updates(operator, trained)
         self.on_wait: Callable[[], None] = nothing
         self.training = False
+        self.new_pass = False
         self.call = 0
         self._comparison = Comparison(operator)
         self._operator = operator
@@ -240,6 +242,8 @@ class Team:
             seat.meters.load_state_dict(unpacked(plain["meters"]))
         for name, position in plain["loaders"].items():
             seat.loaders[name].load_state_dict(position)
+        if self.new_pass and plain["call"] != self.call:
+            seat.loaders["train"].give_up()
         if plain["extras"]:
             seat.extras = unpacked_extras(plain["extras"])
         if seat is self._now:  # what is put aside for other seats is in use for this one
@@ -273,6 +277,8 @@ class Team:
             return
         for seat in self.seats.values():
             seat.samples, seat.meters = 0, AverageMeterCollection()
+            if self.new_pass and "train" in seat.loaders:
+                seat.loaders["train"].give_up()
         self._comparison.begin()
         self.refresh()
 
