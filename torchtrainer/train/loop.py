@@ -377,4 +377,4 @@ def _measure(operator: TrainingOperator, meters: AverageMeterCollection, stats: 
     meters.update(metrics, plain(stats.get(NUM_SAMPLES, batch.size if batch is not None else 1)))
     loss = next((stats[name] for name in ("train_loss", "val_loss", "loss") if name in stats), None)
     if loss is not None:
-        internals(operator).context.progress.loss = loss
+        internals(operator).context.progress.losses[operator.world_rank] = loss

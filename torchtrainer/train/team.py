@@ -369,7 +369,7 @@ class Team:
         samples = stats.pop("num_samples")
         if part.size:
             seat.meters.update(stats, samples)
-            internals(self._operator).context.progress.loss = stats["train_loss"]
+            internals(self._operator).context.progress.losses[seat.rank] = stats["train_loss"]
         else:
             seat.meters.skip()
         seat.samples += part.size

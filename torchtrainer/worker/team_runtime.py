@@ -106,7 +106,7 @@ class TeamRuntime(RankRuntime):
         Extent(num_steps=num_steps)  # checked for a process without ranks too
         team = self.team
         keywords = {"num_steps": num_steps, "profile": profile, "info": info, "new_pass": new_pass, "mark": mark}
-        found = ByRank()
+        found, losses = ByRank(), dict[int, Any]()
 
         def one(rank: int) -> PassResult:
             team.turn_to(team.seats[rank])
@@ -115,6 +115,8 @@ class TeamRuntime(RankRuntime):
         self._late = one
         while left := [rank for rank in team.ranks if rank not in found]:  # ranks of lost processes come in between
             found[left[0]] = one(left[0])
+            losses.update(self._progress.losses)
+        self._progress.losses = losses
         return found  # type: ignore[return-value]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
