@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from torchtrainer.errors import InvalidArgumentTypeError, OperatorUseError
-from torchtrainer.train.components import internals
+from torchtrainer.train.components import internals, optimizers_of
 
 if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
@@ -35,9 +35,8 @@ class SchedulerSteps:
         self._hooks: list[Any] = []
 
     def __enter__(self) -> SchedulerSteps:
-        components = internals(self._operator).components
-        if self._frequency == "batch" and components is not None:
-            self._registered = {id(one) for one in components.optimizers if self._watch(one)}
+        if self._frequency == "batch":
+            self._registered = {id(one) for one in optimizers_of(self._operator) if self._watch(one)}
             for scheduler in schedulers_of(self._operator):
                 if id(getattr(scheduler, "optimizer", None)) not in self._registered:
                     self._watch(getattr(scheduler, "optimizer", None))

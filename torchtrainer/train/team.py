@@ -20,7 +20,6 @@ from torchtrainer.train.cards import CardFile, packed, unpacked
 from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankBatch
 from torchtrainer.train.equality import Comparison
-from torchtrainer.train.loop import StepIterator, modules_of
 from torchtrainer.train.metrics import AverageMeterCollection
 from torchtrainer.train.rng import (
     StreamReader,
@@ -30,7 +29,6 @@ from torchtrainer.train.rng import (
     set_rng_state,
     streams_from_plain,
 )
-from torchtrainer.train.schedules import SchedulerSteps
 from torchtrainer.train.seats import (
     Buffers,
     Seat,
@@ -377,17 +375,6 @@ class Team:
             self.exchange.put(seat.rank, number, [parameter.grad for parameter in self._trained.parameters])
         self.write_card(seat, number)
         self.exchange.publish(seat.rank, number, self._tag)
-
-
-def train_epoch(team: Team, operator: TrainingOperator, steps: StepIterator) -> None:
-    """The built-in training loop for all seats of a process; see `torchtrainer.train.loop.train_epoch`."""
-    for module in modules_of(operator):
-        module.train()
-    with SchedulerSteps(operator, steps) as schedulers:
-        for _ in steps:
-            schedulers.before_batch()
-            team.step()
-            schedulers.after_batch()
 
 
 class TeamLoader:

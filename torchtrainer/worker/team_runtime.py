@@ -11,11 +11,12 @@ from torchtrainer.operator import TrainingOperator
 from torchtrainer.train.complete_state import set_modes
 from torchtrainer.train.components import internals
 from torchtrainer.train.lone import LoneRank, rank_state_of
-from torchtrainer.train.loop import Extent, Resumed, StepIterator
+from torchtrainer.train.loop import Extent, Resumed, StepIterator, modules_of
 from torchtrainer.train.metrics import PassResult
 from torchtrainer.train.rng import set_rng_state, streams_from_plain
+from torchtrainer.train.schedules import SchedulerSteps
 from torchtrainer.train.state import restore
-from torchtrainer.train.team import Team, TeamLoader, train_epoch
+from torchtrainer.train.team import Team, TeamLoader
 from torchtrainer.worker.runtime import RankRuntime
 
 
@@ -170,6 +171,17 @@ class TeamRuntime(RankRuntime):
 
     def _take_buffers(self, syncing: list[Any]) -> None:
         self.team.follow_first_rank()
+
+
+def train_epoch(team: Team, operator: TrainingOperator, steps: StepIterator) -> None:
+    """The built-in training loop for all seats of a process; see `torchtrainer.train.loop.train_epoch`."""
+    for module in modules_of(operator):
+        module.train()
+    with SchedulerSteps(operator, steps) as schedulers:
+        for _ in steps:
+            schedulers.before_batch()
+            team.step()
+            schedulers.after_batch()
 
 
 class LoneRuntime(RankRuntime):
