@@ -21,6 +21,7 @@ from programs import run_program
 from torchtrainer.control.messages import Failure
 from torchtrainer.driver.causes import UserCodeFailed, WorkerDied, WorkerHung
 from torchtrainer.driver.events import Joined, Recovered
+from torchtrainer.driver.policies import LostSteps
 from torchtrainer.driver.views import WorkerView
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, RunDirectoryError
 from torchtrainer.observe.devices import (
@@ -930,6 +931,55 @@ def test_what_failures_cost_is_counted_once_where_they_overlap() -> None:
     seen.watch.on_recovered(recovered(died(2)))  # began 0.1 s before the first was over
     assert seen.watch.lost_s == pytest.approx(0.4)
     assert seen.watch.goodput(62.0) == "2 failures cost 0.40 s of 62 s (99.4 % goodput), no step was lost"
+
+
+@pytest.mark.parametrize(
+    ("told", "counts"),
+    [
+        ([("lost", 500), ("from", 17), "back"], [483]),
+        ([("lost", 500), ("from", 17), "back", ("lost", 100), ("from", 17), "back"], [483, 83]),
+        ([("lost", 500), ("lost", 500), ("from", 17), "back"], [483]),  # the first try came to nothing
+        ([("lost", 500), ("from", 17), ("lost", 17), ("from", 17), "back"], [483]),
+        ([("lost", 500), ("from", 17), ("lost", 0), ("from", 17), "back"], [483]),  # it had told no step yet
+        ([("lost", 500), ("from", 17), ("lost", 200), ("from", 150), "back"], [183 + 350]),
+        ([("lost", 5), ("from", 5), "back", ("lost", 9), ("from", 0), "back"], [0, 9]),
+    ],
+)
+def test_steps_are_counted_that_restarts_take_again(told: list[Any], counts: list[int]) -> None:
+    steps, found = LostSteps(), []
+    for what in told:
+        if what == "back":
+            found.append(steps.count())
+        else:
+            {"lost": steps.lost, "from": steps.go_on_from}[what[0]](what[1])
+    assert found == counts
+
+
+@pytest.mark.parametrize("inside", ["recovered", "recovered twice", "hung", "the next restart"])
+def test_a_restart_counts_whole_whatever_fails_inside_it(inside: str) -> None:
+    seen = Seen(view(0, 0, 1))
+    seen.clock.now += 10
+    seen.watch.on_failure(died(1), RuntimeError("rank 1 died"))
+    seen.clock.now += 20
+    if inside == "the next restart":
+        seen.watch.on_failure(died(0), RuntimeError("rank 0 died"))
+    elif inside == "hung":
+        seen.watch.on_recovered(recovered(hung(1), "replaced"))  # silent since 15 s
+    else:
+        seen.watch.on_recovered(recovered(died(1)))
+    seen.clock.now += 7
+    if inside == "recovered twice":
+        seen.watch.on_recovered(recovered(died(1)))
+    seen.clock.now += 2
+    seen.watch.on_restarted(483, 29.0)
+    assert seen.watch.lost_s == pytest.approx(29.0)
+    seen.clock.now += 10
+    seen.watch.on_recovered(recovered(died(1)))
+    assert seen.watch.lost_s == pytest.approx(29.25)
+    failures = {"recovered twice": 4}.get(inside, 3)
+    assert seen.watch.goodput(89.0) == (
+        f"{failures} failures cost 29 s of 89 s (67.1 % goodput), 483 steps were taken again"
+    )
 
 
 def test_a_failure_of_the_whole_group_is_told_when_its_outcome_is_known() -> None:

@@ -719,7 +719,8 @@ def test_a_class_from_creators_can_be_extended(make, workers) -> None:
         assert trainer.apply_all_operators(lambda operator: operator.initialized) == [True] * ranks
     trainer.train(num_steps=2, max_retries=1, info={"epoch_idx": 7, "num_epochs": 9})
     latest = trainer.apply_all_operators(lambda operator: operator.latest)
-    assert latest == [{"epoch_idx": 0, "num_epochs": 9, "batch_idx": 1, "global_step": 1}] * ranks
+    position = {"epoch_idx": 0, "num_epochs": 9, "batch_idx": 1, "global_step": 1}
+    assert [{name: told[name] for name in position} for told in latest] == [position] * ranks
     matrices = trainer.validate(reduce_results=False)
     model, (x, y) = trainer.get_model(), line().tensors
     assert [one.total for one in matrices] == [pytest.approx((model(x) - y).abs().sum().item())] * ranks

@@ -159,7 +159,8 @@ def test_epoch_idx_is_that_of_the_pass_also_in_continued_calls(make, workers) ->
         trainer.train(num_steps=num_steps, info={"epoch_idx": 99, "mine": 5})
         assert on_all(trainer, "hook") == [(epoch_idx, num_steps, epoch_idx)] * ranks
     last = on_all(trainer, "infos")[0][-1]
-    assert last == {"epoch_idx": 3, "mine": 5, "batch_idx": pass_steps - 1, "global_step": 4 * pass_steps - 1}
+    position = {"epoch_idx": 3, "mine": 5, "batch_idx": pass_steps - 1, "global_step": 4 * pass_steps - 1}
+    assert {name: last[name] for name in position} == position
 
 
 def test_a_pass_that_starts_inside_a_call_has_an_order_of_its_own(make, two_or_local) -> None:

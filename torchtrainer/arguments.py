@@ -35,6 +35,13 @@ SEEDS = 1 << 63
 """Seeds are below this: what torch's generators take."""
 
 
+def refuse_unknown(given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raises the error for the first argument that does not exist; a retired one that asks for nothing is left alone."""
+    for name, value in given.items():
+        if name not in RETIRED or not (value is None or value is False):
+            raise unknown_argument(name, known)
+
+
 def unknown_argument(name: str, known: Iterable[str]) -> InvalidArgumentTypeError:
     """The error for an argument that does not exist: its replacement if it was retired, else names that look like it."""
     if name in RETIRED:

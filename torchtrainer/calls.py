@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from torchtrainer.checkpoint.journal import Journal, Recorded
 from torchtrainer.checkpoint.verified import Checkpoint
 from torchtrainer.config import Timeouts
-from torchtrainer.driver.policies import STEPPING_METHODS
+from torchtrainer.driver.policies import STEPPING_METHODS, LostSteps
 from torchtrainer.engines.base import CallResult, Group
 from torchtrainer.errors import Preempted
 from torchtrainer.observe.notices import notice as tell
@@ -133,6 +133,7 @@ class Calls:
         self._newest = newest
         self._on_restart: Callable[[int, float], None] | None = None
         self._losses, self._lost_at = 0, -1
+        self._lost_steps = LostSteps()
         self._caught_up = checkpoint is None and not journal.replaying
         self._notices = notices
         self._timeouts = timeouts
@@ -211,6 +212,7 @@ class Calls:
         step = self._step()
         self._losses = self._losses + 1 if step <= self._lost_at else 1
         self._lost_at = step
+        self._lost_steps.lost(step)
         return self._losses <= self._max_failures
 
     def _go_back(self) -> None:
@@ -220,10 +222,11 @@ class Calls:
         self._checkpoint = self._newest()
         self._from = int(self._checkpoint.meta["index"]) if self._checkpoint is not None else 0
         self._caught_up = False
-        self.catch_up()
         reached = self._checkpoint.step if self._checkpoint is not None else 0
+        self._lost_steps.go_on_from(reached)
+        self.catch_up()
         where = f"the checkpoint of step {reached}" if self._checkpoint is not None else "the beginning"
-        redone = max(self._lost_at - reached, 0)
+        redone = self._lost_steps.count()
         seconds = time.monotonic() - began
         taken_again = "no step is" if redone == 0 else "1 step is" if redone == 1 else f"{redone} steps are"
         tell(f"going on from {where} after {seconds:.1f} s: {taken_again} taken again")

@@ -11,7 +11,7 @@ import torch
 from torchtrainer.comm.group import Collective
 from torchtrainer.config import SchedulerStepFreq, TrainSettings
 from torchtrainer.train import loop, step
-from torchtrainer.train.components import Internals, dealing_of, in_shape_of, place, refuse_retired
+from torchtrainer.train.components import Internals, Registered, dealing_of, in_shape_of, place, refuse_retired
 from torchtrainer.train.creators import Creators, attach_created
 from torchtrainer.train.data import RankLoader
 from torchtrainer.train.precision import Amp
@@ -69,6 +69,9 @@ class TrainingOperator:
     criterion: Any
     scheduler: Any
     schedulers: Any
+    _models: Any = Registered("models")
+    _optimizers: Any = Registered("optimizers")
+    _schedulers: Any = Registered("schedulers")
 
     def __init__(self, context: OperatorContext) -> None:
         self._internals = Internals(context=context, amp=Amp(context.settings.precision, context.device))

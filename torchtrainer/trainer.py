@@ -12,9 +12,9 @@ import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from torchtrainer.arguments import unknown_argument
+from torchtrainer.arguments import refuse_unknown
 from torchtrainer.calls import Calls, first, load_models, models_of, nothing, spell, spell_function, watch_notices
 from torchtrainer.checkpoint.journal import Journal, Recorded
 from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES, CheckpointConfig, FailureConfig, PreemptionConfig, Timeouts
@@ -154,8 +154,7 @@ class TorchTrainer:
         given = {name: value for name, value in locals().items() if name not in ("self", "unknown")}
         self._started_at = time.monotonic()
         self._group: Group | None = None
-        for name in unknown:
-            raise unknown_argument(name, given)
+        refuse_unknown(unknown, given)
         forget_interrupted_calls()
         run = plan_run(given)
         self._callbacks = Callbacks(callbacks if run.is_main else ())
@@ -222,6 +221,7 @@ class TorchTrainer:
         reduce_results: bool = True,
         max_retries: int | None = None,
         info: dict[str, Any] | None = None,
+        new_pass: bool = False,
         **unknown: Any,
     ) -> Any:
         """Trains for one pass over the data, or for ``num_steps`` batches per rank.
@@ -238,6 +238,7 @@ class TorchTrainer:
             reduce_results: one dict for all ranks; False: a list with one dict per rank.
             max_retries: accepted as in RaySGD; what is done about lost workers is said once for all, by ``failure``.
             info: handed to ``train_epoch`` and ``train_batch``.
+            new_pass: begin a new pass, whatever is left of the one in progress, and end with it at the latest.
 
         Returns:
             ``num_samples`` (all ranks), ``epoch`` (passes started), ``batch_count``, ``train_loss``, ``last_train_loss``, or
@@ -247,15 +248,15 @@ class TorchTrainer:
             KeyboardInterrupt: Ctrl-C; the pass ends at a step boundary, and the next call goes on from there.
             BaseException: what user code raised.
         """
-        for name in unknown:
-            raise unknown_argument(name, ("num_steps", "profile", "reduce_results", "max_retries", "info"))
+        refuse_unknown(unknown, ("num_steps", "profile", "reduce_results", "max_retries", "info", "new_pass"))
         if max_retries is not None and (not isinstance(max_retries, int) or max_retries < 0):
             raise InvalidArgumentError(f"max_retries must be a whole number of at least 0, got {max_retries!r}")
-        call = spell_pass("train", num_steps, profile, reduce_results, info)
-        known = self._calls.recorded(call, "train", num_steps=num_steps, profile=profile, info=info)
+        call = spell_pass("train", num_steps, profile, reduce_results, info, new_pass)
+        asked: dict[str, Any] = {"num_steps": num_steps, "profile": profile, "info": info, "new_pass": new_pass}
+        known = self._calls.recorded(call, "train", **asked)
         if known is not None:
             return self._take(known)
-        results = with_whole_profiles(self._pass("train", call, num_steps, profile, info))
+        results = with_whole_profiles(self._pass("train", call, **asked))
         metrics = reduce_results_or_list(results, reduce_results)
         self._trained(call, metrics, results, result=metrics)
         return metrics
@@ -323,12 +324,13 @@ class TorchTrainer:
         profile: bool = False,
         reduce_results: bool = True,
         info: dict[str, Any] | None = None,
+        new_pass: bool = False,
         **unknown: Any,
     ) -> Any:
         """Evaluates on the validation data: each sample once, whatever the number of ranks.
 
         Args:
-            num_steps, profile, reduce_results, info: as in `train`.
+            num_steps, profile, reduce_results, info, new_pass: as in `train`.
 
         Returns:
             ``num_samples``, ``batch_count``, ``val_loss``, ``val_accuracy`` and their ``last_`` values, or what the operator's
@@ -338,13 +340,13 @@ class TorchTrainer:
             RuntimeError: there is no validation loader.
             BaseException: what user code raised.
         """
-        for name in unknown:
-            raise unknown_argument(name, ("num_steps", "profile", "reduce_results", "info"))
-        call = spell_pass("validate", num_steps, profile, reduce_results, info)
-        known = self._calls.recorded(call, "validate", num_steps=num_steps, profile=profile, info=info)
+        refuse_unknown(unknown, ("num_steps", "profile", "reduce_results", "info", "new_pass"))
+        call = spell_pass("validate", num_steps, profile, reduce_results, info, new_pass)
+        asked: dict[str, Any] = {"num_steps": num_steps, "profile": profile, "info": info, "new_pass": new_pass}
+        known = self._calls.recorded(call, "validate", **asked)
         if known is not None:
             return self._take(known)
-        results = self._pass("validate", call, num_steps, profile, info)
+        results = self._pass("validate", call, **asked)
         metrics = reduce_results_or_list(results, reduce_results)
         self._done(call, metrics)
         self._record("validate", metrics)
@@ -432,6 +434,11 @@ class TorchTrainer:
         raise NotAvailableError(
             "the operators live in the worker processes: use apply_all_operators(fn), or use_local=True to debug one here"
         )
+
+    @property
+    def local_worker(self) -> LocalWorker:
+        """The rank that is this process, by the name that Ray 0.8 had for it; raises as `get_local_operator`."""
+        return LocalWorker(training_operator=self.get_local_operator())
 
     # State
 
@@ -646,6 +653,16 @@ class TorchTrainer:
             self._run.tell_trouble(f"{self._run_dir.history} misses results from epoch {self._epoch} on: {error}")
 
 
+class LocalWorker(NamedTuple):
+    """The rank in the driver's process.
+
+    Attributes:
+        training_operator: its operator.
+    """
+
+    training_operator: TrainingOperator
+
+
 def failure_writer(history: HistoryFile, run: OpenRun) -> Callable[[FailureRecord], None]:
     """A function that writes a failure to the history, if the run keeps one; a full disk does not end a training."""
 
@@ -673,10 +690,17 @@ def note_weakly(
     return call
 
 
-def spell_pass(method: str, num_steps: int | None, profile: bool, reduce: bool, info: dict[str, Any] | None) -> str:
+def spell_pass(
+    method: str, num_steps: int | None, profile: bool, reduce: bool, info: dict[str, Any] | None, new_pass: bool
+) -> str:
     """A pass as the user would write it, without what is as it is by default."""
     return spell(
-        method, num_steps=num_steps, profile=profile or None, reduce_results=None if reduce else False, info=info
+        method,
+        num_steps=num_steps,
+        profile=profile or None,
+        reduce_results=None if reduce else False,
+        info=info,
+        new_pass=new_pass or None,
     )
 
 

@@ -412,7 +412,8 @@ class Beat(FromWorker):
 
     Attributes:
         phase, phase_age_s: what the training thread does, and for how long.
-        epoch, step, batch, batches, samples, loss: see `torchtrainer.train.progress.Progress`.
+        epoch, step, batch, batches, samples: see `torchtrainer.train.progress.Progress`.
+        loss: mean of the latest losses of its ranks; None: they have none.
         rss_bytes: resident memory.
         cpu_s: processor seconds used so far.
         longest_s: the longest of the latest steps, whatever it waited for; 0.0: there were too few to tell.

@@ -99,3 +99,35 @@ def why_not_resize(processes: int, *, world_size: int, min_workers: int, bound: 
     if bound and processes != world_size:
         return f"every rank needs a process of its own here: {bound}"
     return None
+
+
+class LostSteps:
+    """Counts the steps that are taken again because all ranks were started anew, perhaps after several tries."""
+
+    def __init__(self) -> None:
+        self._reached = 0
+        self._from: int | None = None
+        self._in_vain = 0
+        self._going_back = False
+
+    def lost(self, step: int) -> None:
+        """The ranks were lost.
+
+        Args:
+            step: they had completed so many, or fewer if they were on their way back.
+        """
+        if not self._going_back:
+            self._reached = step
+        elif self._from is not None:
+            self._in_vain += max(step - self._from, 0)
+        self._going_back, self._from = True, None
+
+    def go_on_from(self, step: int) -> None:
+        """The ranks are there again, with the state of a step."""
+        self._from = step
+
+    def count(self) -> int:
+        """How many steps are taken again: the ranks are back."""
+        found = self._in_vain + max(self._reached - (self._from or 0), 0)
+        self._in_vain, self._going_back = 0, False
+        return found

@@ -315,7 +315,7 @@ class InlineGroup:
                 batch=at.batch,
                 batches=at.batches,
                 samples=at.samples,
-                loss=None if at.loss is None else float(at.loss),
+                loss=at.loss(self.views[0].ranks),
                 rss_bytes=(use and use.rss_bytes) or 0,
                 cpu_s=use.cpu_s if use else 0.0,
                 ranks=[self._collective.rank],

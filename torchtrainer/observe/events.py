@@ -33,7 +33,7 @@ class StepEvent:
         batches: batches of each rank that this call will take; None: not known.
         samples: samples of all ranks handled in this call.
         samples_per_s: samples of all ranks per second, lately; None: not known yet.
-        loss: latest loss of rank 0; None: the operator reports none.
+        loss: mean of the latest losses of all ranks, under a launcher that of rank 0; None: the operator reports none.
         phase: what the ranks are doing: ``train`` or ``validate``, or a part of a step.
         devices: use of the GPUs, or of the CPU by the worker processes.
     """

@@ -51,7 +51,6 @@ class FailureWatch:
 
     Attributes:
         records: oldest first.
-        lost_s: for how long training stood still because of them; what happened at the same time counts once.
         views: the workers as they are now; set when the ranks are there.
         epoch: passes over the training data that were started; set when one is.
     """
@@ -72,11 +71,15 @@ class FailureWatch:
         self._wall_clock = wall_clock
         self._open: list[_Open] = []
         self._carried: set[int] = set()
-        self._counted_to = clock()
+        self._stood_still: list[tuple[float, float]] = []
         self.records: list[FailureRecord] = []
-        self.lost_s = 0.0
         self.epoch = 0
         self.views: Callable[[], tuple[WorkerView, ...]] = tuple
+
+    @property
+    def lost_s(self) -> float:
+        """For how long training stood still because of the failures; what happened at the same time counts once."""
+        return sum(end - since for since, end in self._stood_still)
 
     def on_recovered(self, found: Recovered) -> None:
         """A worker was lost, and what it had left undone is done."""
@@ -167,9 +170,12 @@ class FailureWatch:
         return max(self.epoch, *(view.epoch for view in views), 0)
 
     def _count(self, seconds: float) -> None:
+        """Training stood still until now. A restart that began before other failures were over has their time in its own."""
         now = self._clock()
-        self.lost_s += max(0.0, now - max(now - seconds, self._counted_to))
-        self._counted_to = now
+        since = now - seconds
+        while self._stood_still and self._stood_still[-1][1] >= since:
+            since = min(since, self._stood_still.pop()[0])
+        self._stood_still.append((since, now))
 
 
 def _said(error: BaseException) -> str:

@@ -78,6 +78,8 @@ class Watch:
         self._gpu_use: tuple[DeviceUse, ...] = ()
         self._gpu_due = 0.0
         self._rate_from: tuple[float, int] | None = None
+        self._losses: dict[int, tuple[int, float]] = {}
+        self._last: Beat | None = None
         self._views: Callable[[], tuple[WorkerView, ...]] = tuple
         self._lines = PacedNotices(self._say, clock=clock)
         self.failures = FailureWatch(callbacks=callbacks, lines=self._lines, keep=keep, clock=clock)
@@ -114,14 +116,20 @@ class Watch:
         self.failures.epoch = epoch
         self._call = call
         self._rate_from = None
+        self._losses.clear()
         self._meters.clear()
 
     def end_pass(self) -> None:
-        """The pass has ended, in whatever way."""
-        self._pass_name = None
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        """The pass has ended, in whatever way: its last step is shown with the losses of all ranks."""
+        last, self._last = self._last, None
+        try:
+            if last is not None:
+                self._show_step(last)
+        finally:
+            self._pass_name = None
+            if self._bar is not None:
+                self._bar.close()
+                self._bar = None
 
     def end_run(self, total_s: float) -> None:
         """The trainer was shut down, after so many seconds: says what was held back, and what failures have cost."""
@@ -182,8 +190,14 @@ class Watch:
         percent = meter.percent(beat.cpu_s)
         if percent is not None or beat.worker not in self._cpu:
             self._cpu[beat.worker] = DeviceUse(device="cpu", percent=percent, memory_used_bytes=beat.rss_bytes)
-        if 0 in beat.ranks and beat.call and self._pass_name is not None:
-            self._show_step(beat)
+        if not beat.call or self._pass_name is None:
+            return
+        if beat.loss is not None:
+            self._losses[beat.worker] = (len(beat.ranks), beat.loss)
+        if 0 in beat.ranks:
+            self._last = beat if beat.batch == beat.batches else None
+            if self._last is None:
+                self._show_step(beat)
 
     def on_output(self, output: Output) -> None:
         """Rank 0 wrote lines."""
@@ -244,7 +258,7 @@ class Watch:
             batches=beat.batches,
             samples=beat.samples,
             samples_per_s=self._rate(now, beat.samples),
-            loss=beat.loss,
+            loss=self._mean_loss(),
             phase=beat.phase,
             devices=self.device_use(),
         )
@@ -254,6 +268,13 @@ class Watch:
             self._bar.update(event)
         if beat.batch and self._shown.is_new(self._call, beat.batch):
             self._callbacks.on_step(event)
+
+    def _mean_loss(self) -> float | None:
+        """Over all ranks, as far as they have told theirs in this pass."""
+        carriers = {view.worker for view in self._views() if view.carries}
+        told = [one for worker, one in self._losses.items() if worker in carriers or not carriers]
+        ranks = sum(count for count, _ in told)
+        return sum(count * loss for count, loss in told) / ranks if ranks else None
 
     def _rate(self, now: float, samples: int) -> float | None:
         """Samples of all ranks per second since the pass began to move."""

@@ -50,6 +50,7 @@ def build_operator(spec: BuildSpec, context: OperatorContext) -> TrainingOperato
     check_accumulation(operator)
     if creators is not None or isinstance(operator, CreatorOperator):
         check_stock_loop(operator)
+    check_samples(operator)
     seed_rank(seed, context.collective.rank)
     return operator
 
@@ -112,4 +113,18 @@ def check_stock_loop(operator: TrainingOperator) -> None:
         raise InvalidArgumentError(
             "the built-in training step needs a loss, but loss_creator is None; pass loss_creator=, for instance "
             "torch.nn.CrossEntropyLoss, or a training_operator_cls= that overrides train_batch or train_epoch"
+        )
+
+
+def check_samples(operator: TrainingOperator) -> None:
+    """Refuses training data with fewer samples than there are ranks.
+
+    Raises:
+        InvalidArgumentError: there are fewer.
+    """
+    ranks, train = operator.world_size, internals(operator).loaders.get("train")
+    if train is not None and train.samples_per_pass is not None and 0 < train.samples_per_pass < ranks:
+        raise InvalidArgumentError(
+            f"the train loader has {train.samples_per_pass} samples for num_workers={ranks} ranks, so that some would "
+            f"never train: use num_workers={train.samples_per_pass} or fewer, or more data"
         )

@@ -127,6 +127,19 @@ def optimizers_of(operator: TrainingOperator) -> list[Any]:
     return found
 
 
+class Registered:
+    """What an operator registered, under a private name that programs for RaySGD read; the user's own attribute comes first."""
+
+    def __init__(self, part: str) -> None:
+        self._part = part
+
+    def __get__(self, operator: TrainingOperator | None, kind: type) -> Any:
+        components = internals(operator).components if operator is not None else None
+        if components is None:
+            raise AttributeError(f"{kind.__name__} has registered no {self._part} yet")
+        return getattr(components, self._part)
+
+
 def as_list(value: Any) -> list[Any]:
     """The members of a tuple or list; anything else, an ``nn.Sequential`` for instance, is one component."""
     return list(value) if isinstance(value, list | tuple) else [value]

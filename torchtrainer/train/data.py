@@ -185,7 +185,7 @@ class RankLoader:
             self._recover()
             raise
         if self._pass.ended:
-            self._give_up()
+            self.give_up()
         return batch
 
     def _start(self) -> Pass:
@@ -247,7 +247,7 @@ class RankLoader:
         passes, samples, batches = (int(state.get(key, 0)) for key in ("passes_started", "samples", "batches"))
         if min(passes, samples, batches) < 0 or (samples > 0 and passes == 0):
             raise InvalidArgumentError(f"the state of the {self._name} loader makes no sense: {dict(state)!r}")
-        self._give_up()
+        self.give_up()
         self.passes_started = passes
         self._resume = {"samples": samples, "batches": batches} if samples or batches else None
         self._order = int(state.get("order", 0))
@@ -264,12 +264,13 @@ class RankLoader:
         if self._pass is None:
             return
         if self._pass.batches == 0:
-            self._give_up()
+            self.give_up()
             self.passes_started -= 1
         elif isinstance(self._pass, StreamPass):
             self.close()
 
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
+        """Gives up the pass that is running, if one is: the next batch is the first of a new one."""
         if self._pass is not None:
             self._passes.stop()
         self._pass = None

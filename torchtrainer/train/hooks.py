@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchtrainer.operator import TrainingOperator
 
 
 def bind_hook(hook: Callable[..., Any], offered: tuple[str, ...]) -> Callable[..., Any]:
@@ -32,6 +35,16 @@ def bind_hook(hook: Callable[..., Any], offered: tuple[str, ...]) -> Callable[..
         return hook(*positional, **{name: values[name] for name in keywords})
 
     return bound
+
+
+def epoch_info(info: Mapping[str, Any] | None, operator: TrainingOperator, num_steps: int | None) -> dict[str, Any]:
+    """What a training hook is told: the user's own keys, and what every release of RaySGD, or its first one, says there."""
+    told = {
+        "scheduler_step": operator.scheduler_step_freq,
+        "__num_steps__": num_steps,
+        "__use_fp16__": operator.use_fp16,
+    }
+    return {**(info or {}), **told}
 
 
 def batch_info(info: Mapping[str, Any], batch_idx: int, global_step: int) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, OperatorUseError
@@ -21,6 +20,7 @@ from torchtrainer.train.data import RankBatch, RankLoader
 from torchtrainer.train.hooks import batch_info, bind_hook
 from torchtrainer.train.metrics import AverageMeterCollection, plain
 from torchtrainer.train.progress import Keeper, Progress, StepGate
+from torchtrainer.train.schedules import SchedulerSteps
 from torchtrainer.train.step import GradientShare, UnevenWatch
 from torchtrainer.train.timers import TimerCollection
 
@@ -32,6 +32,33 @@ COMPARE_EVERY = 64
 _COMPARED_EARLY = (1, 4, 16)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How far a call goes.
+
+    Attributes:
+        num_steps: batches per rank; None: to the end of the pass.
+        new_pass: begin a new pass, and end with it at the latest.
+
+    Raises:
+        InvalidArgumentError: ``num_steps`` is no number of batches.
+    """
+
+    num_steps: int | None = None
+    new_pass: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_steps is not None and (type(self.num_steps) is not int or self.num_steps < 0):
+            raise InvalidArgumentError(
+                f"num_steps must be None or a whole number of at least 0 batches per rank, got {self.num_steps!r}"
+            )
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether the call ends with the pass."""
+        return self.new_pass or self.num_steps is None
+
+
 class StepIterator:
     """The batches of one ``train`` or ``validate`` call on one rank.
 
@@ -41,7 +68,7 @@ class StepIterator:
     Args:
         loader: the rank's loader; None: the operator registered none, an error once a batch is asked for.
         missing: what to say then.
-        num_steps: batches to deal, or None.
+        extent: how far the call goes; a pass that it gives up was given up before.
         progress: where the position is shown.
         gate: asked at every step boundary whether to go on.
         timers: measures the wait for data.
@@ -65,7 +92,7 @@ class StepIterator:
         loader: RankLoader | None,
         *,
         missing: str,
-        num_steps: int | None,
+        extent: Extent,
         progress: Progress,
         gate: StepGate,
         timers: TimerCollection,
@@ -82,7 +109,8 @@ class StepIterator:
         self.current: RankBatch | None = None
         self._loader = loader
         self._missing = missing
-        self._num_steps = check_num_steps(num_steps)
+        self._num_steps = extent.num_steps
+        self._one_pass = extent.one_pass
         self._phase = "train" if share is not None else "validate"
         self._progress = progress
         self._gate = gate
@@ -91,7 +119,7 @@ class StepIterator:
         self._on_step = on_step
         self._keeper = keeper
         self._over = False
-        self._length = _length(loader, num_steps)
+        self._length = _length(loader, extent)
         self._put_back: Callable[[], None] | None = None
         progress.batch, progress.batches, progress.samples = 0, self._length, 0
         if resumed is not None:
@@ -153,8 +181,9 @@ class StepIterator:
         self.passes_completed, self.passes_scheduled = at["passes_completed"], at["passes_scheduled"]
         self._put_back = resumed.put_back
         self.first_batch = self.batches
-        if self._num_steps is None and self._length is not None:
+        if self._one_pass and self._length is not None:
             self._length += self.batches
+            self._length = self._length if self._num_steps is None else min(self._length, self._num_steps)
         self._progress.batch, self._progress.batches = self.batches, self._length
         self._progress.samples = at["samples_shown"]
 
@@ -220,7 +249,7 @@ class StepIterator:
 
     def _end_pass(self) -> None:
         self.passes_completed += 1
-        if self._num_steps is None:
+        if self._one_pass:
             self._over = True
 
     def _deal(self) -> RankBatch | None:
@@ -237,7 +266,7 @@ class StepIterator:
                 return batch
             # The end of a loader without length is noticed only here. A call that has dealt nothing of it starts anew.
             self.passes_completed += 1
-            if self._num_steps is None and self.batches > 0:
+            if self._one_pass and self.batches > 0:
                 return None
 
 
@@ -284,23 +313,13 @@ class LoaderView:
                 return
 
 
-def check_num_steps(num_steps: Any) -> int | None:
-    """``num_steps`` as it is, or an InvalidArgumentError."""
-    if num_steps is None:
-        return None
-    if isinstance(num_steps, int) and not isinstance(num_steps, bool) and num_steps >= 0:
-        return num_steps
-    raise InvalidArgumentError(
-        f"num_steps must be None or a whole number of at least 0 batches per rank, got {num_steps!r}"
-    )
-
-
-def _length(loader: RankLoader | None, num_steps: int | None) -> int | None:
-    if num_steps is not None:
-        return num_steps
+def _length(loader: RankLoader | None, extent: Extent) -> int | None:
+    if not extent.one_pass:
+        return extent.num_steps
     if loader is None or loader.batches_per_pass is None:
         return None
-    return loader.batches_per_pass - (loader.batch_in_pass if loader.in_pass else 0)
+    left = loader.batches_per_pass - (loader.batch_in_pass if loader.in_pass else 0)
+    return left if extent.num_steps is None else min(left, extent.num_steps)
 
 
 def train_epoch(operator: TrainingOperator, iterator: Iterable[Any], info: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,16 +334,13 @@ def train_epoch(operator: TrainingOperator, iterator: Iterable[Any], info: Mappi
         module.train()
     meters = internals(operator).meters = AverageMeterCollection()
     hook = bind_hook(operator.train_batch, ("batch_info",))
-    steps, frequency = internals(operator).steps, operator.scheduler_step_freq
-    for batch_idx, batch in enumerate(iterator, start=steps.first_batch if steps is not None else 0):
-        if steps is not None and frequency == "epoch":
-            step_for_passes(operator, steps)
-        stats = hook(batch, {"batch_info": batch_info(info, batch_idx, operator.global_step)})
-        _measure(operator, meters, stats, "train_batch")
-        if frequency == "batch":
-            step_schedulers(operator)
-    if steps is not None and frequency == "epoch":
-        step_for_passes(operator, steps)
+    steps = internals(operator).steps
+    with SchedulerSteps(operator, steps) as schedulers:
+        for batch_idx, batch in enumerate(iterator, start=steps.first_batch if steps is not None else 0):
+            schedulers.before_batch()
+            stats = hook(batch, {"batch_info": batch_info(info, batch_idx, operator.global_step)})
+            _measure(operator, meters, stats, "train_batch")
+            schedulers.after_batch()
     return meters.summary()
 
 
@@ -354,34 +370,6 @@ def modules_of(operator: TrainingOperator) -> list[nn.Module]:
     return found
 
 
-def step_schedulers(operator: TrainingOperator) -> None:
-    """Steps every scheduler: the registered ones, and one that the user only put in ``self.scheduler``."""
-    for scheduler in schedulers_of(operator):
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise InvalidArgumentTypeError(
-                f"ReduceLROnPlateau steps by a metric, which scheduler_step_freq={operator.scheduler_step_freq!r} does not "
-                f'have; use scheduler_step_freq="manual" and call update_scheduler(metric) on the trainer'
-            )
-        scheduler.step()
-
-
-def schedulers_of(operator: TrainingOperator) -> list[Any]:
-    """Every scheduler of an operator."""
-    components = internals(operator).components
-    found = list(components.schedulers) if components is not None else []
-    own = getattr(operator, "scheduler", None)
-    if own is not None and not isinstance(own, list | tuple) and not any(own is known for known in found):
-        found.append(own)
-    return found
-
-
-def step_for_passes(operator: TrainingOperator, steps: StepIterator) -> None:
-    """Steps the schedulers once for every pass that was completed and had no such step yet."""
-    while steps.passes_scheduled < steps.passes_completed:
-        step_schedulers(operator)
-        steps.passes_scheduled += 1
-
-
 def _measure(operator: TrainingOperator, meters: AverageMeterCollection, stats: Any, hook: str) -> None:
     """Adds what a batch hook returned, weighted by its ``num_samples``, else by the samples of this rank in the batch."""
     if not isinstance(stats, Mapping):
@@ -397,4 +385,4 @@ def _measure(operator: TrainingOperator, meters: AverageMeterCollection, stats: 
     meters.update(metrics, plain(stats.get(NUM_SAMPLES, batch.size if batch is not None else 1)))
     loss = next((stats[name] for name in ("train_loss", "val_loss", "loss") if name in stats), None)
     if loss is not None:
-        internals(operator).context.progress.loss = loss
+        internals(operator).context.progress.losses[operator.world_rank] = loss

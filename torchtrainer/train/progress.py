@@ -11,6 +11,7 @@ import os
 import struct
 import time
 from collections import deque
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 _STEP = struct.Struct("<q")
@@ -32,7 +33,7 @@ class Progress:
         batch: batches of the current pass that were completed (training or validation).
         batches: how many batches this call will take, if known.
         samples: samples of all ranks handled in this call.
-        loss: latest loss of this rank (a float, or a 0-d tensor that the reporter converts).
+        losses: latest loss in this call by rank (a float, or a 0-d tensor that the reporter converts).
         spent_s: seconds in each phase that was left.
         longest_s: the longest of the latest steps, whatever it waited for; 0.0: there were too few to tell.
         mark: where the steps are marked too; None: nowhere.
@@ -45,7 +46,7 @@ class Progress:
         "batches",
         "epoch",
         "longest_s",
-        "loss",
+        "losses",
         "mark",
         "phase",
         "phase_since",
@@ -62,7 +63,7 @@ class Progress:
         self.batch = 0
         self.batches: int | None = None
         self.samples = 0
-        self.loss: Any = None
+        self.losses: dict[int, Any] = {}
         self.spent_s: dict[str, float] = {}
         self.longest_s = 0.0
         self._steps_s: deque[float] = deque(maxlen=LATEST_STEPS)
@@ -97,6 +98,17 @@ class Progress:
     def begin_pass(self) -> None:
         """Marks the start of a call: the time since the last one belongs to no step."""
         self._stepped_at = None
+        self.losses = {}
+
+    def loss(self, ranks: Iterable[int]) -> float | None:
+        """The mean of the latest losses of ranks; None: none has one that is a number, as what hooks return is the user's."""
+        losses, found = self.losses, []
+        for rank in ranks:
+            try:
+                found.append(float(losses[rank]))
+            except (KeyError, TypeError, ValueError, RuntimeError):
+                continue
+        return sum(found) / len(found) if found else None
 
 
 class StepMark:

@@ -64,6 +64,7 @@ class Team:
         updates: of the optimizers.
         on_wait: called while others are waited for.
         training: a ``train`` call is running.
+        new_pass: the running ``train`` call began a new pass.
         call: number of the call that is running, or was the latest; alike in all processes.
     """
 
@@ -80,6 +81,7 @@ class Team:
         self.updates = Updates(operator, trained)
         self.on_wait: Callable[[], None] = nothing
         self.training = False
+        self.new_pass = False
         self.call = 0
         self._comparison = Comparison(operator)
         self._orders = OrderComparison()
@@ -255,6 +257,8 @@ class Team:
         for name, position in plain["loaders"].items():
             seat.loaders[name].load_state_dict(position)
         seat.extras = unpacked_extras(plain["extras"]) if plain["extras"] else {}
+        if self.new_pass and plain["call"] != self.call:
+            seat.loaders["train"].give_up()
         if seat is self._now:  # what is put aside for other seats is in use for this one
             self._put_in_place(seat)
 
@@ -286,6 +290,8 @@ class Team:
             return
         for seat in self.seats.values():
             seat.samples, seat.meters = 0, AverageMeterCollection()
+            if self.new_pass and "train" in seat.loaders:
+                seat.loaders["train"].give_up()
         self._comparison.begin()
         self.extras.begin_comparison()
         self._uneven = UnevenWatch(self._operator, training=True)
@@ -386,7 +392,7 @@ class Team:
         samples = stats.pop("num_samples")
         if part.size:
             seat.meters.update(stats, samples)
-            internals(self._operator).context.progress.loss = stats["train_loss"]
+            internals(self._operator).context.progress.losses[seat.rank] = stats["train_loss"]
         else:
             seat.meters.skip()
         seat.samples += part.size

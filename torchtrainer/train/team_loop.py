@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torchtrainer.train.data import RankBatch
 from torchtrainer.train.hooks import batch_info
-from torchtrainer.train.loop import StepIterator, modules_of, step_for_passes, step_schedulers
+from torchtrainer.train.loop import StepIterator, modules_of
+from torchtrainer.train.schedules import SchedulerSteps
 from torchtrainer.train.team import Team
 
 if TYPE_CHECKING:
@@ -18,15 +19,11 @@ def train_epoch(team: Team, operator: TrainingOperator, steps: StepIterator, inf
     """The built-in training loop for all seats of a process; see `torchtrainer.train.loop.train_epoch`."""
     for module in modules_of(operator):
         module.train()
-    frequency = operator.scheduler_step_freq
-    for _ in steps:
-        if frequency == "epoch":
-            step_for_passes(operator, steps)
-        team.step(batch_info(info, steps.batches, operator.global_step))
-        if frequency == "batch":
-            step_schedulers(operator)
-    if frequency == "epoch":
-        step_for_passes(operator, steps)
+    with SchedulerSteps(operator, steps) as schedulers:
+        for _ in steps:
+            schedulers.before_batch()
+            team.step(batch_info(info, steps.batches, operator.global_step))
+            schedulers.after_batch()
 
 
 class TeamLoader:

@@ -233,7 +233,7 @@ class Link:
             self.orders.put(None)
 
     def _beat(self, now: float) -> Beat:
-        at = self._progress
+        at, ranks = self._progress, self.ranks()
         use = read_process_use(os.getpid())
         return Beat(
             group=self._group,
@@ -246,18 +246,10 @@ class Link:
             batch=at.batch,
             batches=at.batches,
             samples=at.samples,
-            loss=_as_number(at.loss),
+            loss=at.loss(ranks),
             rss_bytes=(use and use.rss_bytes) or 0,
             cpu_s=use.cpu_s if use else 0.0,
             longest_s=at.longest_s,
             spent_s=dict(at.spent_s),
-            ranks=self.ranks(),
+            ranks=ranks,
         )
-
-
-def _as_number(value: Any) -> float | None:
-    """A loss as a number, if it is one: what users' hooks return under that name is theirs."""
-    try:
-        return None if value is None else float(value)
-    except (TypeError, ValueError, RuntimeError):
-        return None

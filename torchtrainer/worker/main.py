@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,7 @@ import torch
 from torchtrainer.comm.group import open_group
 from torchtrainer.control.messages import Call, Carry, Failure, Heard, Join, Reply, WorkerReady
 from torchtrainer.control.wire import ForWorker
+from torchtrainer.driver.policies import STEPPING_METHODS
 from torchtrainer.observe.notices import notice
 from torchtrainer.process.affinity import bind
 from torchtrainer.process.allocation import keep_freed_memory
@@ -244,8 +246,8 @@ class Worker:
         keywords: dict[str, Any] = cloudpickle.loads(blob) if blob else {}
         self._latest = Latest(call=number, method=method, keywords=keywords if method in FIRST_RANK_METHODS else {})
         self.progress.enter(method)
-        if 0 in seating.ranks():
-            self.link.beat_every_s = self.arguments.progress_s
+        if method in STEPPING_METHODS:
+            self.link.beat_every_s = self._progress_every_s(seating.ranks())
         self._interruptible = True
         try:
             value = getattr(seating.runtime, method)(**keywords)
@@ -258,11 +260,18 @@ class Worker:
         finally:
             self._interruptible = False
         seating.settle(method, value)
-        if 0 in seating.ranks():
+        if method in STEPPING_METHODS:
             self.link.send_beat()
         self._reply(
             seating, self._latest, value if isinstance(value, ByRank) else dict.fromkeys(seating.ranks(), value)
         )
+
+    def _progress_every_s(self, ranks: Sequence[int]) -> float:
+        """Seconds between two reports in a pass: rank 0 shows it, and all others together tell their loss as often."""
+        arguments = self.arguments
+        if 0 in ranks:
+            return arguments.progress_s
+        return min(arguments.progress_s * arguments.world_size, arguments.heartbeat_s)
 
     def _reply(self, seating: Seating, latest: Latest, values: dict[int, Any]) -> None:
         """Sends what a call came to, rank by rank."""

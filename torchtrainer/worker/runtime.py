@@ -11,7 +11,7 @@ from torch import nn
 
 from torchtrainer.comm.group import Collective
 from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES
-from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, OperatorUseError
+from torchtrainer.errors import InvalidArgumentTypeError, OperatorUseError
 from torchtrainer.observe.notices import notice
 from torchtrainer.operator import OperatorContext, TrainingOperator
 from torchtrainer.spec import BuildSpec, rank_config
@@ -19,10 +19,11 @@ from torchtrainer.train.build import build_operator
 from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankLoader
 from torchtrainer.train.group_rank import GroupRank
-from torchtrainer.train.hooks import bind_hook
-from torchtrainer.train.loop import StepIterator, schedulers_of
+from torchtrainer.train.hooks import bind_hook, epoch_info
+from torchtrainer.train.loop import Extent, StepIterator
 from torchtrainer.train.metrics import PassResult, plain
 from torchtrainer.train.progress import Progress, StepGate
+from torchtrainer.train.schedules import step_by_metric
 from torchtrainer.train.seats import trainable_of
 from torchtrainer.train.state import capture, restore
 from torchtrainer.train.step import GradientShare, UnevenWatch
@@ -76,9 +77,7 @@ def build_rank(
         batch_shares=batch_shares,
         say=notice if collective.rank == 0 else None,
     )
-    operator = build_operator(spec, context)
-    _check_samples(operator, collective.world_size)
-    return operator
+    return build_operator(spec, context)
 
 
 class RankRuntime:
@@ -139,6 +138,7 @@ class RankRuntime:
         profile: bool = False,
         trace: str | None = None,
         info: dict[str, Any] | None = None,
+        new_pass: bool = False,
         mark: dict[str, Any] | None = None,
     ) -> PassResult:
         """Runs the operator's ``train_epoch`` once.
@@ -148,21 +148,24 @@ class RankRuntime:
             profile: measure the parts of a step.
             trace: directory in which the steps are traced; None: they are not.
             info: the user's own values for the hooks.
+            new_pass: begin a new pass, and end with it at the latest.
             mark: which call of the script this is, for checkpoints that are taken in it.
 
         Raises:
             InvalidArgumentTypeError: ``train_epoch`` did not return a dict, or one with the key ``epoch``.
         """
-        loader = self._loader("train")
+        loader, extent = self._loader("train"), Extent(num_steps=num_steps, new_pass=new_pass)
+        self._begin_anew(loader, extent)
         epoch_idx = self._keeper.epoch_idx_of_resumed(
             loader.passes_started - loader.in_pass if loader is not None else 0
         )
         self._keeper.mark, self._keeper.epoch_idx = mark or {}, epoch_idx
         if self._group_rank is not None:
             self._group_rank.begin_call()
-        with self._pass(loader, "train", num_steps, profile, trace) as steps:
+        with self._pass(loader, "train", extent, profile, trace) as steps:
             with self.operator.timers.record("train_epoch"):
-                returned = self._call("train_epoch", steps, info, num_steps, epoch_idx)
+                told = epoch_info(info, self.operator, num_steps)
+                returned = self._call("train_epoch", steps, told, num_steps, epoch_idx)
             if not isinstance(returned, Mapping):
                 raise InvalidArgumentTypeError(
                     f"{type(self.operator).__name__}.train_epoch must return a dict of metrics, got "
@@ -184,15 +187,18 @@ class RankRuntime:
         num_steps: int | None = None,
         profile: bool = False,
         info: dict[str, Any] | None = None,
+        new_pass: bool = False,
         mark: dict[str, Any] | None = None,
     ) -> PassResult:
         """Runs the operator's ``validate`` once; arguments as for `train`. Models are left in the mode they were in."""
         train = self._loader("train")
         epoch_idx = max(train.passes_started - 1, 0) if train is not None else 0
         self._keeper.mark, self._keeper.epoch_idx = mark or {}, epoch_idx
+        loader, extent = self._loader("validation"), Extent(num_steps=num_steps, new_pass=new_pass)
+        self._begin_anew(loader, extent)
         with (
             self._evaluation(),
-            self._pass(self._loader("validation"), "validation", num_steps, profile, None) as steps,
+            self._pass(loader, "validation", extent, profile, None) as steps,
             self.operator.timers.record("validation"),
         ):
             returned = self._call("validate", steps, info, num_steps, epoch_idx)
@@ -207,19 +213,8 @@ class RankRuntime:
         return fn()
 
     def update_scheduler(self, metric: float) -> None:
-        """Calls ``step(metric)`` of every scheduler.
-
-        Raises:
-            OperatorUseError: there is none.
-        """
-        schedulers = schedulers_of(self.operator)
-        if not schedulers:
-            raise OperatorUseError(
-                f"update_scheduler({metric!r}): {type(self.operator).__name__} has no scheduler; pass scheduler_creator= to "
-                f"TorchTrainer, or schedulers= to self.register in setup"
-            )
-        for scheduler in schedulers:
-            scheduler.step(metric)
+        """Calls ``step(metric)`` of every scheduler; an OperatorUseError if there is none."""
+        step_by_metric(self.operator, metric)
 
     def get_model(self, to_cpu: bool = True) -> Any:
         """A copy of the model, or a list of copies, without any wrapper. Training goes on with the original.
@@ -276,6 +271,10 @@ class RankRuntime:
     def _loader(self, name: str) -> RankLoader | None:
         return internals(self.operator).loaders.get(name)
 
+    def _begin_anew(self, loader: RankLoader | None, extent: Extent) -> None:
+        if extent.new_pass and loader is not None and not self._keeper.resuming:
+            loader.give_up()
+
     def _call(
         self, hook: str, steps: StepIterator, info: dict[str, Any] | None, num_steps: int | None, epoch_idx: int
     ) -> Any:
@@ -285,16 +284,17 @@ class RankRuntime:
 
     @contextmanager
     def _pass(
-        self, loader: RankLoader | TeamLoader | None, name: str, num_steps: int | None, profile: bool, trace: str | None
+        self, loader: RankLoader | TeamLoader | None, name: str, extent: Extent, profile: bool, trace: str | None
     ) -> Iterator[StepIterator]:
         """The iterator of one call, in place while the hook runs and taken down whatever happens in it."""
         operator, inside = self.operator, internals(self.operator)
         self._progress.begin_pass()
-        observer = self._observer = PassObserver(operator, self._clocked and name == "train", profile, trace, num_steps)
+        clocked = self._clocked and name == "train"
+        observer = self._observer = PassObserver(operator, clocked, profile, trace, extent.num_steps)
         steps = self._new_steps(
             loader,
             missing=_NO_LOADER.format(name=name),
-            num_steps=num_steps,
+            extent=extent,
             progress=self._progress,
             gate=self._gate,
             timers=operator.timers,
@@ -390,15 +390,6 @@ class RankRuntime:
         if (profile := self._observer.result(steps)) is not None:
             metrics["profile"] = profile
         return PassResult(metrics, {name: weights[name] for name in values if name not in (NUM_SAMPLES, BATCH_COUNT)})
-
-
-def _check_samples(operator: TrainingOperator, ranks: int) -> None:
-    train = internals(operator).loaders.get("train")
-    if train is not None and train.samples_per_pass is not None and 0 < train.samples_per_pass < ranks:
-        raise InvalidArgumentError(
-            f"the train loader has {train.samples_per_pass} samples for num_workers={ranks} ranks, so that some would "
-            f"never train: use num_workers={train.samples_per_pass} or fewer, or more data"
-        )
 
 
 def _not_registered(operator: TrainingOperator) -> str:

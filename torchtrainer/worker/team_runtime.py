@@ -11,8 +11,9 @@ from torchtrainer.operator import TrainingOperator
 from torchtrainer.train.complete_state import set_modes
 from torchtrainer.train.components import internals
 from torchtrainer.train.extras import SHARED_EXTRAS
+from torchtrainer.train.hooks import epoch_info
 from torchtrainer.train.lone import LoneRank, rank_state_of
-from torchtrainer.train.loop import Resumed, StepIterator, check_num_steps
+from torchtrainer.train.loop import Extent, Resumed, StepIterator
 from torchtrainer.train.metrics import PassResult
 from torchtrainer.train.rng import set_rng_state, streams_from_plain
 from torchtrainer.train.state import restore
@@ -63,24 +64,26 @@ class TeamRuntime(RankRuntime):
         profile: bool = False,
         trace: str | None = None,
         info: dict[str, Any] | None = None,
+        new_pass: bool = False,
         mark: dict[str, Any] | None = None,
     ) -> PassResult:
         """Trains all ranks of this process; see `RankRuntime.train`."""
-        self._late = None
-        check_num_steps(num_steps)
+        self._late, extent = None, Extent(num_steps=num_steps, new_pass=new_pass)
         team, loader = self.team, self._loader("train")
+        team.new_pass = new_pass
+        team.begin_call(anew=not self._keeper.resuming)
         passes = loader.passes_started - loader.in_pass if loader is not None else 0
         self._keeper.mark, self._keeper.epoch_idx = mark or {}, self._keeper.epoch_idx_of_resumed(passes)
-        team.begin_call(anew=not self._keeper.resuming)
         team.training = True
         try:
             if trace is not None:
                 team.turn_to_lowest()  # after which the trace is called
             dealt = TeamLoader(team) if loader is not None else None
-            with self._pass(dealt, "train", num_steps, profile, trace) as steps:
+            with self._pass(dealt, "train", extent, profile, trace) as steps:
                 team.show_means()
                 with self.operator.timers.record("train_epoch"):
-                    train_epoch(team, self.operator, steps, {**(info or {}), "epoch_idx": self._keeper.epoch_idx})
+                    told = epoch_info(info, self.operator, num_steps)
+                    train_epoch(team, self.operator, steps, {**told, "epoch_idx": self._keeper.epoch_idx})
         finally:
             team.end_call()
         self._late = lambda rank: self._train_result(rank, steps)
@@ -100,13 +103,14 @@ class TeamRuntime(RankRuntime):
         num_steps: int | None = None,
         profile: bool = False,
         info: dict[str, Any] | None = None,
+        new_pass: bool = False,
         mark: dict[str, Any] | None = None,
     ) -> PassResult:
         """Evaluates rank after rank; see `RankRuntime.validate`."""
-        check_num_steps(num_steps)
+        Extent(num_steps=num_steps)  # checked for a process without ranks too
         team = self.team
-        keywords = {"num_steps": num_steps, "profile": profile, "info": info, "mark": mark}
-        found = ByRank()
+        keywords = {"num_steps": num_steps, "profile": profile, "info": info, "new_pass": new_pass, "mark": mark}
+        found, losses = ByRank(), dict[int, Any]()
 
         def one(rank: int) -> PassResult:
             team.turn_to(team.seats[rank])
@@ -115,6 +119,8 @@ class TeamRuntime(RankRuntime):
         self._late = one
         while left := [rank for rank in team.ranks if rank not in found]:  # ranks of lost processes come in between
             found[left[0]] = one(left[0])
+            losses.update(self._progress.losses)
+        self._progress.losses = losses
         return found  # type: ignore[return-value]
 
     def apply_operator(self, fn: Callable[[TrainingOperator], Any]) -> Any:
