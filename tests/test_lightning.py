@@ -405,7 +405,12 @@ def test_module_sees_its_trainer():
         def training_step(self, batch, batch_idx):
             trainer = self.trainer
             self.calls.append(
-                (self.optimizers() is trainer.optimizers[0], self.lr_schedulers(), self.device.type, self.logger)
+                (
+                    self.optimizers().optimizer is trainer.optimizers[0],
+                    self.lr_schedulers(),
+                    self.device.type,
+                    self.logger,
+                )
             )
             self.calls.append((trainer.is_global_zero, self.global_rank, self.local_rank, trainer.world_size))
             self.print("hello")
@@ -416,7 +421,7 @@ def test_module_sees_its_trainer():
     assert one.operator.model.calls == [7, (True, None, "cpu", None), (True, 0, 0, 1)]
 
 
-@pytest.mark.parametrize("attribute", ["estimated_stepping_batches", "max_epochs", "strategy", "checkpoint_callback"])
+@pytest.mark.parametrize("attribute", ["estimated_stepping_batches", "max_epochs", "max_steps", "checkpoint_callback"])
 def test_what_only_lightnings_trainer_has_is_a_clear_error(attribute):
     class Needy(Module):
         def configure_optimizers(self):
@@ -653,12 +658,6 @@ def test_save_and_restore_with_the_modules_extras():
 # ---------------------------------------------------------------------------------------------- what is refused
 
 
-class Manual(Module):
-    def __init__(self, config):
-        super().__init__(config)
-        self.automatic_optimization = False
-
-
 class NoStep(Module):
     training_step = lightning.LightningModule.training_step
 
@@ -673,24 +672,26 @@ class NeedsWidth(Module):
         super().__init__(config)
 
 
-class OwnStep(Module):
-    def optimizer_step(self, *arguments):
+class EpochEnd(Module):
+    def validation_epoch_end(self, outputs):
         pass
+
+
+def lbfgs(module):
+    return torch.optim.LBFGS(module.parameters(), lr=0.1, max_iter=4)
 
 
 @pytest.mark.parametrize(
     ("module", "settings", "error", "text"),
     [
-        (Manual, {}, NotAvailableError, "Manual sets automatic_optimization = False.*TrainingOperator"),
         (NoStep, {}, InvalidArgumentError, "NoStep has no training_step"),
         (TwoLoaders, {}, NotAvailableError, "val_dataloader of TwoLoaders gives 2 loaders"),
         (NeedsWidth, {}, InvalidArgumentTypeError, "NeedsWidth.*'width'.*config"),
-        (OwnStep, {"precision": "fp16"}, NotAvailableError, "optimizer_step.*fp16.*bf16"),
-        (with_optimizers(lambda self: [sgd(self), sgd(self)]), {}, NotAvailableError, "returned 2 optimizers"),
-        (with_optimizers(lambda self: torch.optim.LBFGS(self.parameters())), {}, NotAvailableError, "LBFGS"),
+        (EpochEnd, {}, NotAvailableError, "validation_epoch_end.*on_validation_epoch_end"),
+        (with_optimizers(lambda self: [sgd(self), sgd(self)]), {}, InvalidArgumentError, "returned 2.*automatic_opt"),
+        (with_optimizers(lbfgs), {"precision": "fp16"}, InvalidArgumentError, "LBFGS.*bf16"),
         (with_optimizers(lambda self: None), {}, InvalidArgumentTypeError, "configure_optimizers of Configured.*None"),
         (plateau(None), {}, InvalidArgumentError, 'ReduceLROnPlateau.*"monitor"'),
-        (plateau("val_loss", interval="step"), {}, NotAvailableError, "'val_loss'.*\"epoch\""),
         (plateau("val_loss", interval="day"), {}, InvalidArgumentError, "interval.*'day'"),
         (plateau("val_loss", frequency=0), {}, InvalidArgumentError, "frequency, got 0"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from torchtrainer.comm.group import Collective
-from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError
+from torchtrainer.lightning.module import RESULT_KEYS
 from torchtrainer.train.metrics import LAST, AverageMeter, AverageMeterCollection, PassResult, plain, reduce_results
 from torchtrainer.train.step import reading
 
 _FOLDS: dict[str, Callable[[Any, Any], Any]] = {"sum": lambda one, other: one + other, "min": min, "max": max}
-_TAKEN = (NUM_SAMPLES, BATCH_COUNT, "epoch", "profile")
 
 
 @dataclass(kw_only=True)
@@ -68,7 +67,7 @@ class LoggedMetrics:
             InvalidArgumentTypeError: a value that cannot be logged.
             InvalidArgumentError: an unknown ``reduce_fx``, or a name that the results have for something else.
         """
-        if name in _TAKEN:
+        if name in RESULT_KEYS:
             raise InvalidArgumentError(
                 f"self.log({name!r}, ...): the results have something else under this name; log it under another one"
             )
@@ -103,15 +102,7 @@ class LoggedMetrics:
                 "both": [name for name, one in self._entries.items() if one.both],
             }
         )
-        found = reduce_results(
-            [
-                PassResult(
-                    {name: value for name, (value, _) in one["means"].items()},
-                    {name: weight for name, (_, weight) in one["means"].items()},
-                )
-                for one in everyone
-            ]
-        )
+        found = _means([one["means"] for one in everyone])
         fixed = {
             **_fold(one["folds"] for one in everyone),
             **self._compute([one["metrics"] for one in everyone], reset),
@@ -119,8 +110,25 @@ class LoggedMetrics:
         for name, value in fixed.items():
             self._entries.setdefault(name, _Entry(reduction="metric")).over_ranks = value
         found.update(fixed)
-        found.update({f"{name}_epoch": found[name] for one in everyone for name in one["both"] if name in found})
+        for name in dict.fromkeys(name for one in everyone for name in one["both"] if name in found):
+            found[f"{name}_epoch"] = found[name]
+            if name in self._entries and self._entries[name].reduction == "mean":
+                found[f"{name}_step"] = plain(self._entries[name].meter.last)
         return found
+
+    def latest(self, metrics: Mapping[str, Any], weight: float) -> dict[str, Any]:
+        """What was logged last, and the metrics of a batch, over all ranks. Every rank calls it; reads the device.
+
+        Args:
+            metrics: of the batch, on this rank.
+            weight: samples behind them.
+        """
+        mine = {name: (plain(value), weight) for name, value in metrics.items()}
+        for name, one in self._entries.items():
+            if one.reduction == "mean":
+                mine[name] = (plain(one.meter.last), float(one.meter.last_weight))
+        everyone = self._collective.all_gather(mine)
+        return _means(everyone)
 
     def summary(self) -> dict[str, Any]:
         """This rank's means, and the latest values as ``last_<name>``; the rest as `over_ranks` had it last."""
@@ -192,6 +200,18 @@ class CallMeters(AverageMeterCollection):
     def weights(self) -> dict[str, float]:
         """Samples behind each metric."""
         return {**(self._measured.weights() if self._measured is not None else {}), **self._logged.weights()}
+
+
+def _means(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The means over the ranks of what each has as value and weight by name."""
+    return reduce_results(
+        [
+            PassResult(
+                {name: value for name, (value, _) in one.items()}, {name: weight for name, (_, weight) in one.items()}
+            )
+            for one in ranks
+        ]
+    )
 
 
 def _fold(ranks: Any) -> dict[str, Any]:
