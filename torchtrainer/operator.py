@@ -278,30 +278,13 @@ class TrainingOperator:
 
     @classmethod
     def from_ptl(
-        cls,
-        lightning_module_cls: type[Any],
-        train_dataloader: Any = None,
-        val_dataloader: Any = None,
-        datamodule: Any = None,
+        cls, lightning_module_cls: type[Any], train_dataloader: Any = None, val_dataloader: Any = None, **more: Any
     ) -> type[TrainingOperator]:
-        """Makes an operator class out of a ``LightningModule`` class.
-
-        Its constructor gets the entries of ``config`` that its parameters name, and all of ``config`` as ``config`` or
-        ``hparams``; ``**kwargs`` gets the entries that are left.
-
-        Args:
-            lightning_module_cls: the class; every rank makes an object of it.
-            train_dataloader: goes before the module's and the data module's own.
-            val_dataloader: the same for validation.
-            datamodule: a ``LightningDataModule``: an object, or a class that is made as the module is.
-        """
+        """Makes an operator class out of a ``LightningModule`` class; see `torchtrainer.lightning.operator_from_lightning`."""
         from torchtrainer.lightning import operator_from_lightning
 
         made: type[TrainingOperator] = operator_from_lightning(
-            lightning_module_cls,
-            train_dataloader=train_dataloader,
-            val_dataloader=val_dataloader,
-            datamodule=datamodule,
+            lightning_module_cls, train_dataloader, val_dataloader, **more
         )
         return made
 

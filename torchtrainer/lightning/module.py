@@ -126,11 +126,14 @@ class ForwardPass(nn.Module):
 
     Args:
         module: the user's, whose parameters are exchanged; it is not changed, and its state is taken from itself.
+        partial: passes use a part of the parameters, another one each time.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, partial: bool) -> None:
         super().__init__()
         self.module = module
+        if partial:  # DDP looks for unused parameters then, and warns of a pass that has none
+            self.unused = nn.Parameter(torch.zeros(1, device=next(module.parameters()).device))
 
     def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What the function returns."""

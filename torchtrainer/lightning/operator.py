@@ -48,9 +48,18 @@ _END_PASS = -1
 
 
 def operator_from_lightning(
-    lightning_module_cls: Any, *, train_dataloader: Any = None, val_dataloader: Any = None, datamodule: Any = None
+    lightning_module_cls: Any, train_dataloader: Any = None, val_dataloader: Any = None, datamodule: Any = None
 ) -> type[LightningOperator]:
-    """Makes an operator class out of a ``LightningModule`` class; see `TrainingOperator.from_ptl`.
+    """Makes an operator class out of a ``LightningModule`` class.
+
+    The constructor gets the entries of ``config`` that its parameters name, and all of ``config`` as ``config`` or ``hparams``;
+    ``**kwargs`` gets the entries that are left.
+
+    Args:
+        lightning_module_cls: the class; every rank makes an object of it.
+        train_dataloader: used in place of the module's and the data module's own; a data module is taken here too.
+        val_dataloader: the same for validation.
+        datamodule: a ``LightningDataModule``: an object, or a class that is made as the module is.
 
     Raises:
         InvalidArgumentTypeError: not a ``LightningModule`` class, or not a data module.
@@ -263,7 +272,7 @@ class LightningOperator(TrainingOperator):
             context=replace(inside.context, settings=replace(settings, wrap_ddp=False, scheduler_step_freq="manual")),
             stock=False,
         )
-        forward: nn.Module = ForwardPass(module)
+        forward: nn.Module = ForwardPass(module, partial=not automatic)
         if self.world_size > 1 and settings.wrap_ddp:
             self._check_group()
             unused = {} if automatic else {"find_unused_parameters": True}  # each loss has some of the parameters
@@ -335,9 +344,9 @@ class LightningOperator(TrainingOperator):
         """The same for a validation."""
         inside, module, position = internals(self), self.model, self.position
         loader = inside.loaders.get("validation")
-        for hook in ("on_validation_model_zero_grad", "on_validation_model_eval"):
-            if overrides(module, self._base, hook):
-                getattr(module, hook)()
+        module.on_validation_model_zero_grad()
+        if overrides(module, self._base, "on_validation_model_eval"):
+            module.on_validation_model_eval()
         module.on_validation_start()
         module.on_validation_epoch_start()
         position.batch_idx = loader.batch_in_pass if loader is not None else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -156,9 +155,9 @@ class Stepping:
         operator = self.operator
         if operator.world_size == 1 or loss is None:
             return loss
-        samples = operator.position.weight(self._inside.steps)
-        total, count = self._inside.context.collective.sum([float(loss) * samples if samples else 0.0, samples])
-        return torch.as_tensor(loss).detach().new_tensor(total / count)
+        samples, value = operator.position.weight(self._inside.steps), torch.as_tensor(loss).detach()
+        total, count = self._inside.context.collective.sum([value.item() * samples if samples else 0.0, samples])
+        return value.new_tensor(total / count)
 
 
 class AutomaticStepping(Stepping):
@@ -207,8 +206,6 @@ class ManualStepping(Stepping):
         self._passes = 0
         self._used = dict.fromkeys(map(id, operator.optimizers), 0)
         if isinstance(forward, DistributedDataParallel):
-            # torch warns where a pass uses all parameters; the next one may not
-            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
             for one in operator.optimizers:
                 if isinstance(one, torch.optim.Optimizer):
                     one.register_step_pre_hook(self._check)
