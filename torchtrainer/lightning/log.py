@@ -83,6 +83,40 @@ class LoggedMetrics:
             fold = _FOLDS[entry.reduction]
             entry.folded = number if entry.folded is None else fold(entry.folded, number)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was logged up to now on this rank, the counts of the module's torchmetrics objects included."""
+        return {
+            "entries": {
+                name: {
+                    "reduction": one.reduction,
+                    "meter": one.meter.state_dict(),
+                    "folded": plain(one.folded),
+                    "attribute": one.attribute,
+                    "both": one.both,
+                }
+                for name, one in self._entries.items()
+            },
+            "metrics": {
+                path: {"count": metric.update_count, "state": dict(metric.metric_state)}
+                for path, metric in self._metric_objects()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` returned."""
+        self._entries.clear()
+        for name, known in state["entries"].items():
+            entry = self._entries[name] = _Entry(**{**known, "meter": AverageMeter()})
+            entry.meter.load_state_dict(known["meter"])
+        metrics = dict(self._metric_objects())
+        for path, known in state["metrics"].items():
+            metrics[path].reset()
+            # there is no public way to set the count
+            vars(metrics[path]).update({**known["state"], "_update_count": known["count"]})
+
+    def _metric_objects(self) -> list[tuple[str, Any]]:
+        return [(path, one) for path, one in self._module.named_modules() if hasattr(one, "metric_state")]
+
     def over_ranks(self, measured: AverageMeterCollection | None, *, reset: bool) -> dict[str, Any]:
         """What was logged, and the built-in loss, up to now and over all ranks. Every rank calls it; reads the device.
 

@@ -204,13 +204,14 @@ class LightningOperator(TrainingOperator):
         return step_metrics(output, "val_loss")
 
     def state_dict(self) -> Any:
-        """What the module's ``on_save_checkpoint`` adds, the data module's state, and where updates and schedulers stand."""
+        """What the module's ``on_save_checkpoint`` adds, the data module's state, and where updates, logs and schedulers stand."""
         checkpoint = self._checkpoint()
         known = set(checkpoint)
         self.model.on_save_checkpoint(checkpoint)
         return {
             "checkpoint": {key: value for key, value in checkpoint.items() if key not in known},
             "datamodule": self.data.state_dict(),
+            "logged": None if self._calls.logged is None else self._calls.logged.state_dict(),
             "updates": self.stepping.updates,
             "waiting": [one.waiting for one in self.schedules.members],
         }
@@ -223,6 +224,8 @@ class LightningOperator(TrainingOperator):
             one.waiting = waiting
         self.stepping.updates = state_dict.get("updates", 0)
         self.data.load_state_dict(state_dict.get("datamodule"))
+        if self._calls.logged is not None and state_dict.get("logged") is not None:
+            self._calls.logged.load_state_dict(state_dict["logged"])
         self.model.on_load_checkpoint({**self._checkpoint(), **state_dict["checkpoint"]})
 
     @property
