@@ -198,13 +198,61 @@ def test_validation_is_exact_and_weighted_by_samples():
     assert found["num_samples"] == 10
 
 
-def test_config_goes_to_init_only_if_it_has_the_parameter():
-    class Plain(Module):
-        def __init__(self):
-            super().__init__({"batch": 13})
+def made_with(signature):
+    """A module class whose constructor has this signature, and keeps its arguments."""
+    names = {}
+    exec(
+        f"def __init__(self, {signature}):\n    given = dict(locals())\n    build(self, given)", {"build": build}, names
+    )
+    return type("Made", (Module,), names)
 
-    assert rank(config={"batch": 2}).train().metrics["batch_count"] == 13
-    assert rank(Plain, {"batch": 2}).train().metrics["batch_count"] == 2
+
+def build(self, given):
+    Module.__init__(self, {})
+    self.given = {name: value for name, value in given.items() if name not in ("self", "__class__")}
+
+
+CONFIG = {"lr": 0.5, "hidden": 4, "batch": 13}
+
+
+@pytest.mark.parametrize(
+    ("signature", "given", "unused"),
+    [
+        ("lr=0.1, hidden=16", {"lr": 0.5, "hidden": 4}, "'batch' of config is not used: Made takes lr, hidden"),
+        ("lr, /, depth=2", {"lr": 0.5, "depth": 2}, "'hidden', 'batch' of config are not used: Made takes lr, depth"),
+        ("*, hidden", {"hidden": 4}, "'lr', 'batch' of config are not used: Made takes hidden"),
+        ("", {}, "'lr', 'hidden', 'batch' of config are not used: Made takes no arguments"),
+        ("config", {"config": CONFIG}, ""),
+        ("hparams=None, depth=2", {"hparams": CONFIG, "depth": 2}, ""),
+        ("config, lr=0.1", {"config": CONFIG, "lr": 0.5}, ""),
+        ("lr=0.1, **more", {"lr": 0.5, "more": {"hidden": 4, "batch": 13}}, ""),
+        ("config, **more", {"config": CONFIG, "more": {}}, ""),
+        (
+            "*values, batch=1",
+            {"values": (), "batch": 13},
+            "'lr', 'hidden' of config are not used: Made takes values, batch",
+        ),
+    ],
+)
+def test_the_constructor_gets_what_it_names_of_config(signature, given, unused, capsys):
+    one = rank(made_with(signature), {**CONFIG, "max_epochs": 3} if "config" not in signature else CONFIG)
+    found = one.operator.model.given
+    if "hparams" in found:
+        assert found["hparams"].pop("max_epochs") == 3
+    if "more" in found:
+        found["more"].pop("max_epochs", None)
+    assert found == given
+    said = [line for line in capsys.readouterr().err.splitlines() if "not used" in line]
+    assert said == ([f"torchtrainer: {unused}"] if unused else [])
+
+
+def test_hyperparameters_that_the_module_saves_are_those_of_config():
+    class Saving(Module):
+        def __init__(self, lr=0.1, hidden=16):
+            super().__init__({})
+            self.save_hyperparameters()
+
+    assert dict(rank(Saving, CONFIG).operator.model.hparams) == {"lr": 0.5, "hidden": 4}
 
 
 def test_loaders_that_are_given_go_before_the_modules_own():
@@ -258,6 +306,49 @@ def test_optimizer_step_of_the_module_is_used():
     plain.train()
     assert one.operator.model.calls == [(0, index) for index in range(7)]
     assert torch.equal(one.operator.model.layer.weight, plain.operator.model.layer.weight)
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        (lambda loss, size: {"val_loss": loss.item(), "val_acc": size / 4}, {"val_loss", "val_acc"}),
+        (
+            lambda loss, size: {"loss": loss, "val_acc": torch.tensor([size / 4]), "outputs": [1]},
+            {"val_loss", "val_acc"},
+        ),
+        (lambda loss, size: {"val_acc": size / 4, "many": torch.ones(2), "epoch": 1}, {"val_acc"}),
+        (lambda loss, size: loss.item(), {"val_loss"}),
+        (lambda loss, size: loss[None], {"val_loss"}),
+        (lambda loss, size: None, set()),
+    ],
+)
+def test_what_validation_step_returns_is_in_the_results(returned, expected):
+    class Returning(Module):
+        def validation_step(self, batch, batch_idx):
+            x, y = batch
+            return returned(nn.functional.mse_loss(self(x), y), len(x))
+
+    one = rank(Returning)
+    found = one.validate().metrics
+    assert set(found) - {"num_samples", "batch_count"} == {
+        f"{last}{name}" for name in expected for last in ("", "last_")
+    }
+    x, y = data(10).tensors
+    values = {"val_acc": (4 * 1.0 + 4 * 1.0 + 2 * 0.5) / 10}  # weighted by samples
+    values["val_loss"] = nn.functional.mse_loss(one.operator.model(x), y).item()
+    assert {name: found[name] for name in expected} == pytest.approx(
+        {name: values[name] for name in expected}, rel=1e-6
+    )
+
+
+def test_num_samples_in_what_a_step_returns_weighs_it():
+    class Weighing(Module):
+        def training_step(self, batch, batch_idx):
+            return {"loss": super().training_step(batch, batch_idx), "index": batch_idx, "num_samples": 1}
+
+    found = rank(Weighing).train().metrics
+    assert found["index"] == 3.0
+    assert found["last_index"] == 6.0
 
 
 @pytest.mark.parametrize("form", ["dict", "none"])
@@ -405,7 +496,12 @@ def test_module_sees_its_trainer():
         def training_step(self, batch, batch_idx):
             trainer = self.trainer
             self.calls.append(
-                (self.optimizers() is trainer.optimizers[0], self.lr_schedulers(), self.device.type, self.logger)
+                (
+                    self.optimizers().optimizer is trainer.optimizers[0],
+                    self.lr_schedulers(),
+                    self.device.type,
+                    self.logger,
+                )
             )
             self.calls.append((trainer.is_global_zero, self.global_rank, self.local_rank, trainer.world_size))
             self.print("hello")
@@ -416,7 +512,7 @@ def test_module_sees_its_trainer():
     assert one.operator.model.calls == [7, (True, None, "cpu", None), (True, 0, 0, 1)]
 
 
-@pytest.mark.parametrize("attribute", ["estimated_stepping_batches", "max_epochs", "strategy", "checkpoint_callback"])
+@pytest.mark.parametrize("attribute", ["estimated_stepping_batches", "max_epochs", "max_steps", "checkpoint_callback"])
 def test_what_only_lightnings_trainer_has_is_a_clear_error(attribute):
     class Needy(Module):
         def configure_optimizers(self):
@@ -425,6 +521,61 @@ def test_what_only_lightnings_trainer_has_is_a_clear_error(attribute):
 
     with pytest.raises(NotAvailableError, match=rf"self\.trainer\.{attribute}: .*torchtrainer"):
         rank(Needy)
+
+
+def test_how_long_the_training_will_be_is_read_from_config():
+    class Planning(Module):
+        def configure_optimizers(self):
+            self.planned = self.trainer.estimated_stepping_batches
+            return super().configure_optimizers()
+
+    lengths = [
+        {"max_epochs": 3},
+        {"max_steps": 5},
+        {"max_epochs": 3, "max_steps": 5},
+        {"max_epochs": 1, "max_steps": 99},
+    ]
+    models = [rank(Planning, config).operator.model for config in lengths]
+    assert [one.planned for one in models] == [21, 5, 5, 7]
+    assert [one.trainer.max_steps for one in models] == [-1, 5, 5, 99]
+    assert models[0].trainer.max_epochs == 3
+
+
+def test_what_a_module_may_ask_and_tell_its_trainer():
+    trainer = rank().operator.model.trainer
+    values = torch.ones(2)
+    assert trainer.strategy.all_gather(values) is trainer.strategy.broadcast(values) is values
+    assert torch.equal(trainer.strategy.reduce(values), values)
+    assert (trainer.strategy.root_device.type, trainer.precision, trainer.datamodule) == ("cpu", "32-true", None)
+    assert trainer.should_stop is False
+    for name, advice in (
+        ("should_stop", "stop by not calling"),
+        ("max_epochs", "put max_epochs into config"),
+        ("x", "shows"),
+    ):
+        with pytest.raises(NotAvailableError, match=rf"self\.trainer\.{name} = True: .*{advice}"):
+            setattr(trainer, name, True)
+
+
+@pytest.mark.parametrize("use", ["self.logger.experiment.add_scalar('a', 1)", "self.logger.log_metrics({'a': 1})"])
+def test_a_logger_that_is_not_there_is_named(use):
+    names = {}
+    exec(f"def training_step(self, batch, batch_idx):\n    {use}", {}, names)
+    with pytest.raises(
+        OperatorUseError, match=r"training_step uses \.(experiment|log_metrics) of self\.logger, which is None"
+    ):
+        rank(type("Logging", (Module,), names)).train()
+
+
+def test_other_errors_of_hooks_stay_what_they_are():
+    class Wrong(Module):
+        def training_step(self, batch, batch_idx):
+            if self.logger is not None:
+                self.logger.experiment.add_scalar("a", 1)
+            return self.layer.wieght
+
+    with pytest.raises(AttributeError, match="wieght"):
+        rank(Wrong).train()
 
 
 def test_nothing_stays_on_the_module():
@@ -437,6 +588,79 @@ def test_nothing_stays_on_the_module():
     assert twin is not module
     assert set(pickle.loads(pickle.dumps(twin)).state_dict()) == {"layer.weight", "layer.bias"}
     assert torch.equal(copy.deepcopy(module).layer.weight, module.layer.weight)
+
+
+# ---------------------------------------------------------------------------------------------- data modules
+
+
+class Data(lightning.LightningDataModule):
+    def __init__(self, samples=SAMPLES, batch=13):
+        super().__init__()
+        self.samples, self.batch, self.calls = samples, batch, []
+
+    def prepare_data(self):
+        self.calls.append("prepare_data")
+
+    def setup(self, stage):
+        self.calls.append(stage)
+        self.train = data(self.samples)
+
+    def train_dataloader(self):
+        return DataLoader(self.train, batch_size=self.batch)
+
+    def val_dataloader(self):
+        return DataLoader(data(10), batch_size=self.batch)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        self.calls.append(self.trainer.training)
+        return batch
+
+    def state_dict(self):
+        return {"seen": len(self.calls)}
+
+    def load_state_dict(self, state):
+        self.calls = [None] * state["seen"]
+
+
+def runtime_of(operator, config=None):
+    context = {"collective": SingleCollective(), "device": torch.device("cpu"), "local_rank": 0, "progress": Progress()}
+    built = build_rank(BuildSpec(training_operator_cls=operator, config=config or {}), **context)
+    return RankRuntime(built, gate=OpenGate())
+
+
+@pytest.mark.parametrize(
+    ("given", "config", "batches"),
+    [
+        ({"datamodule": Data()}, {"batch": 2}, 2),
+        ({"datamodule": Data}, {"batch": 5}, 6),
+        ({"datamodule": Data}, {"samples": 13}, 1),
+        ({"train_dataloader": Data()}, {}, 2),
+        ({"datamodule": Data(), "train_dataloader": DataLoader(data(), batch_size=1)}, {}, 26),
+        ({"datamodule": lightning.LightningDataModule.from_datasets(data(), batch_size=7)}, {"batch": 2}, 4),
+    ],
+)
+def test_data_modules(given, config, batches):
+    one = runtime_of(TrainingOperator.from_ptl(Module, **given), config)
+    assert one.train().metrics["batch_count"] == batches
+    assert one.validate().metrics["num_samples"] == 10
+    assert one.operator.model.trainer.datamodule is one.operator.data.datamodule is not None
+
+
+def test_hooks_and_state_of_a_data_module():
+    operator = TrainingOperator.from_ptl(Module, datamodule=Data)
+    one, other = runtime_of(operator), runtime_of(operator)
+    one.train(num_steps=1)
+    one.validate(num_steps=1)
+    calls = one.operator.data.datamodule.calls
+    assert calls == ["prepare_data", "fit", True, False]
+    other.load_state_dict(pickle.loads(pickle.dumps(one.state_dict())))
+    assert len(other.operator.data.datamodule.calls) == len(calls)
+
+
+@pytest.mark.parametrize("value", [Module, "data", DataLoader(data())])
+def test_only_data_modules_are_data_modules(value):
+    with pytest.raises(InvalidArgumentTypeError, match="LightningDataModule as datamodule"):
+        TrainingOperator.from_ptl(Module, datamodule=value)
 
 
 # ---------------------------------------------------------------------------------------------- logs
@@ -466,6 +690,14 @@ def test_reductions_batch_sizes_and_metric_objects():
     assert found["metric"] == pytest.approx(weighted)
     assert (found["heavy"], found["last_index"], found["tensor"], found["at_end"]) == (3.0, 6.0, 2.0, 5.0)
     assert (found["index_sum"], found["index_min"], found["index_max"]) == (21.0, 0.0, 6.0)
+
+
+def test_values_per_step_and_of_the_whole_pass_have_lightnings_names_too():
+    one = rank()
+    found = one.train().metrics
+    latest = one.operator.latest_metrics
+    assert latest["logged_step"] == found["last_logged"]
+    assert latest["logged_epoch"] == latest["logged"] == found["logged"]
 
 
 def test_metric_objects_start_anew_with_each_pass():
@@ -653,12 +885,6 @@ def test_save_and_restore_with_the_modules_extras():
 # ---------------------------------------------------------------------------------------------- what is refused
 
 
-class Manual(Module):
-    def __init__(self, config):
-        super().__init__(config)
-        self.automatic_optimization = False
-
-
 class NoStep(Module):
     training_step = lightning.LightningModule.training_step
 
@@ -673,24 +899,26 @@ class NeedsWidth(Module):
         super().__init__(config)
 
 
-class OwnStep(Module):
-    def optimizer_step(self, *arguments):
+class EpochEnd(Module):
+    def validation_epoch_end(self, outputs):
         pass
+
+
+def lbfgs(module):
+    return torch.optim.LBFGS(module.parameters(), lr=0.1, max_iter=4)
 
 
 @pytest.mark.parametrize(
     ("module", "settings", "error", "text"),
     [
-        (Manual, {}, NotAvailableError, "Manual sets automatic_optimization = False.*TrainingOperator"),
         (NoStep, {}, InvalidArgumentError, "NoStep has no training_step"),
         (TwoLoaders, {}, NotAvailableError, "val_dataloader of TwoLoaders gives 2 loaders"),
-        (NeedsWidth, {}, InvalidArgumentTypeError, "NeedsWidth.*'width'.*config"),
-        (OwnStep, {"precision": "fp16"}, NotAvailableError, "optimizer_step.*fp16.*bf16"),
-        (with_optimizers(lambda self: [sgd(self), sgd(self)]), {}, NotAvailableError, "returned 2 optimizers"),
-        (with_optimizers(lambda self: torch.optim.LBFGS(self.parameters())), {}, NotAvailableError, "LBFGS"),
+        (NeedsWidth, {}, InvalidArgumentTypeError, "NeedsWidth.*missing.*'width'.*no entries.*Put it into config"),
+        (EpochEnd, {}, NotAvailableError, "validation_epoch_end.*on_validation_epoch_end"),
+        (with_optimizers(lambda self: [sgd(self), sgd(self)]), {}, InvalidArgumentError, "returned 2.*automatic_opt"),
+        (with_optimizers(lbfgs), {"precision": "fp16"}, InvalidArgumentError, "LBFGS.*bf16"),
         (with_optimizers(lambda self: None), {}, InvalidArgumentTypeError, "configure_optimizers of Configured.*None"),
         (plateau(None), {}, InvalidArgumentError, 'ReduceLROnPlateau.*"monitor"'),
-        (plateau("val_loss", interval="step"), {}, NotAvailableError, "'val_loss'.*\"epoch\""),
         (plateau("val_loss", interval="day"), {}, InvalidArgumentError, "interval.*'day'"),
         (plateau("val_loss", frequency=0), {}, InvalidArgumentError, "frequency, got 0"),
     ],

@@ -283,13 +283,13 @@ class TrainingOperator:
 
     @classmethod
     def from_ptl(
-        cls, lightning_module_cls: type[Any], train_dataloader: Any = None, val_dataloader: Any = None
+        cls, lightning_module_cls: type[Any], train_dataloader: Any = None, val_dataloader: Any = None, **more: Any
     ) -> type[TrainingOperator]:
-        """Makes an operator class out of a ``LightningModule`` class and, if it has none itself, its loaders."""
+        """Makes an operator class out of a ``LightningModule`` class; see `torchtrainer.lightning.operator_from_lightning`."""
         from torchtrainer.lightning import operator_from_lightning
 
         made: type[TrainingOperator] = operator_from_lightning(
-            lightning_module_cls, train_dataloader=train_dataloader, val_dataloader=val_dataloader
+            lightning_module_cls, train_dataloader, val_dataloader, **more
         )
         return made
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from torchtrainer.comm.group import Collective
-from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError
+from torchtrainer.lightning.module import RESULT_KEYS
 from torchtrainer.train.metrics import LAST, AverageMeter, AverageMeterCollection, PassResult, plain, reduce_results
 from torchtrainer.train.step import reading
 
 _FOLDS: dict[str, Callable[[Any, Any], Any]] = {"sum": lambda one, other: one + other, "min": min, "max": max}
-_TAKEN = (NUM_SAMPLES, BATCH_COUNT, "epoch", "profile")
 
 
 @dataclass(kw_only=True)
@@ -68,7 +67,7 @@ class LoggedMetrics:
             InvalidArgumentTypeError: a value that cannot be logged.
             InvalidArgumentError: an unknown ``reduce_fx``, or a name that the results have for something else.
         """
-        if name in _TAKEN:
+        if name in RESULT_KEYS:
             raise InvalidArgumentError(
                 f"self.log({name!r}, ...): the results have something else under this name; log it under another one"
             )
@@ -83,6 +82,40 @@ class LoggedMetrics:
         elif entry.reduction in _FOLDS and weight:
             fold = _FOLDS[entry.reduction]
             entry.folded = number if entry.folded is None else fold(entry.folded, number)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was logged up to now on this rank, the counts of the module's torchmetrics objects included."""
+        return {
+            "entries": {
+                name: {
+                    "reduction": one.reduction,
+                    "meter": one.meter.state_dict(),
+                    "folded": plain(one.folded),
+                    "attribute": one.attribute,
+                    "both": one.both,
+                }
+                for name, one in self._entries.items()
+            },
+            "metrics": {
+                path: {"count": metric.update_count, "state": dict(metric.metric_state)}
+                for path, metric in self._metric_objects()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` returned."""
+        self._entries.clear()
+        for name, known in state["entries"].items():
+            entry = self._entries[name] = _Entry(**{**known, "meter": AverageMeter()})
+            entry.meter.load_state_dict(known["meter"])
+        metrics = dict(self._metric_objects())
+        for path, known in state["metrics"].items():
+            metrics[path].reset()
+            # there is no public way to set the count
+            vars(metrics[path]).update({**known["state"], "_update_count": known["count"]})
+
+    def _metric_objects(self) -> list[tuple[str, Any]]:
+        return [(path, one) for path, one in self._module.named_modules() if hasattr(one, "metric_state")]
 
     def over_ranks(self, measured: AverageMeterCollection | None, *, reset: bool) -> dict[str, Any]:
         """What was logged, and the built-in loss, up to now and over all ranks. Every rank calls it; reads the device.
@@ -103,15 +136,7 @@ class LoggedMetrics:
                 "both": [name for name, one in self._entries.items() if one.both],
             }
         )
-        found = reduce_results(
-            [
-                PassResult(
-                    {name: value for name, (value, _) in one["means"].items()},
-                    {name: weight for name, (_, weight) in one["means"].items()},
-                )
-                for one in everyone
-            ]
-        )
+        found = _means([one["means"] for one in everyone])
         fixed = {
             **_fold(one["folds"] for one in everyone),
             **self._compute([one["metrics"] for one in everyone], reset),
@@ -119,8 +144,25 @@ class LoggedMetrics:
         for name, value in fixed.items():
             self._entries.setdefault(name, _Entry(reduction="metric")).over_ranks = value
         found.update(fixed)
-        found.update({f"{name}_epoch": found[name] for one in everyone for name in one["both"] if name in found})
+        for name in dict.fromkeys(name for one in everyone for name in one["both"] if name in found):
+            found[f"{name}_epoch"] = found[name]
+            if name in self._entries and self._entries[name].reduction == "mean":
+                found[f"{name}_step"] = plain(self._entries[name].meter.last)
         return found
+
+    def latest(self, metrics: Mapping[str, Any], weight: float) -> dict[str, Any]:
+        """What was logged last, and the metrics of a batch, over all ranks. Every rank calls it; reads the device.
+
+        Args:
+            metrics: of the batch, on this rank.
+            weight: samples behind them.
+        """
+        mine = {name: (plain(value), weight) for name, value in metrics.items()}
+        for name, one in self._entries.items():
+            if one.reduction == "mean":
+                mine[name] = (plain(one.meter.last), float(one.meter.last_weight))
+        everyone = self._collective.all_gather(mine)
+        return _means(everyone)
 
     def summary(self) -> dict[str, Any]:
         """This rank's means, and the latest values as ``last_<name>``; the rest as `over_ranks` had it last."""
@@ -192,6 +234,18 @@ class CallMeters(AverageMeterCollection):
     def weights(self) -> dict[str, float]:
         """Samples behind each metric."""
         return {**(self._measured.weights() if self._measured is not None else {}), **self._logged.weights()}
+
+
+def _means(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The means over the ranks of what each has as value and weight by name."""
+    return reduce_results(
+        [
+            PassResult(
+                {name: value for name, (value, _) in one.items()}, {name: weight for name, (_, weight) in one.items()}
+            )
+            for one in ranks
+        ]
+    )
 
 
 def _fold(ranks: Any) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Reads a Lightning module: its class, loaders, step signatures and losses; and says what of it cannot be used here."""
+"""Reads a Lightning module: its class, step signatures, losses and metrics; and says what of it cannot be used here."""
 
 from __future__ import annotations
 
 import inspect
+import numbers
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,58 +11,40 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, NotAvailableError
+from torchtrainer.train.step import reading
 
+_POSITIONS = (BATCH_COUNT, "epoch", "profile")
+RESULT_KEYS = (NUM_SAMPLES, *_POSITIONS)
+"""Names under which the results have something of their own."""
 _NEVER_CALLED = ("on_train_end", "on_fit_end", "teardown", "configure_callbacks")
+_REMOVED = ("training_epoch_end", "validation_epoch_end")
 
 
-def find_base(value: Any) -> Any:
-    """The ``LightningModule`` that a class derives from, whichever package it is of; None: it does not."""
+def find_base(value: Any, name: str = "LightningModule") -> Any:
+    """The class of Lightning, of either package, that a class derives from; None: it does not."""
     for base in value.__mro__ if isinstance(value, type) else ():
         packages = ("lightning.pytorch.", "pytorch_lightning.")
-        if base.__name__ == "LightningModule" and base.__module__.startswith(packages):
+        if base.__name__ == name and base.__module__.startswith(packages):
             return base
     return None
 
 
-def create(module_cls: Any, config: dict[str, Any]) -> Any:
-    """Makes the module; ``config`` goes to a parameter of that name.
-
-    Raises:
-        InvalidArgumentTypeError: its ``__init__`` needs other arguments.
-    """
-    signature = inspect.signature(module_cls)
-    arguments = {"config": config} if "config" in signature.parameters else {}
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        raise InvalidArgumentTypeError(
-            f"{module_cls.__name__} is made with config alone, or with nothing if it has no parameter config: {error}. "
-            f"Take the others from config, or give them defaults"
-        ) from None
-    return module_cls(**arguments)
-
-
 def overrides(module: Any, base: Any, hook: str) -> bool:
     """Whether the user wrote this hook."""
-    return hook in vars(module) or getattr(type(module), hook) is not getattr(base, hook)
+    return hook in vars(module) or getattr(type(module), hook, None) is not getattr(base, hook, None)
 
 
-def check_module(module: Any, base: Any, *, scaling: bool, warn: bool) -> None:
+def check_module(module: Any, base: Any, *, warn: bool) -> None:
     """Refuses a module that cannot be trained here.
 
     Args:
         module: the user's.
         base: Lightning's class.
-        scaling: losses are scaled, and steps may be left out.
         warn: also warn of hooks that are never called.
     """
     name = type(module).__name__
-    if not module.automatic_optimization:
-        raise NotAvailableError(
-            f"{name} sets automatic_optimization = False; manual optimization is not available here. Return the loss from "
-            f"training_step, or write a TrainingOperator, whose train_batch does what it likes"
-        )
     if not overrides(module, base, "training_step"):
         raise InvalidArgumentError(f"{name} has no training_step; write one that returns the loss")
     for step in ("training_step", "validation_step"):
@@ -69,34 +52,15 @@ def check_module(module: Any, base: Any, *, scaling: bool, warn: bool) -> None:
             raise NotAvailableError(
                 f"{step} of {name} takes dataloader_iter, which is not available here; take a batch"
             )
-    if scaling and overrides(module, base, "optimizer_step"):
-        raise NotAvailableError(
-            f'{name} overrides optimizer_step, which is not available with precision="fp16", where a step may be left out; '
-            f'use precision="bf16" or "fp32"'
-        )
+    for hook in _REMOVED:
+        if overrides(module, base, hook):
+            raise NotAvailableError(
+                f"{name} has {hook}, which Lightning removed in version 2: keep what the steps return in an attribute of the "
+                f"module, and use on_{hook.replace('training', 'train')}"
+            )
     ignored = [hook for hook in _NEVER_CALLED if overrides(module, base, hook)]
     if ignored and warn:
         warnings.warn(f"torchtrainer does not call {', '.join(ignored)} of {name}", stacklevel=2)
-
-
-def choose_loader(given: Any, module: Any, base: Any, hook: str) -> Any:
-    """The loader that was given, else the module's own; None if there is none.
-
-    Raises:
-        NotAvailableError: several loaders.
-    """
-    loader = given
-    if loader is None and overrides(module, base, hook):
-        loader = getattr(module, hook)()
-    if not isinstance(loader, list | tuple | dict):
-        return loader
-    members = list(loader.values()) if isinstance(loader, dict) else list(loader)
-    if len(members) > 1:
-        raise NotAvailableError(
-            f"{hook} of {type(module).__name__} gives {len(members)} loaders; only one is available here. Join the data "
-            f"sets, with torch.utils.data.ConcatDataset for instance"
-        )
-    return members[0] if members else None
 
 
 def step_arguments(step: Callable[..., Any], batch: Any, batch_idx: int) -> tuple[Any, ...]:
@@ -130,10 +94,25 @@ def training_loss(output: Any, who: str, world_size: int) -> torch.Tensor | None
     return None
 
 
-def validation_loss(output: Any) -> torch.Tensor | None:
-    """The loss that ``validation_step`` returned, as a 0-d tensor; None if it returned none."""
-    loss = output.get("val_loss", output.get("loss")) if isinstance(output, Mapping) else output
-    return loss.reshape(()) if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None
+def step_metrics(output: Any, loss_name: str) -> dict[str, Any]:
+    """What a step returned as metrics: a loss under ``loss_name``, and every other number of a dict under its own name.
+
+    Args:
+        output: a loss, or a dict that may have one under ``loss``; numbers are tensors with one element too. ``num_samples``
+            in it weighs the others.
+        loss_name: ``train_loss`` or ``val_loss``.
+    """
+    named = output if isinstance(output, Mapping) else {"loss": output}
+    found = {str(name): _number(value) for name, value in named.items()}
+    metrics = {name: found[name] for name in found if found[name] is not None and name not in _POSITIONS}
+    loss = metrics.pop("loss", None)
+    return metrics if loss is None or loss_name in metrics else {loss_name: loss, **metrics}
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return reading(value.reshape(())) if value.numel() == 1 else None
+    return float(value) if isinstance(value, numbers.Real) else None
 
 
 def _describe(output: Any) -> str:
@@ -142,17 +121,20 @@ def _describe(output: Any) -> str:
     return f"a tensor of shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else repr(output)
 
 
-class TrainingStep(nn.Module):
-    """Calls ``training_step`` as a forward pass, which is where ``DistributedDataParallel`` prepares its exchange.
+class ForwardPass(nn.Module):
+    """Makes a call as the forward pass of a module, which is where ``DistributedDataParallel`` prepares its exchange.
 
     Args:
-        module: the user's; it is not changed, and its state is taken from itself.
+        module: the user's, whose parameters are exchanged; it is not changed, and its state is taken from itself.
+        partial: passes use a part of the parameters, another one each time.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, partial: bool) -> None:
         super().__init__()
-        self.module: Any = module
+        self.module = module
+        if partial:  # DDP looks for unused parameters then, and warns of a pass that has none
+            self.unused = nn.Parameter(torch.zeros(1, device=next(module.parameters()).device))
 
-    def forward(self, *arguments: Any) -> Any:
-        """What ``training_step`` returns."""
-        return self.module.training_step(*arguments)
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What the function returns."""
+        return function(*arguments)

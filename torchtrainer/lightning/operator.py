@@ -5,53 +5,64 @@ Lightning itself is not imported here: the user's class brings it, as ``lightnin
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import nn
 
 from torchtrainer.comm.wrapping import wrap
 from torchtrainer.config import SchedulerStepFreq
-from torchtrainer.errors import InvalidArgumentTypeError, NotAvailableError, OperatorUseError
+from torchtrainer.errors import (
+    EngineError,
+    InvalidArgumentError,
+    InvalidArgumentTypeError,
+    NotAvailableError,
+    OperatorUseError,
+)
+from torchtrainer.lightning.building import Builder
+from torchtrainer.lightning.calls import ModuleCalls
+from torchtrainer.lightning.data import ModuleData, is_datamodule
 from torchtrainer.lightning.log import CallMeters, LoggedMetrics
 from torchtrainer.lightning.module import (
-    TrainingStep,
+    ForwardPass,
     check_module,
-    choose_loader,
-    create,
     find_base,
     overrides,
     step_arguments,
-    training_loss,
-    validation_loss,
+    step_metrics,
 )
 from torchtrainer.lightning.optim import Schedules, read_optimizers
-from torchtrainer.lightning.trainer import Position, TrainerView
+from torchtrainer.lightning.position import Position
+from torchtrainer.lightning.stepping import AutomaticStepping, ManualStepping, Stepping
+from torchtrainer.lightning.trainer import TrainerView
 from torchtrainer.operator import TrainingOperator
 from torchtrainer.train.components import internals, place
-from torchtrainer.train.rng import isolated_rng
-from torchtrainer.train.step import reading
+
+if TYPE_CHECKING:
+    from torchtrainer.train.loop import StepIterator
 
 _END_PASS = -1
 """What Lightning lets ``on_train_batch_start`` return to leave out the rest of a pass."""
 
 
 def operator_from_lightning(
-    lightning_module_cls: Any, *, train_dataloader: Any = None, val_dataloader: Any = None
+    lightning_module_cls: Any, train_dataloader: Any = None, val_dataloader: Any = None, datamodule: Any = None
 ) -> type[LightningOperator]:
     """Makes an operator class out of a ``LightningModule`` class.
 
+    The constructor gets the entries of ``config`` that its parameters name, and all of ``config`` as ``config`` or ``hparams``;
+    ``**kwargs`` gets the entries that are left.
+
     Args:
-        lightning_module_cls: gets ``config`` if its ``__init__`` has that parameter.
-        train_dataloader: used in place of the module's own.
+        lightning_module_cls: the class; every rank makes an object of it.
+        train_dataloader: used in place of the module's and the data module's own; a data module is taken here too.
         val_dataloader: the same for validation.
+        datamodule: a ``LightningDataModule``: an object, or a class that is made as the module is.
 
     Raises:
-        InvalidArgumentTypeError: not a ``LightningModule`` class.
+        InvalidArgumentTypeError: not a ``LightningModule`` class, or not a data module.
     """
     base = find_base(lightning_module_cls)
     if base is None:
@@ -59,22 +70,35 @@ def operator_from_lightning(
             f"from_ptl takes a subclass of lightning.LightningModule, the class and not an object; got "
             f"{lightning_module_cls!r}"
         )
-    given = (train_dataloader, val_dataloader)
-    attributes = {"_module_cls": lightning_module_cls, "_base": base, "_given": given}
+    if is_datamodule(train_dataloader) and datamodule is None:  # where Lightning's own fit takes one too
+        train_dataloader, datamodule = None, train_dataloader
+    if datamodule is not None and not is_datamodule(datamodule):
+        raise InvalidArgumentTypeError(
+            f"from_ptl takes a lightning.LightningDataModule as datamodule, a class or an object; got {datamodule!r}"
+        )
+    attributes = {
+        "_module_cls": lightning_module_cls,
+        "_base": base,
+        "_given": (train_dataloader, val_dataloader),
+        "_datamodule": datamodule,
+    }
     return type(f"OperatorOf{lightning_module_cls.__name__}", (LightningOperator,), attributes)
 
 
 class LightningOperator(TrainingOperator):
-    """Trains one ``LightningModule`` with automatic optimization; made by `TrainingOperator.from_ptl`.
+    """Trains one ``LightningModule``; made by `TrainingOperator.from_ptl`.
 
-    Results have ``train_loss`` and ``val_loss``, and what the module logs: its mean by samples under its name, and the
-    latest value as ``last_<name>``. Precision, loaders and ranks are the trainer's. Schedulers are stepped as their dicts in
-    ``configure_optimizers`` say; ``scheduler_step_freq`` is for those that state no interval, and with ``manual`` none is
-    stepped. One that monitors a metric of validation is stepped by the first ``validate`` after a training pass.
+    Results have ``train_loss`` and ``val_loss``, the other numbers that the steps return, and what the module logs: the mean by
+    samples under the name, and the latest value as ``last_<name>``. Precision, loaders and ranks are the trainer's. Schedulers
+    are stepped as their dicts in ``configure_optimizers`` say; ``scheduler_step_freq`` is for those that state no interval, and
+    with ``manual``, or with manual optimization, none is stepped. One that monitors a metric of validation is stepped by the
+    first ``validate`` after a training pass.
 
     Attributes:
         model: the module.
+        data: its data.
         position: where its training stands.
+        stepping: makes its updates.
         schedules: its schedulers.
         latest_metrics: of the latest passes, over all ranks.
     """
@@ -82,6 +106,7 @@ class LightningOperator(TrainingOperator):
     _module_cls: ClassVar[Any]
     _base: ClassVar[Any]
     _given: ClassVar[tuple[Any, Any]]
+    _datamodule: ClassVar[Any]
 
     def setup(self, config: dict[str, Any]) -> None:
         """Builds the module and everything that it provides, in Lightning's order.
@@ -90,30 +115,28 @@ class LightningOperator(TrainingOperator):
             NotAvailableError: the module needs something that only Lightning's ``Trainer`` has.
             InvalidArgumentError: what it provides cannot be trained.
         """
-        module = self.model = create(self._module_cls, config)
-        check_module(module, self._base, scaling=self._amp_scaler.is_enabled(), warn=self.world_rank == 0)
+        module = self._build(config)
         self.position = Position()
         self.latest_metrics: dict[str, Any] = {}
-        self.optimizer = None
+        self.optimizer, self.optimizers = None, []
         self.schedules = Schedules([], module.lr_scheduler_step, active=False)
-        self._logged: LoggedMetrics | None = None
         self._started = False
-        self._log_signature = inspect.signature(self._base.log)
-        module.trainer = TrainerView(self)
-        with self._attached():
-            if (self.local_rank if module.prepare_data_per_node else self.world_rank) == 0:
-                with isolated_rng():  # the other ranks do not draw what this one draws
-                    module.prepare_data()
-            internals(self).context.collective.barrier()
-            module.setup(stage="fit")
-            self.register_data(
-                train_loader=choose_loader(self._given[0], module, self._base, "train_dataloader"),
-                validation_loader=choose_loader(self._given[1], module, self._base, "val_dataloader"),
+        self._calls = ModuleCalls(self, self._base)
+        with self._calls.attached():
+            self.data.prepare(
+                local_rank=self.local_rank,
+                rank=self.world_rank,
+                barrier=internals(self).context.collective.barrier,
             )
             module.configure_model()
             module.to(self.device)
+            self.register_data(**self.data.loaders())
             self._register(module.configure_optimizers())
             module.on_fit_start()
+
+    def get_model(self) -> Any:
+        """The module, as in RaySGD."""
+        return self.model
 
     def train_epoch(
         self,
@@ -131,32 +154,27 @@ class LightningOperator(TrainingOperator):
     def train_batch(self, batch: Any, batch_info: dict[str, Any] | None = None) -> Any:
         """One ``training_step`` and the update that follows from it; see `TrainingOperator.train_batch`.
 
+        Returns:
+            The loss that the step returns as ``train_loss``, and the other numbers in a dict that it returns by their names.
+
         Raises:
             NotAvailableError: the module wants to end the pass, or one of several ranks to skip the batch.
         """
-        module, position, progress = self.model, self.position, internals(self).context.progress
-        name, index = type(module).__name__, self._index(batch_info)
+        module, position, index = self.model, self.position, self._index(batch_info)
         position.stepped = 0
-        with self._attached():
-            batch = self._to_device(batch)
+        with self._calls.attached():
+            batch = self.data.to_device(batch, self.device)
             if module.on_train_batch_start(batch, index) == _END_PASS:
                 raise NotAvailableError(
-                    f"on_train_batch_start of {name} returned -1 to leave out the rest of the pass, which is not available "
-                    f"here; limit the call with train(num_steps=...)"
+                    f"on_train_batch_start of {type(module).__name__} returned -1 to leave out the rest of the pass, which is "
+                    f"not available here; limit the call with train(num_steps=...)"
                 )
-            progress.enter("forward")
-            with self.timers.record("fwd"), self._amp.autocast():
-                output = self._training_step(*step_arguments(module.training_step, batch, index))
-            loss = training_loss(output, name, self.world_size)
-            if loss is None:
-                module.on_train_batch_end({}, batch, index)
-                return {}
-            self._update(loss, index)
-            position.stepped = 1
-            self.schedules.after_step(index)
-            extras = dict(output) if isinstance(output, Mapping) else {}
-            module.on_train_batch_end({**extras, "loss": loss.detach()}, batch, index)
-        return {"train_loss": reading(loss)}
+            metrics, outputs = self.stepping.run(batch, index)
+            if position.stepped:
+                self.schedules.after_step(index)
+            module.on_train_batch_end(outputs, batch, index)
+            self.schedules.after_batch(index, lambda: self._latest(metrics))
+        return metrics
 
     def validate(self, val_iterator: Iterable[Any], info: dict[str, Any] | None = None) -> Any:
         """The built-in loop with the module's hooks; each call is a validation epoch. See `TrainingOperator.validate`."""
@@ -168,7 +186,7 @@ class LightningOperator(TrainingOperator):
         """One ``validation_step``; see `TrainingOperator.validate_batch`.
 
         Returns:
-            ``val_loss``, if the step returns a loss: as a tensor, or in a dict under ``val_loss`` or ``loss``.
+            The loss that the step returns as ``val_loss``, and the other numbers in a dict that it returns by their names.
         """
         module, index = self.model, self._index(batch_info)
         if not overrides(module, self._base, "validation_step"):
@@ -176,23 +194,25 @@ class LightningOperator(TrainingOperator):
                 f"validate needs a validation_step, and {type(module).__name__} has none; write one, or override "
                 f"validate_batch of the operator class that from_ptl returns"
             )
-        with self._attached():
-            batch = self._to_device(batch)
+        with self._calls.attached():
+            batch = self.data.to_device(batch, self.device)
             module.on_validation_batch_start(batch, index)
             internals(self).context.progress.enter("forward")
             with self.timers.record("eval_fwd"), self._amp.autocast():
                 output = module.validation_step(*step_arguments(module.validation_step, batch, index))
             module.on_validation_batch_end(output, batch, index)
-        loss = validation_loss(output)
-        return {} if loss is None else {"val_loss": reading(loss)}
+        return step_metrics(output, "val_loss")
 
     def state_dict(self) -> Any:
-        """What the module's ``on_save_checkpoint`` adds, and which schedulers wait for a metric."""
+        """What the module's ``on_save_checkpoint`` adds, the data module's state, and where updates, logs and schedulers stand."""
         checkpoint = self._checkpoint()
         known = set(checkpoint)
         self.model.on_save_checkpoint(checkpoint)
         return {
             "checkpoint": {key: value for key, value in checkpoint.items() if key not in known},
+            "datamodule": self.data.state_dict(),
+            "logged": None if self._calls.logged is None else self._calls.logged.state_dict(),
+            "updates": self.stepping.updates,
             "waiting": [one.waiting for one in self.schedules.members],
         }
 
@@ -202,6 +222,10 @@ class LightningOperator(TrainingOperator):
             return
         for one, waiting in zip(self.schedules.members, state_dict["waiting"], strict=True):
             one.waiting = waiting
+        self.stepping.updates = state_dict.get("updates", 0)
+        self.data.load_state_dict(state_dict.get("datamodule"))
+        if self._calls.logged is not None and state_dict.get("logged") is not None:
+            self._calls.logged.load_state_dict(state_dict["logged"])
         self.model.on_load_checkpoint({**self._checkpoint(), **state_dict["checkpoint"]})
 
     @property
@@ -209,8 +233,23 @@ class LightningOperator(TrainingOperator):
         """``manual``: the built-in loop leaves the schedulers to the module's own dicts."""
         return "manual"
 
+    def _build(self, config: Any) -> Any:
+        """Makes the module, and the data module if there is one, and says which entries of ``config`` neither took."""
+        context, builder = internals(self).context, Builder(config)
+        module = self.model = builder.create(self._module_cls)
+        check_module(module, self._base, warn=self.world_rank == 0)
+        given = self._datamodule
+        datamodule = builder.create(given) if isinstance(given, type) else given
+        self.data = ModuleData(module, datamodule, self._given)
+        if context.say is not None and (unused := builder.unused()):
+            context.say(unused)
+        module.trainer = TrainerView(self)
+        if datamodule is not None:
+            datamodule.trainer = module.trainer
+        return module
+
     def _register(self, configured: Any) -> None:
-        """Registers the module as it is, with a training step around it that exchanges gradients."""
+        """Registers the module as it is, with a forward pass around it that exchanges gradients."""
         inside, module = internals(self), self.model
         settings = inside.context.settings
         if settings.strategy != "ddp" or settings.comm_hook is not None:
@@ -218,14 +257,17 @@ class LightningOperator(TrainingOperator):
                 f"strategy={settings.strategy!r} and comm_hook={settings.comm_hook!r} are not there for LightningModules in this "
                 'version: use strategy="ddp" and comm_hook=None, or write the training as a TrainingOperator'
             )
-        frequency = settings.scheduler_step_freq
-        self.optimizer, schedules = read_optimizers(
-            configured, who=type(module).__name__, default_interval="step" if frequency == "batch" else "epoch"
+        frequency, automatic = settings.scheduler_step_freq, module.automatic_optimization
+        optimizers, schedules = read_optimizers(
+            configured,
+            who=type(module).__name__,
+            default_interval="step" if frequency == "batch" else "epoch",
+            automatic=automatic,
         )
-        self.schedules = Schedules(schedules, module.lr_scheduler_step, active=frequency != "manual")
+        self.schedules = Schedules(schedules, module.lr_scheduler_step, active=automatic and frequency != "manual")
         placed = place(
             models=module,
-            optimizers=self.optimizer,
+            optimizers=optimizers,
             criterion=None,
             schedulers=[one.scheduler for one in schedules],
             ddp_args=None,
@@ -233,43 +275,33 @@ class LightningOperator(TrainingOperator):
             context=replace(inside.context, settings=replace(settings, wrap_ddp=False, scheduler_step_freq="manual")),
             stock=False,
         )
-        self._training_step: nn.Module = TrainingStep(module)
+        forward: nn.Module = ForwardPass(module, partial=not automatic)
         if self.world_size > 1 and settings.wrap_ddp:
-            self._training_step = wrap(self._training_step, device=self.device, ddp_args=settings.ddp_args)
-        inside.components = replace(placed, models=[self._training_step])
+            self._check_group()
+            unused = {} if automatic else {"find_unused_parameters": True}  # each loss has some of the parameters
+            forward = wrap(forward, device=self.device, ddp_args={**unused, **settings.ddp_args})
+        inside.components = replace(placed, models=[forward])
+        self.optimizers, self.optimizer = placed.optimizers, placed.optimizers[0]
+        self.schedulers = placed.schedulers
         self.scheduler = placed.schedulers[0] if placed.schedulers else None
+        self.stepping: Stepping = (AutomaticStepping if automatic else ManualStepping)(self, forward)
 
-    def _update(self, loss: torch.Tensor, index: int) -> None:
-        """Backward and step, with the module's hooks where Lightning has them."""
-        inside, module, optimizer = internals(self), self.model, self.optimizer
-        progress, scaler, epoch = inside.context.progress, self._amp_scaler, self.position.epoch_idx
-        progress.enter("backward")
-        with self.timers.record("grad"):
-            module.on_before_zero_grad(optimizer)
-            module.optimizer_zero_grad(epoch, index, optimizer)
-            scaled = scaler.scale(loss)
-            module.on_before_backward(scaled)
-            module.backward(scaled)
-            module.on_after_backward()
-            if inside.gradient_clock is not None:
-                self.timers.push("sync", inside.gradient_clock.since_last())
-        progress.enter("step")
-        with self.timers.record("apply"):
-            scaler.unscale_(optimizer)
-            module.on_before_optimizer_step(optimizer)
-            module.configure_gradient_clipping(optimizer, gradient_clip_val=None, gradient_clip_algorithm=None)
-            self.clip_gradients()
-            if overrides(module, self._base, "optimizer_step"):
-                module.optimizer_step(epoch, index, optimizer, lambda: loss)
-            else:
-                scaler.step(optimizer)
-            scaler.update()
+    def _check_group(self) -> None:
+        """Refuses several ranks in this process: a module keeps what only its rank knows, in attributes of its own."""
+        try:
+            internals(self).context.collective.sum([1.0])
+        except EngineError:
+            raise InvalidArgumentError(
+                f"use_local=True cannot carry {self.world_size} ranks of {type(self.model).__name__} in one process: a "
+                "LightningModule keeps what belongs to its rank (metrics, lists of outputs) in its own attributes. Use "
+                "num_workers=1 to debug, or worker processes"
+            ) from None
 
     def _train_batches(self, iterator: Iterable[Any], modes: Mapping[nn.Module, bool]) -> Iterator[Any]:
         """The batches of a call, with the hooks between them; the loop has put everything into training mode by then."""
         inside, position = internals(self), self.position
         steps, loader = inside.steps, inside.loaders.get("train")
-        seen = steps.passes_completed if steps is not None else 0
+        position.epoch_idx += steps.passes_scheduled if steps is not None else 0
         running = loader is not None and loader.in_pass
         position.batch_idx = loader.batch_in_pass if loader is not None and running else 0
         for module, training in modes.items():
@@ -279,9 +311,7 @@ class LightningOperator(TrainingOperator):
             self.model.on_train_start()
         for batch in iterator:
             position.stepped = 0
-            if steps is not None and steps.passes_completed > seen:
-                seen, running = steps.passes_completed, False
-                self._end_pass()
+            running = not self._end_passes(steps) and running
             if not running:
                 running = True
                 self.model.on_train_epoch_start()
@@ -289,23 +319,37 @@ class LightningOperator(TrainingOperator):
             yield batch
             position.leave()
         position.stepped = 0
-        if steps is not None and steps.passes_completed > seen:
-            self._end_pass()
-        elif self._logged is not None:
-            self.latest_metrics.update(self._logged.over_ranks(inside.meters, reset=False))
+        if not self._end_passes(steps) and self._calls.logged is not None:
+            self.latest_metrics.update(self._calls.logged.over_ranks(inside.meters, reset=False))
 
-    def _end_pass(self) -> None:
-        self.model.on_train_epoch_end()
-        if self._logged is not None:
-            metrics = self._logged.over_ranks(internals(self).meters, reset=True)
-            self.latest_metrics.update(metrics)
-            self.schedules.after_pass(self.position.epoch_idx, metrics)
-        self.position.next_pass()
+    def _end_passes(self, steps: StepIterator | None) -> bool:
+        """Ends the passes that were completed; returns whether there were any."""
+        ended = False
+        while steps is not None and steps.passes_scheduled < steps.passes_completed:
+            steps.passes_scheduled += 1
+            ended = True
+            self.schedules.after_pass(self.position.epoch_idx)
+            self.model.on_train_epoch_end()
+            if self._calls.logged is not None:
+                metrics = self._calls.logged.over_ranks(internals(self).meters, reset=True)
+                self.latest_metrics.update(metrics)
+                self.schedules.after_pass_hooks(self.position.epoch_idx, metrics)
+            self.position.next_pass()
+        return ended
+
+    def _latest(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """The metrics of the batch that is worked on, over all ranks."""
+        if self._calls.logged is None:
+            return dict(metrics)
+        return self._calls.logged.latest(metrics, self.position.weight(internals(self).steps))
 
     def _validation_batches(self, iterator: Iterable[Any]) -> Iterator[Any]:
         """The same for a validation."""
         inside, module, position = internals(self), self.model, self.position
         loader = inside.loaders.get("validation")
+        module.on_validation_model_zero_grad()
+        if overrides(module, self._base, "on_validation_model_eval"):
+            module.on_validation_model_eval()
         module.on_validation_start()
         module.on_validation_epoch_start()
         position.batch_idx = loader.batch_in_pass if loader is not None else 0
@@ -314,11 +358,13 @@ class LightningOperator(TrainingOperator):
             yield batch
             position.leave()
         module.on_validation_epoch_end()
-        if self._logged is not None:
-            metrics = self._logged.over_ranks(inside.meters, reset=True)
+        if self._calls.logged is not None:
+            metrics = self._calls.logged.over_ranks(inside.meters, reset=True)
             self.latest_metrics.update(metrics)
             self.schedules.after_validation(metrics)
         module.on_validation_end()
+        if overrides(module, self._base, "on_validation_model_train"):
+            module.on_validation_model_train()
 
     def _result(self, summary: Mapping[str, Any], logged: LoggedMetrics) -> dict[str, Any]:
         """The built-in loop's results, then what was logged, which wins where the names are the same."""
@@ -329,11 +375,6 @@ class LightningOperator(TrainingOperator):
     def _index(self, batch_info: Mapping[str, Any] | None) -> int:
         counted = self.position.batch_idx
         return counted if counted is not None else int((batch_info or {}).get("batch_idx", 0))
-
-    def _to_device(self, batch: Any) -> Any:
-        batch = self.model.on_before_batch_transfer(batch, 0)
-        batch = self.model.transfer_batch_to_device(batch, self.device, 0)
-        return self.model.on_after_batch_transfer(batch, 0)
 
     def _checkpoint(self) -> dict[str, Any]:
         """What the checkpoint hooks may read."""
@@ -347,41 +388,10 @@ class LightningOperator(TrainingOperator):
     def _call(self, position: Position) -> Iterator[LoggedMetrics]:
         """One ``train`` or ``validate`` call."""
         self.position = position
-        logged = self._logged = LoggedMetrics(self.model, internals(self).context.collective)
+        logged = self._calls.logged = LoggedMetrics(self.model, internals(self).context.collective)
         try:
-            with self._attached():
+            with self._calls.attached():
                 yield logged
         finally:
-            self._logged = None
+            self._calls.logged = None
             self.position = Position(epoch_idx=position.epoch_idx)
-
-    @contextmanager
-    def _attached(self) -> Iterator[None]:
-        """Module hooks can call ``self.log`` and ``self.optimizers`` inside; afterwards the module is as it was, to be copied."""
-        modules = [one for one in self.model.modules() if isinstance(one, self._base) and "log" not in vars(one)]
-        for one in modules:
-            one.log, one.optimizers = self._log, self._optimizers
-        try:
-            yield
-        finally:
-            for one in modules:
-                del one.log, one.optimizers
-
-    def _optimizers(self, use_pl_optimizer: bool = True) -> Any:
-        return self.optimizer
-
-    def _log(self, *arguments: Any, **options: Any) -> None:
-        """Takes the place of the module's ``log``, with its signature."""
-        given = self._log_signature.bind(self.model, *arguments, **options).arguments
-        if self._logged is None:
-            raise OperatorUseError(
-                f"self.log({given['name']!r}, ...) was called outside of training and validation, where nothing is collected"
-            )
-        own = self.position.weight(internals(self).steps)
-        self._logged.add(
-            given["name"],
-            given["value"],
-            weight=(given.get("batch_size") or own) if own else 0,
-            reduce_fx=given.get("reduce_fx", "mean"),
-            both=bool(given.get("on_step") and given.get("on_epoch")),
-        )

@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from torchtrainer.errors import InvalidArgumentError, NotAvailableError
+from torchtrainer.errors import InvalidArgumentError
 from torchtrainer.train.components import as_list, check_optimizers, check_schedulers
 
 Interval = Literal["epoch", "step"]
@@ -42,34 +41,35 @@ class Schedule:
     waiting: bool = False
 
 
-def read_optimizers(returned: Any, *, who: str, default_interval: Interval) -> tuple[Any, list[Schedule]]:
-    """The one optimizer and the schedulers in any of the forms that ``configure_optimizers`` may return.
+def read_optimizers(
+    returned: Any, *, who: str, default_interval: Interval, automatic: bool
+) -> tuple[list[Any], list[Schedule]]:
+    """The optimizers and schedulers in any of the forms that ``configure_optimizers`` may return.
 
     Args:
         returned: an optimizer, a list of them, ``(optimizers, schedulers)``, a dict with ``optimizer`` and ``lr_scheduler``,
             or a list of such dicts.
         who: the module's name, for errors.
         default_interval: for schedulers that state none.
+        automatic: optimizer and schedulers are stepped here, else by the module.
 
     Raises:
-        NotAvailableError: several optimizers, or one that evaluates the loss itself.
         InvalidArgumentTypeError: not an optimizer or scheduler.
-        InvalidArgumentError: a scheduler dict that cannot work.
+        InvalidArgumentError: several optimizers that nobody would step, or a scheduler dict that cannot work.
     """
     optimizers, given = _split(returned)
     check_optimizers(optimizers, f"what configure_optimizers of {who} returns")
-    if len(optimizers) > 1:
-        raise NotAvailableError(
-            f"configure_optimizers of {who} returned {len(optimizers)} optimizers; Lightning takes several only with manual "
-            f"optimization, which is not available here. Return one optimizer (it may have several parameter groups), or "
-            f"write a TrainingOperator, which can step several"
+    if automatic and len(optimizers) > 1:
+        raise InvalidArgumentError(
+            f"configure_optimizers of {who} returned {len(optimizers)} optimizers, which Lightning takes only with manual "
+            "optimization: set self.automatic_optimization = False in __init__, and step them in training_step "
+            "(a, b = self.optimizers(); self.manual_backward(loss); a.step()). Or return one optimizer; it may have several "
+            "parameter groups"
         )
-    if isinstance(optimizers[0], torch.optim.LBFGS):
-        raise NotAvailableError(
-            f"configure_optimizers of {who} returned LBFGS, which evaluates the loss several times in a step; that is not "
-            f"available here. Use an optimizer that takes one gradient per step"
-        )
-    return optimizers[0], [_read_schedule(one, who, default_interval) for one in given]
+    schedules = [_read_schedule(one, who, default_interval) for one in given]
+    for schedule in schedules if automatic else ():
+        _check_schedule(schedule, f"the scheduler that configure_optimizers of {who} returns")
+    return optimizers, schedules
 
 
 def _split(returned: Any) -> tuple[list[Any], list[dict[str, Any]]]:
@@ -103,7 +103,10 @@ def _read_schedule(given: dict[str, Any], who: str, default_interval: Interval) 
     known = {key: value for key, value in given.items() if key in _KEYS}
     known.setdefault("interval", default_interval)
     known.setdefault("reduce_on_plateau", isinstance(given["scheduler"], ReduceLROnPlateau))
-    schedule = Schedule(**known)
+    return Schedule(**known)
+
+
+def _check_schedule(schedule: Schedule, where: str) -> None:
     if schedule.interval not in ("epoch", "step"):
         raise InvalidArgumentError(f'{where} must have the interval "epoch" or "step", got {schedule.interval!r}')
     if not isinstance(schedule.frequency, int) or schedule.frequency < 1:
@@ -115,12 +118,6 @@ def _read_schedule(given: dict[str, Any], who: str, default_interval: Interval) 
             f'{where} is a {type(schedule.scheduler).__name__}, which is stepped with a metric: return {{"optimizer": ..., '
             f'"lr_scheduler": {{"scheduler": ..., "monitor": "val_loss"}}}} with the name of the metric'
         )
-    if schedule.reduce_on_plateau and schedule.interval == "step":
-        raise NotAvailableError(
-            f"{where} is stepped with the metric {schedule.monitor!r}, which is known over all ranks when a pass is over; "
-            f'interval="step" is not available for it: use "epoch"'
-        )
-    return schedule
 
 
 class Schedules:
@@ -138,30 +135,50 @@ class Schedules:
         self._active = active
 
     def after_step(self, batch_idx: int) -> None:
-        """An optimizer step is complete.
+        """An optimizer step is complete: those without a metric are stepped.
 
         Args:
             batch_idx: its place in the pass, from 0.
         """
-        for one in self._of("step"):
-            if (batch_idx + 1) % one.frequency == 0:
+        for one in self._due("step", batch_idx):
+            if not one.reduce_on_plateau:
                 self._step(one.scheduler, None)
 
-    def after_pass(self, epoch_idx: int, metrics: Mapping[str, Any]) -> None:
-        """A training pass is complete.
+    def after_batch(self, batch_idx: int, latest: Callable[[], Mapping[str, Any]]) -> None:
+        """The hooks of a batch are over too: those with a metric are stepped.
+
+        Args:
+            batch_idx: its place in the pass, from 0.
+            latest: gives the latest metrics over all ranks; every rank calls it alike.
+        """
+        due = [one for one in self._due("step", batch_idx) if one.reduce_on_plateau]
+        if not due:
+            return
+        metrics = latest()
+        for one in due:
+            one.waiting = True
+        self._offer(metrics)
+        self._refuse_waiting("the latest training step", metrics)
+
+    def after_pass(self, epoch_idx: int) -> None:
+        """The last batch of a training pass is complete: those without a metric are stepped.
 
         Args:
             epoch_idx: index of the pass, from 0.
-            metrics: what it came to over all ranks. A plateau scheduler whose metric is not among them waits for the next
-                validation.
         """
-        for one in self._of("epoch"):
-            if (epoch_idx + 1) % one.frequency:
-                continue
-            if one.reduce_on_plateau:
-                one.waiting = True
-            else:
+        for one in self._due("epoch", epoch_idx):
+            if not one.reduce_on_plateau:
                 self._step(one.scheduler, None)
+
+    def after_pass_hooks(self, epoch_idx: int, metrics: Mapping[str, Any]) -> None:
+        """The hooks of a training pass are over too: those with a metric are due.
+
+        Args:
+            epoch_idx: index of the pass, from 0.
+            metrics: what it came to over all ranks. One whose metric is not among them waits for the next validation.
+        """
+        for one in self._due("epoch", epoch_idx):
+            one.waiting = one.reduce_on_plateau
         self._offer(metrics)
 
     def after_validation(self, metrics: Mapping[str, Any]) -> None:
@@ -171,19 +188,27 @@ class Schedules:
             InvalidArgumentError: a scheduler waits for a metric that neither training nor validation has.
         """
         self._offer(metrics)
-        for one in self.members:
-            if one.waiting and one.strict:
-                raise InvalidArgumentError(
-                    f"{type(one.scheduler).__name__} monitors {one.monitor!r}, which neither the training pass nor the "
-                    f"validation had; the validation had {', '.join(sorted(metrics)) or 'nothing'}. Log it with self.log, "
-                    f'or change "monitor"'
-                )
+        self._refuse_waiting("the training pass or the validation", metrics)
 
-    def _of(self, interval: Interval) -> list[Schedule]:
-        return [one for one in self.members if self._active and one.interval == interval]
+    def _due(self, interval: Interval, index: int) -> list[Schedule]:
+        """Those that are stepped after so many batches or passes."""
+        return [
+            one
+            for one in self.members
+            if self._active and one.interval == interval and (index + 1) % one.frequency == 0
+        ]
 
     def _offer(self, metrics: Mapping[str, Any]) -> None:
         for one in self.members:
             if one.waiting and one.monitor is not None and one.monitor in metrics:
                 one.waiting = False
                 self._step(one.scheduler, metrics[one.monitor])
+
+    def _refuse_waiting(self, where: str, metrics: Mapping[str, Any]) -> None:
+        for one in self.members:
+            if one.waiting and one.strict:
+                raise InvalidArgumentError(
+                    f"{type(one.scheduler).__name__} monitors {one.monitor!r}, which is no metric of {where}; there is "
+                    f"{', '.join(sorted(metrics)) or 'nothing'}. Log it with self.log, "
+                    f'or change "monitor"'
+                )

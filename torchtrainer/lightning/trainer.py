@@ -2,71 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torchtrainer.errors import NotAvailableError
+from torchtrainer.lightning.building import LENGTHS
+from torchtrainer.lightning.strategy import StrategyView
+from torchtrainer.train.components import internals
 
 if TYPE_CHECKING:
     from torchtrainer.lightning import LightningOperator
-    from torchtrainer.train.loop import StepIterator
 
+_LENGTH = "how long to train is decided call by call; put {name} into config for a module that has to know it before"
 _ADVICE = {
-    "max_epochs": "how long to train is decided call by call; take the number of epochs from config",
-    "max_steps": "how long to train is decided call by call; take the number of steps from config",
-    "estimated_stepping_batches": (
-        "how long to train is decided call by call; take the number of epochs from config and multiply it with "
-        "self.trainer.num_training_batches"
-    ),
-    "strategy": "the ranks are connected by torchtrainer; self.all_gather and strategies are not there",
-    "should_stop": "stop by not calling train() again",
+    "max_epochs": _LENGTH.format(name="max_epochs"),
+    "max_steps": _LENGTH.format(name="max_steps"),
+    "estimated_stepping_batches": _LENGTH.format(name="max_epochs, or max_steps,"),
+    "should_stop": "it cannot be set; stop by not calling train() again",
 }
-
-
-@dataclass
-class Position:
-    """Where the training of a module stands, as the module sees it.
-
-    Attributes:
-        stage: the call that is running.
-        epoch_idx: index of the training pass, from 0.
-        batch_idx: index of the batch in its pass, from 0; None: a loop of the user's own, which counts by itself.
-        stepped: 1 between the optimizer's step and the end of the batch, when the operator has not counted it yet.
-        batch_size: this rank's samples in the batch that is worked on; None: between batches.
-        samples: this rank's samples in the pass, as far as they belong to this call.
-    """
-
-    stage: Literal["train", "validate"] | None = None
-    epoch_idx: int = 0
-    batch_idx: int | None = None
-    stepped: int = 0
-    batch_size: int | None = None
-    samples: int = 0
-
-    def enter(self, steps: StepIterator | None) -> None:
-        """Work on a batch begins."""
-        current = steps.current if steps is not None else None
-        self.batch_size = current.size if current is not None else 1
-
-    def leave(self) -> None:
-        """It is over."""
-        self.samples += self.batch_size or 0
-        self.batch_size = None
-        self.batch_idx = (self.batch_idx or 0) + 1
-
-    def next_pass(self) -> None:
-        """A training pass is over."""
-        self.epoch_idx += 1
-        self.batch_idx = self.samples = 0
-
-    def weight(self, steps: StepIterator | None) -> float:
-        """Samples behind a value that is logged now: those of the batch, or between batches those of the pass so far."""
-        if self.batch_idx is None:  # a loop of the user's own
-            current = steps.current if steps is not None else None
-            return current.size if current is not None else 1
-        return self.samples if self.batch_size is None else self.batch_size
+_PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 class TrainerAttributeError(NotAvailableError, AttributeError):
@@ -100,28 +57,43 @@ class TrainerView:
         operator: the operator that trains the module.
     """
 
-    __slots__ = ("_operator",)
+    _operator: LightningOperator
 
     accumulate_grad_batches = 1
     barebones = False
-    datamodule = None
+    callbacks: tuple[Any, ...] = ()
+    check_val_every_n_epoch = 1
     fast_dev_run = False
     gradient_clip_algorithm = None
     gradient_clip_val = None
+    log_dir = None
     logger = None
+    min_epochs = None
+    min_steps = None
+    num_sanity_val_steps = 0
     predicting = False
     progress_bar_callback = None
     sanity_checking = False
+    should_stop = False
     testing = False
 
     def __init__(self, operator: LightningOperator) -> None:
-        self._operator = operator
+        self.__dict__["_operator"] = operator
 
     def __getattr__(self, name: str) -> Any:
         advice = _ADVICE.get(
             name, "it is not available here; override a hook of the operator that from_ptl returns instead"
         )
         raise TrainerAttributeError(f"self.trainer.{name}: the module is trained by torchtrainer. {advice}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        advice = _ADVICE.get(name, "what self.trainer shows cannot be changed by the module")
+        raise TrainerAttributeError(f"self.trainer.{name} = {value!r}: the module is trained by torchtrainer. {advice}")
+
+    def print(self, *arguments: Any, **options: Any) -> None:
+        """Prints on rank 0."""
+        if self.is_global_zero:
+            print(*arguments, **options)
 
     @property
     def current_epoch(self) -> int:
@@ -130,8 +102,52 @@ class TrainerView:
 
     @property
     def global_step(self) -> int:
-        """Optimizer steps taken."""
-        return self._operator.global_step + self._operator.position.stepped
+        """Optimizer steps taken: with manual optimization those of all optimizers."""
+        operator = self._operator
+        if not operator.model.automatic_optimization:
+            return operator.stepping.updates
+        return operator.global_step + operator.position.stepped
+
+    @property
+    def max_epochs(self) -> int:
+        """As ``config`` has it."""
+        return int(self._length("max_epochs"))
+
+    @property
+    def max_steps(self) -> int:
+        """As ``config`` has it; -1 if it has only ``max_epochs``."""
+        return int(self._length("max_steps", -1 if "max_epochs" in self._lengths else None))
+
+    @property
+    def estimated_stepping_batches(self) -> float:
+        """Optimizer steps of the whole training, by what ``config`` says of its length."""
+        lengths = self._lengths
+        if not lengths:
+            return float(self.__getattr__("estimated_stepping_batches"))
+        steps = lengths.get("max_steps", float("inf"))
+        if "max_epochs" in lengths:
+            steps = min(steps, lengths["max_epochs"] * self.num_training_batches)
+        return float(steps) if steps == float("inf") else int(steps)
+
+    @property
+    def is_last_batch(self) -> bool:
+        """Whether the batch that is worked on is the last one of the pass."""
+        return (self._operator.position.batch_idx or 0) + 1 >= self.num_training_batches
+
+    @property
+    def precision(self) -> str:
+        """In Lightning's words."""
+        return _PRECISIONS[internals(self._operator).context.settings.precision]
+
+    @property
+    def strategy(self) -> StrategyView:
+        """The ranks."""
+        return StrategyView(self._operator)
+
+    @property
+    def default_root_dir(self) -> str:
+        """The working directory."""
+        return str(Path.cwd())
 
     @property
     def training(self) -> bool:
@@ -184,9 +200,14 @@ class TrainerView:
         return self.callback_metrics
 
     @property
+    def progress_bar_metrics(self) -> dict[str, Any]:
+        """The same."""
+        return self.callback_metrics
+
+    @property
     def optimizers(self) -> list[Any]:
-        """The optimizer, in a list."""
-        return [self._operator.optimizer]
+        """The optimizers."""
+        return list(self._operator.optimizers)
 
     @property
     def lr_scheduler_configs(self) -> list[Any]:
@@ -202,6 +223,16 @@ class TrainerView:
     def lightning_module(self) -> Any:
         """The module."""
         return self._operator.model
+
+    @property
+    def model(self) -> Any:
+        """The module."""
+        return self._operator.model
+
+    @property
+    def datamodule(self) -> Any:
+        """The data module; None: there is none."""
+        return self._operator.data.datamodule
 
     @property
     def train_dataloader(self) -> Any:
@@ -222,6 +253,17 @@ class TrainerView:
     def num_val_batches(self) -> list[float]:
         """Batches of a validation on this rank, in a list; infinite if not known."""
         return [] if self._operator.validation_loader is None else [_length(self._operator.validation_loader)]
+
+    @property
+    def _lengths(self) -> Mapping[str, Any]:
+        """What ``config`` says of the length of the training."""
+        config = self._operator.config
+        known = isinstance(config, Mapping)
+        return {name: config[name] for name in LENGTHS if known and config.get(name) is not None}
+
+    def _length(self, name: str, default: Any = None) -> Any:
+        found = self._lengths.get(name, default)
+        return self.__getattr__(name) if found is None else found
 
 
 def _length(loader: Any) -> float:
