@@ -7,26 +7,26 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-import cloudpickle
-
 from torchtrainer.errors import NotSerializableError
+from torchtrainer.script import pickler
 
 MAX_DEPTH = 6
 """How deep the search for the culprit goes."""
 
 
-def dumps(value: Any, name: str) -> bytes:
+def dumps(value: Any, name: str, *, in_place: bool = False) -> bytes:
     """Pickles a value for a worker.
 
     Args:
         value: anything; classes and functions of a script or notebook cell travel with their code.
         name: what to call it in an error.
+        in_place: they take their places in the worker's ``__main__``; see `torchtrainer.script.pickler`.
 
     Raises:
         NotSerializableError: it does not pickle; the message names the innermost attribute that does not.
     """
     try:
-        return bytes(cloudpickle.dumps(value))
+        return pickler.dumps_in_place(value) if in_place else pickler.dumps(value)
     except Exception as error:
         path, culprit = find_culprit(value, name)
         raise NotSerializableError(
@@ -52,7 +52,7 @@ def find_culprit(value: Any, name: str) -> tuple[str, Any]:
 
 def _pickles(value: Any) -> bool:
     try:
-        cloudpickle.dumps(value)
+        pickler.dumps(value)
     except Exception:
         return False
     return True

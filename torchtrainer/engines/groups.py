@@ -12,6 +12,7 @@ from torchtrainer.engines.snapshots import CheckpointOrders, Snapshots
 from torchtrainer.process.child import ChildSpec
 from torchtrainer.process.logs import LogTail
 from torchtrainer.process.paths import EnginePaths
+from torchtrainer.script.take_over import SCRIPT_FILE
 from torchtrainer.topology import WORKER_MARK
 
 WORKER_ENTRY = "torchtrainer.worker.main:main"
@@ -123,6 +124,7 @@ def child_spec(group: Group, worker: int, paths: EnginePaths, record: list[Any] 
         "OMP_NUM_THREADS": str(message.threads),
         **message.environ,
         WORKER_MARK: message.group,
+        SCRIPT_FILE: str(paths.spec(message.group)),
         "RANK": str(rank),
         "WORLD_SIZE": str(message.world_size),
         "LOCAL_RANK": str(rank),

@@ -19,7 +19,10 @@ from torchtrainer.driver.pickling import dumps
 from torchtrainer.driver.views import WorkerView
 from torchtrainer.engines.base import CallResult, GroupPlan
 from torchtrainer.errors import InvalidArgumentError
+from torchtrainer.observe.notices import notice
 from torchtrainer.preempt.notice import Notice
+from torchtrainer.script.modules import search_path
+from torchtrainer.script.take_over import ScriptState
 from torchtrainer.topology import current as current_topology
 
 StartMethod = Literal["auto", "fork", "exec"]
@@ -92,7 +95,7 @@ class LocalEngine:
             log_dir=os.path.abspath(plan.log_dir if plan.logs_stay else connection.paths.logs(group)),
             environ={**os.environ, **plan.environ},
             cwd=os.getcwd(),
-            sys_path=[os.path.abspath(entry) for entry in sys.path],
+            sys_path=search_path(),
             threads=plan.threads,
             backend=settings.backend,
             timeout_s=settings.timeout_s,
@@ -101,7 +104,7 @@ class LocalEngine:
             progress_s=plan.timeouts.progress_s,
             hold_s=plan.timeouts.hold_s,
             checkpoint=None if plan.checkpoint is None else asdict(plan.checkpoint),
-            blob=_pickled_spec(plan),
+            blob=_script_and_spec(plan),
         )
 
     def close(self) -> None:
@@ -180,11 +183,25 @@ class LocalGroup:
         self._controller.end(force)
 
 
+_told: set[str] = set()
+"""What the user has been told of settings that do not reach the workers: once in a process is enough."""
+
+
+def _script_and_spec(plan: GroupPlan) -> bytes:
+    """The script's state, and the creators and options, as `take_over` reads them."""
+    script = ScriptState.taken_now()
+    for text in script.left_out:
+        if text not in _told:
+            _told.add(text)
+            notice(text)
+    return script.dumps() + _pickled_spec(plan)
+
+
 def _pickled_spec(plan: GroupPlan) -> bytes:
-    """The creators and options as workers get them; each part is tried by itself if the whole does not pickle."""
+    """The creators and options; each part is tried by itself if the whole does not pickle."""
     parts = {name: value for name, value in vars(plan.spec).items() if value is not None and name != "settings"}
     try:
-        return dumps(plan.spec, "the trainer's arguments")
+        return dumps(plan.spec, "the trainer's arguments", in_place=True)
     except TypeError:
         for name, value in parts.items():
             dumps(value, name)
