@@ -24,7 +24,8 @@ from torchtrainer.engines.local import shared_engine
 from torchtrainer.engines.snapshots import CheckpointOrders
 from torchtrainer.errors import InvalidArgumentError, ResumeError
 from torchtrainer.observe.devices import gpu_count
-from torchtrainer.observe.notices import notice
+from torchtrainer.observe.notices import notice, notice_once
+from torchtrainer.process.streams import open_standard_descriptors
 from torchtrainer.resume import OpenRun, borrowed, known, open_run
 from torchtrainer.spec import BuildSpec
 from torchtrainer.topology import WORKER_MARK, Topology
@@ -174,6 +175,7 @@ def plan_run(given: Mapping[str, Any]) -> RunPlan:
             "a TorchTrainer was made inside a worker process of another one: a module that the workers import makes it "
             "when it is imported. Make it in the script itself, or below if __name__ == '__main__'"
         )
+    open_standard_descriptors()
     creators = {name: given[name] for name in CREATORS}
     given = {**given, **{name: make() for name, make in OPTIONS.items() if given[name] is None}}
     config, failure = given["config"], given["failure"]
@@ -195,14 +197,20 @@ def plan_run(given: Mapping[str, Any]) -> RunPlan:
     if topology is not None:
         _tell_ranks(topology, given["num_workers"])
     operator_cls = given["training_operator_cls"]
+    threads, crowded = decide_threads(
+        given["num_cpus_per_worker"], local_ranks, os.environ, launched=topology is not None
+    )
+    is_main = topology is None or topology.rank == 0
+    if crowded and is_main:
+        notice_once(crowded)
     return RunPlan(
         spec=BuildSpec(settings=settings, config=config, training_operator_cls=operator_cls, **creators),
         engine=_engine_for(given["engine"], topology, given["use_local"]),
         world_size=world_size,
-        threads=decide_threads(given["num_cpus_per_worker"], local_ranks),
+        threads=threads,
         gpus=gpus,
         hang_timeout_s=settings.timeout_s if failure.hang_timeout_s == "auto" else failure.hang_timeout_s,
-        is_main=topology is None or topology.rank == 0,
+        is_main=is_main,
         watches_machine=topology is None or topology.local_rank == 0,
         checkpoint=given["checkpoint"],
         preemption=given["preemption"],

@@ -43,6 +43,7 @@ from torchtrainer.planning import RunPlan, plan_run
 from torchtrainer.preempt.watch import NoticeWatch
 from torchtrainer.resume import OpenRun
 from torchtrainer.run_places import kept_below
+from torchtrainer.script.absent import AbsentTrainer
 from torchtrainer.train.metrics import PassResult, reduce_results
 
 if TYPE_CHECKING:
@@ -207,6 +208,10 @@ class TorchTrainer:
         self._watch.attach(lambda: group.views)
         # Also when nobody calls shutdown: with the trainer, or at the latest with this process.
         self._finalizer = weakref.finalize(self, _end, self._group, self._run, self._notices, self._gpu_monitor)
+
+    def __reduce__(self) -> tuple[type[AbsentTrainer], tuple[()]]:
+        """An object that keeps its trainer travels to the workers, where the trainer is not."""
+        return AbsentTrainer, ()
 
     # Training
 

@@ -19,7 +19,7 @@ from torchtrainer.driver.pickling import dumps
 from torchtrainer.driver.views import WorkerView
 from torchtrainer.engines.base import CallResult, GroupPlan
 from torchtrainer.errors import InvalidArgumentError
-from torchtrainer.observe.notices import notice
+from torchtrainer.observe.notices import notice_once
 from torchtrainer.preempt.notice import Notice
 from torchtrainer.script.modules import search_path
 from torchtrainer.script.take_over import ScriptState
@@ -183,17 +183,11 @@ class LocalGroup:
         self._controller.end(force)
 
 
-_told: set[str] = set()
-"""What the user has been told of settings that do not reach the workers: once in a process is enough."""
-
-
 def _script_and_spec(plan: GroupPlan) -> bytes:
     """The script's state, and the creators and options, as `take_over` reads them."""
     script = ScriptState.taken_now()
     for text in script.left_out:
-        if text not in _told:
-            _told.add(text)
-            notice(text)
+        notice_once(text)
     return script.dumps() + _pickled_spec(plan)
 
 
