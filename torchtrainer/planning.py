@@ -197,26 +197,27 @@ def plan_run(given: Mapping[str, Any]) -> RunPlan:
     if topology is not None:
         _tell_ranks(topology, given["num_workers"])
     operator_cls = given["training_operator_cls"]
-    threads, crowded = decide_threads(
-        given["num_cpus_per_worker"], local_ranks, os.environ, launched=topology is not None
-    )
-    is_main = topology is None or topology.rank == 0
-    if crowded and is_main:
-        notice_once(crowded)
     return RunPlan(
         spec=BuildSpec(settings=settings, config=config, training_operator_cls=operator_cls, **creators),
         engine=_engine_for(given["engine"], topology, given["use_local"]),
         world_size=world_size,
-        threads=threads,
+        threads=_threads(given["num_cpus_per_worker"], local_ranks, topology),
         gpus=gpus,
         hang_timeout_s=settings.timeout_s if failure.hang_timeout_s == "auto" else failure.hang_timeout_s,
-        is_main=is_main,
+        is_main=topology is None or topology.rank == 0,
         watches_machine=topology is None or topology.local_rank == 0,
         checkpoint=given["checkpoint"],
         preemption=given["preemption"],
         failure=failure,
         min_workers=given["min_workers"],
     )
+
+
+def _threads(wanted: Any, local_ranks: int, topology: Topology | None) -> int:
+    threads, crowded = decide_threads(wanted, local_ranks, os.environ, launched=topology is not None)
+    if crowded and (topology is None or topology.rank == 0):
+        notice_once(crowded)
+    return threads
 
 
 def _settings(given: Mapping[str, Any], *, use_gpu: bool) -> TrainSettings:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 import logging.handlers
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cloudpickle
 
-from torchtrainer.process.fresh import MAIN_ALIAS, set_filters
-from torchtrainer.script.modules import MAIN
+from torchtrainer.process.fresh import set_filters
+from torchtrainer.script.modules import is_installed
 from torchtrainer.script.pickler import dumps
 
 _STREAMS = ("stdout", "stderr")
@@ -64,7 +63,14 @@ class LogSetup:
         left_out: list[str] = []
         manager = logging.root.manager
         names = {name: one for name, one in list(manager.loggerDict.items()) if isinstance(one, logging.Logger)}
-        loggers = {name: _logger_setup(name, one, left_out) for name, one in {"": logging.root, **names}.items()}
+        tops = {name.partition(".")[0] for name in names}
+        installed = {
+            top for top in tops if is_installed(top)
+        }  # those packages add their handlers wherever they are loaded
+        loggers = {"": _whole_setup("", logging.root, left_out)}
+        for name, one in names.items():
+            of_package = name.partition(".")[0] in installed
+            loggers[name] = _setup(one) if of_package else _whole_setup(name, one, left_out)
         return cls(
             loggers={name: one for name, one in loggers.items() if one != _UNTOUCHED},
             disabled_up_to=manager.disable,
@@ -76,7 +82,7 @@ class LogSetup:
     def set_up(self) -> None:
         """Sets this process up alike; to be called when the modules that the workers share with the script are loaded."""
         for name, setup in self.loggers.items():
-            _set_up(logging.getLogger(name or None), name, setup)
+            _set_up(logging.getLogger(name or None), setup)
         logging.disable(self.disabled_up_to)
         if self.captures_warnings:
             logging.captureWarnings(capture=True)
@@ -86,11 +92,13 @@ class LogSetup:
 _UNTOUCHED = LoggerSetup(level=logging.NOTSET, propagate=True, disabled=False)
 
 
-def _logger_setup(name: str, logger: logging.Logger, left_out: list[str]) -> LoggerSetup:
-    return LoggerSetup(
-        level=logger.level,
-        propagate=logger.propagate,
-        disabled=logger.disabled,
+def _setup(logger: logging.Logger) -> LoggerSetup:
+    return LoggerSetup(level=logger.level, propagate=logger.propagate, disabled=logger.disabled)
+
+
+def _whole_setup(name: str, logger: logging.Logger, left_out: list[str]) -> LoggerSetup:
+    return replace(
+        _setup(logger),
         handlers=tuple(_pickled(name, _handler_state, logger.handlers, left_out)),
         filters=tuple(_pickled(name, _as_it_is, logger.filters, left_out)),
     )
@@ -105,19 +113,12 @@ def _pickled(name: str, state_of: Any, parts: Sequence[Any], left_out: list[str]
             if state is not None:
                 found.append(dumps(state))
         except Exception as error:
-            if not _is_of_package(name):
-                reason = " ".join(str(error).split())
-                left_out.append(
-                    f"{type(part).__name__} of the logger {name or 'root'!r} does not reach the workers ({reason}); add it there "
-                    "in initialization_hook if you want it"
-                )
+            reason = " ".join(str(error).split())
+            left_out.append(
+                f"{type(part).__name__} of the logger {name or 'root'!r} does not reach the workers ({reason}); add it there in "
+                "initialization_hook if you want it"
+            )
     return found
-
-
-def _is_of_package(logger: str) -> bool:
-    """Whether a logger has the name of a loaded package, which sets it up wherever it is loaded."""
-    package = logger.partition(".")[0]
-    return package in sys.modules and package not in (MAIN, MAIN_ALIAS)
 
 
 def _as_it_is(part: Any) -> Any:
@@ -153,21 +154,18 @@ def _is_stream(stream: Any, name: str) -> bool:
     return stream in own or getattr(stream, "name", None) in (name, f"<{name}>")
 
 
-def _set_up(logger: logging.Logger, name: str, setup: LoggerSetup) -> None:
+def _set_up(logger: logging.Logger, setup: LoggerSetup) -> None:
     logger.setLevel(setup.level)
     logger.propagate, logger.disabled = setup.propagate, setup.disabled
-    if logger.handlers or logger.filters or not (setup.handlers or setup.filters):
-        return
-    if not _is_of_package(name) and _is_package(name.partition(".")[0]):
-        return  # that package sets it up when it is loaded
-    for blob in setup.handlers:
-        logger.addHandler(_made_handler(*cloudpickle.loads(blob)))
-    for blob in setup.filters:
-        logger.addFilter(cloudpickle.loads(blob))
-
-
-def _is_package(name: str) -> bool:
-    return bool(name) and name not in sys.modules and importlib.util.find_spec(name) is not None
+    if logger.handlers or logger.filters:
+        return  # a module of the script's that has been loaded here has set it up
+    try:
+        for blob in setup.handlers:
+            logger.addHandler(_made_handler(*cloudpickle.loads(blob)))
+        for blob in setup.filters:
+            logger.addFilter(cloudpickle.loads(blob))
+    except Exception as error:  # of a class that only the script's process has: no reason not to train
+        print(f"torchtrainer: logger {logger.name!r} is not set up as in the script: {error}", file=sys.stderr)
 
 
 def _made_handler(kind: type[logging.Handler], state: dict[str, Any], stream: str) -> logging.Handler:

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader, all_suffixes
@@ -70,7 +70,7 @@ def own_modules() -> dict[str, types.ModuleType]:
     for name, module in list(sys.modules.items()):
         top = name.partition(".")[0]
         if top not in installed:
-            installed[top] = _is_installed(top)
+            installed[top] = is_installed(top)
         if not installed[top] and isinstance(module, types.ModuleType):
             path = module_dict(module).get("__file__")
             if isinstance(path, str) and os.path.isabs(path):
@@ -78,11 +78,11 @@ def own_modules() -> dict[str, types.ModuleType]:
     return found
 
 
-def misplaced_modules() -> dict[str, FileModule]:
-    """The script's modules that were loaded from where the search path does not lead, with the packages that they are in."""
+def misplaced(modules: Mapping[str, types.ModuleType]) -> dict[str, FileModule]:
+    """Those of the script's modules that the search path does not lead to, with the packages that they are in."""
     directories = set(search_path())
     found: dict[str, FileModule] = {}
-    for name, module in own_modules().items():
+    for name, module in modules.items():
         names = module_dict(module)
         path, search = names["__file__"], names.get("__path__")
         package, _, _ = name.rpartition(".")
@@ -95,7 +95,7 @@ def misplaced_modules() -> dict[str, FileModule]:
     return found
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
     """Whether a package is of Python or was installed, as far as its file tells."""
     module = sys.modules.get(package)
     if not isinstance(module, types.ModuleType):

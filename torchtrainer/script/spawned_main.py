@@ -4,11 +4,15 @@ multiprocessing would run the script again there. Here it finds the script's fun
 running it, so that a script needs no main guard.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 
+from torchtrainer.process.fresh import MAIN_ALIAS
 from torchtrainer.script.modules import MAIN
 from torchtrainer.script.take_over import SCRIPT_FILE, take_over
 
-take_over(os.environ[SCRIPT_FILE])
-globals().update({name: one for name, one in vars(sys.modules[MAIN]).items() if name not in globals()})
+if __name__ == MAIN_ALIAS:
+    take_over(os.environ[SCRIPT_FILE])
+    globals().update({name: one for name, one in vars(sys.modules[MAIN]).items() if name not in globals()})

@@ -17,7 +17,7 @@ from typing import Any
 
 from torchtrainer.process.fresh import MAIN_ALIAS
 from torchtrainer.script.log_setup import LogSetup
-from torchtrainer.script.modules import MAIN, FileModule, MisplacedModules, misplaced_modules, module_dict, own_modules
+from torchtrainer.script.modules import MAIN, FileModule, MisplacedModules, misplaced, module_dict, own_modules
 from torchtrainer.script.pickler import loads_in_place
 from torchtrainer.script.settings import left_out_settings, read_settings, write_settings
 
@@ -53,14 +53,14 @@ class ScriptState:
     @classmethod
     def taken_now(cls) -> ScriptState:
         """The present state of this process."""
-        main = module_dict(sys.modules[MAIN])
+        main, own = module_dict(sys.modules[MAIN]), own_modules()
         return cls(
             argv=list(sys.argv),
             main={name: main[name] for name in _OF_MAIN if isinstance(main.get(name), str)},
-            modules=misplaced_modules(),
+            modules=misplaced(own),
             settings=read_settings(),
             logs=LogSetup.taken_now(),
-            imported=tuple(own_modules()),
+            imported=tuple(own),
         )
 
     def dumps(self) -> bytes:
