@@ -70,7 +70,7 @@ class TorchTrainer:
         config: handed to every creator; ``config[BATCH_SIZE]`` is a batch size over all ranks.
         num_workers: ranks.
         min_workers: processes below which the ranks wait for new ones instead of sharing those that are left.
-        num_cpus_per_worker: intra-op threads per process; "auto": cores / ``num_workers``.
+        num_cpus_per_worker: intra-op threads per process; "auto": ``OMP_NUM_THREADS``, if set, else cores / ``num_workers``.
         use_gpu: one GPU per rank; "auto": if there are any.
         backend: ``nccl``, ``gloo`` or "auto".
         wrap_ddp: wrap models in ``DistributedDataParallel``; ``ddp_args``: its arguments.

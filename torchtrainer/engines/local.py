@@ -7,7 +7,7 @@ import os
 import secrets
 import sys
 import weakref
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from torchtrainer.config import Timeouts
@@ -26,6 +26,29 @@ from torchtrainer.script.take_over import ScriptState
 from torchtrainer.topology import current as current_topology
 
 StartMethod = Literal["auto", "fork", "exec"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """The script as it was when the trainer was made, for workers of any later start too.
+
+    Attributes:
+        environ, cwd, sys_path: of its process.
+        state: pickled `ScriptState`.
+    """
+
+    environ: dict[str, str]
+    cwd: str
+    sys_path: list[str]
+    state: bytes
+
+    @classmethod
+    def taken_now(cls) -> Script:
+        """The script as it is; tells the user what of it cannot be carried."""
+        state = ScriptState.taken_now()
+        for text in state.left_out:
+            notice_once(text)
+        return cls(environ=dict(os.environ), cwd=os.getcwd(), sys_path=search_path(), state=state.dumps())
 
 
 class LocalEngine:
@@ -64,12 +87,12 @@ class LocalEngine:
         """
         return LocalGroup(self, plan, listener)
 
-    def start_workers(self, plan: GroupPlan, listener: Listener) -> Controller:
+    def start_workers(self, plan: GroupPlan, script: Script, listener: Listener) -> Controller:
         """The workers of a group, built; errors as for `start_group`."""
         connection = self.connect()
         controller = Controller(
             connection,
-            self._start_message(plan, connection),
+            self._start_message(plan, script, connection),
             logs_stay=plan.logs_stay,
             timeouts=plan.timeouts,
             hang_timeout_s=plan.hang_timeout_s,
@@ -87,15 +110,15 @@ class LocalEngine:
             raise
         return controller
 
-    def _start_message(self, plan: GroupPlan, connection: HostConnection) -> StartGroup:
+    def _start_message(self, plan: GroupPlan, script: Script, connection: HostConnection) -> StartGroup:
         group, settings = f"group-{secrets.token_hex(4)}", plan.settings
         return StartGroup(
             group=group,
             world_size=plan.world_size,
             log_dir=os.path.abspath(plan.log_dir if plan.logs_stay else connection.paths.logs(group)),
-            environ={**os.environ, **plan.environ},
-            cwd=os.getcwd(),
-            sys_path=search_path(),
+            environ={**script.environ, **plan.environ},
+            cwd=script.cwd,
+            sys_path=script.sys_path,
             threads=plan.threads,
             backend=settings.backend,
             timeout_s=settings.timeout_s,
@@ -104,7 +127,7 @@ class LocalEngine:
             progress_s=plan.timeouts.progress_s,
             hold_s=plan.timeouts.hold_s,
             checkpoint=None if plan.checkpoint is None else asdict(plan.checkpoint),
-            blob=_script_and_spec(plan),
+            blob=script.state + _pickled_spec(plan),
         )
 
     def close(self) -> None:
@@ -122,10 +145,11 @@ class LocalGroup:
         self._plan = plan
         self._listener = listener
         self.world_size = plan.world_size
+        self._script = Script.taken_now()
         self._begin()
 
     def _begin(self) -> None:
-        self._controller = self._engine.start_workers(self._plan, self._listener)
+        self._controller = self._engine.start_workers(self._plan, self._script, self._listener)
         # A group that nobody holds any more ends.
         self._finalizer = weakref.finalize(self, self._controller.end, force=True)
 
@@ -181,14 +205,6 @@ class LocalGroup:
     def end(self, force: bool = False) -> None:
         """Ends the workers and waits until they are gone. Idempotent."""
         self._controller.end(force)
-
-
-def _script_and_spec(plan: GroupPlan) -> bytes:
-    """The script's state, and the creators and options, as `take_over` reads them."""
-    script = ScriptState.taken_now()
-    for text in script.left_out:
-        notice_once(text)
-    return script.dumps() + _pickled_spec(plan)
 
 
 def _pickled_spec(plan: GroupPlan) -> bytes:
