@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import importlib
 import io
 import sys
 import types
@@ -116,6 +117,9 @@ class _ScriptPickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no ty
             self._keep_place(obj)
         if isinstance(obj, type | types.FunctionType):
             return super().reducer_override(obj)
+        if isinstance(obj, types.ModuleType) and type(obj) is not types.ModuleType:  # torch.backends.cudnn is such a one
+            name = obj.__name__
+            return (importlib.import_module, (name,)) if sys.modules.get(name) is obj else NotImplemented
         if isinstance(obj, functools.cached_property):  # before Python 3.12 it holds a lock
             return _cached_property, (obj.func, obj.attrname)
         if isinstance(obj, weakref.WeakKeyDictionary):  # in what `functools.singledispatch` returns
