@@ -25,7 +25,6 @@ from torchtrainer.engines.snapshots import CheckpointOrders
 from torchtrainer.errors import InvalidArgumentError, ResumeError
 from torchtrainer.observe.devices import gpu_count
 from torchtrainer.observe.notices import notice, notice_once
-from torchtrainer.process.streams import open_standard_descriptors
 from torchtrainer.resume import OpenRun, borrowed, known, open_run
 from torchtrainer.spec import BuildSpec
 from torchtrainer.topology import WORKER_MARK, Topology
@@ -175,7 +174,6 @@ def plan_run(given: Mapping[str, Any]) -> RunPlan:
             "a TorchTrainer was made inside a worker process of another one: a module that the workers import makes it "
             "when it is imported. Make it in the script itself, or below if __name__ == '__main__'"
         )
-    open_standard_descriptors()
     creators = {name: given[name] for name in CREATORS}
     given = {**given, **{name: make() for name, make in OPTIONS.items() if given[name] is None}}
     config, failure = given["config"], given["failure"]

@@ -41,6 +41,7 @@ from torchtrainer.observe.status import ProcessStatus, Status
 from torchtrainer.observe.watch import Watch
 from torchtrainer.planning import RunPlan, plan_run
 from torchtrainer.preempt.watch import NoticeWatch
+from torchtrainer.process.streams import open_standard_descriptors
 from torchtrainer.resume import OpenRun
 from torchtrainer.run_places import kept_below
 from torchtrainer.script.absent import AbsentTrainer
@@ -153,6 +154,7 @@ class TorchTrainer:
         for name in unknown:
             raise unknown_argument(name, given)
         forget_interrupted_calls()
+        open_standard_descriptors()
         run = plan_run(given)
         self._callbacks = Callbacks(callbacks if run.is_main else ())
         self.config = run.spec.config

@@ -7,6 +7,7 @@ name there, such as `multiprocessing.Pool.map` or a loader whose processes are s
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
 import importlib
@@ -14,8 +15,7 @@ import io
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import cloudpickle
@@ -57,20 +57,27 @@ def namespace_of(module: str) -> dict[str, Any]:
     return module_dict(sys.modules[module])
 
 
+def _module(name: str) -> types.ModuleType:
+    namespace_of(name)
+    return sys.modules[name]
+
+
 def _dumps(value: Any, *, in_place: bool) -> bytes:
     file, modules = io.BytesIO(), made_modules()
     pickler = _ScriptPickler(file, modules, in_place=in_place)
     with _by_value(modules):
+        if in_place:
+            pickler.keep_all(module for module in modules if module.__name__ not in (MAIN, *ALIASES))
         # One pickle: the places are noted while the value is written, and written after it.
         pickler.dump((value, pickler.places) if in_place else value)
     return file.getvalue()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _by_value(modules: Sequence[types.ModuleType]) -> Iterator[None]:
     """Has cloudpickle carry what these modules define."""
     known = cloudpickle.list_registry_pickle_by_value()
-    added = [module for module in modules if module.__name__ in sys.modules and module.__name__ not in known]
+    added = [module for module in modules if module.__name__ not in (MAIN, *known)]  # the main module it carries anyway
     for module in added:
         cloudpickle.register_pickle_by_value(module)
     try:
@@ -117,9 +124,13 @@ class _ScriptPickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no ty
             self._keep_place(obj)
         if isinstance(obj, type | types.FunctionType):
             return super().reducer_override(obj)
-        if isinstance(obj, types.ModuleType) and type(obj) is not types.ModuleType:  # torch.backends.cudnn is such a one
-            name = obj.__name__
-            return (importlib.import_module, (name,)) if sys.modules.get(name) is obj else NotImplemented
+        if isinstance(obj, types.ModuleType) and sys.modules.get(obj.__name__) is obj:
+            if obj.__name__ in self._namespaces:
+                return _module, (ALIASES.get(obj.__name__, obj.__name__),)
+            if (
+                type(obj) is not types.ModuleType
+            ):  # cloudpickle leaves those to pickle; torch.backends.cudnn is such a one
+                return importlib.import_module, (obj.__name__,)
         if isinstance(obj, functools.cached_property):  # before Python 3.12 it holds a lock
             return _cached_property, (obj.func, obj.attrname)
         if isinstance(obj, weakref.WeakKeyDictionary):  # in what `functools.singledispatch` returns
@@ -129,6 +140,14 @@ class _ScriptPickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no ty
                 return _cached, (obj.__wrapped__, obj.cache_parameters())
             return copyreg.__newobj__, (type(obj),), vars(obj)  # type: ignore[attr-defined]
         return super().reducer_override(obj)
+
+    def keep_all(self, modules: Iterable[types.ModuleType]) -> None:
+        """Notes all that can be carried of these modules, as a worker cannot execute them again."""
+        for module in modules:
+            for name, one in module_dict(module).items():
+                with contextlib.suppress(Exception):
+                    if not name.startswith("__") and dumps(one):
+                        self.places.setdefault(module.__name__, {})[name] = one
 
     def _keep_place(self, obj: Any) -> None:
         """Notes the name by which the script has an object."""
