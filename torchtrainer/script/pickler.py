@@ -15,7 +15,7 @@ import io
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import cloudpickle
@@ -38,8 +38,8 @@ def dumps_in_place(value: Any) -> bytes:
 
 def loads_in_place(data: bytes) -> Any:
     """Reads what `dumps_in_place` wrote."""
-    value, places = cloudpickle.loads(data)
-    for module, names in places.items():
+    value, *modules = cloudpickle.loads(data)
+    for module, names in (one for places in modules for one in places.items()):
         namespace = namespace_of(module)
         for name, found in names.items():
             namespace.setdefault(name, found)
@@ -66,11 +66,27 @@ def _dumps(value: Any, *, in_place: bool) -> bytes:
     file, modules = io.BytesIO(), made_modules()
     pickler = _ScriptPickler(file, modules, in_place=in_place)
     with _by_value(modules):
-        if in_place:
-            pickler.keep_all(module for module in modules if module.__name__ not in (MAIN, *ALIASES))
-        # One pickle: the places are noted while the value is written, and written after it.
-        pickler.dump((value, pickler.places) if in_place else value)
+        # One pickle: the places are noted while what comes before is written, and written after it.
+        pickler.dump((value, _contents(modules), pickler.places) if in_place else value)
     return file.getvalue()
+
+
+def _contents(modules: Sequence[types.ModuleType]) -> dict[str, dict[str, Any]]:
+    """All that can be carried of the modules that the script made: a worker cannot execute them again."""
+    found: dict[str, dict[str, Any]] = {}
+    for module in modules:
+        if module.__name__ not in (MAIN, *ALIASES):
+            items = {name: one for name, one in module_dict(module).items() if not name.startswith("__")}
+            found[module.__name__] = {name: one for name, one in items.items() if _pickles(one)}
+    return found
+
+
+def _pickles(value: Any) -> bool:
+    try:
+        dumps(value)
+    except Exception:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -140,14 +156,6 @@ class _ScriptPickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no ty
                 return _cached, (obj.__wrapped__, obj.cache_parameters())
             return copyreg.__newobj__, (type(obj),), vars(obj)  # type: ignore[attr-defined]
         return super().reducer_override(obj)
-
-    def keep_all(self, modules: Iterable[types.ModuleType]) -> None:
-        """Notes all that can be carried of these modules, as a worker cannot execute them again."""
-        for module in modules:
-            for name, one in module_dict(module).items():
-                with contextlib.suppress(Exception):
-                    if not name.startswith("__") and dumps(one):
-                        self.places.setdefault(module.__name__, {})[name] = one
 
     def _keep_place(self, obj: Any) -> None:
         """Notes the name by which the script has an object."""
