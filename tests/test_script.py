@@ -261,7 +261,8 @@ sys.path.append("")
 for which in range(5):
     with TorchTrainer(**{**CREATORS, "model_creator": model_creator}, config={"which": which}, run_dir=None) as trainer:
         print(trainer.train(num_steps=1)["batch_count"], trainer.apply_all_operators(lambda op: op.model.module.name)[1],
-              type(trainer.get_model()).__module__, trainer.apply_all_workers(os.getcwd)[1] == os.getcwd())
+              trainer.apply_all_operators(lambda op: type(op.model.module).__module__)[1],
+              trainer.apply_all_workers(os.getcwd)[1] == os.getcwd())
 """
 
 
