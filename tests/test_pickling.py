@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
 import pickle
 import threading
+import types
 
 import pytest
 import torch
@@ -38,6 +41,80 @@ def model():
     return outer
 
 
+def in_main(thing):
+    """The same as if the script had defined it: its code travels."""
+    for one in (thing, *vars(thing).values()) if isinstance(thing, type) else (thing,):
+        if isinstance(one, type | types.FunctionType):
+            one.__module__ = "__main__"
+    return thing
+
+
+@in_main
+class UsesSuper(Bag):
+    def first(self):
+        super().method()
+
+    def method(self):
+        with LOCK:
+            return super().method()
+
+
+@in_main
+class UsesLockAtStart:
+    def __init__(self):
+        LOCK.acquire()
+
+
+@in_main
+class HasProperty(UsesSuper):
+    @property
+    def locked(self):
+        return [LOCK.locked() for _ in range(1)]
+
+
+@in_main
+class Static:
+    @staticmethod
+    @in_main
+    def locked():
+        return LOCK.locked()
+
+
+@in_main
+@dataclasses.dataclass
+class WithFactory:
+    lock: object = dataclasses.field(default_factory=lambda: LOCK)
+
+
+@in_main
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    inner: object
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def wrapper(*arguments):
+        return function(*arguments)
+
+    return wrapper
+
+
+@in_main
+@decorated
+@in_main
+def uses_lock_inside():
+    def inner():
+        return LOCK
+
+    return inner
+
+
+class LeavesOut(Bag):
+    def __getstate__(self):
+        return {"kept": self.kept}
+
+
 LOCAL = type("Local", (), {"lock": threading.Lock(), "__module__": "__main__"})
 
 
@@ -57,6 +134,19 @@ LOCAL = type("Local", (), {"lock": threading.Lock(), "__module__": "__main__"})
         (model(), "it._modules['0'].lock"),
         ((number for number in range(3)), "it"),
         (LOCAL, "it.lock"),
+        (UsesSuper, "it.method: LOCK"),
+        (UsesSuper(), "it.__class__.method: LOCK"),
+        ([UsesSuper().first], "it[0].__self__.__class__.method: LOCK"),
+        (UsesLockAtStart, "it.__init__: LOCK"),
+        (HasProperty, "it.locked: LOCK"),
+        (Static.locked, "it: LOCK"),
+        (Static, "it.locked: LOCK"),
+        (WithFactory, "it.__dataclass_fields__['lock'].default_factory: LOCK"),
+        (Slotted(inner=[threading.Lock()]), "it.inner[0]"),
+        (uses_lock_inside, "it: function: LOCK"),
+        (collections.deque([1, threading.Lock()]), "it[1]"),
+        (LeavesOut(left=threading.Lock(), kept={"deep": threading.Lock()}), "it.kept['deep']"),
+        (functools.lru_cache(lambda: LOCK), "it: LOCK"),
     ],
 )
 def test_the_culprit_is_named(value, path) -> None:

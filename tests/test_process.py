@@ -17,7 +17,7 @@ import pytest
 from torchtrainer.process.child import ChildSpec
 from torchtrainer.process.error_file import write_error_file
 from torchtrainer.process.frames import FrameSocket
-from torchtrainer.process.logs import LogTail, last_text
+from torchtrainer.process.logs import LogTail, last_text, size_of
 from torchtrainer.process.paths import SOCKET_PATH_LIMIT, EnginePaths, private_directory
 from torchtrainer.process.signals import STACK_DUMP_SIGNAL, describe_exit
 from torchtrainer.process.starters import (
@@ -249,6 +249,20 @@ def test_a_log_is_followed_line_by_line(tmp_path) -> None:
     tail.close()
     assert last_text(path, limit_bytes=11) == "50%\r51ä", "from the first whole line on"
     assert last_text(tmp_path / "none") == ""
+
+
+def test_what_was_in_a_log_before_is_left_out(tmp_path) -> None:
+    path = tmp_path / "log"
+    path.write_text("of an earlier start\n")
+    before = size_of(path)
+    tail = LogTail(path, start=before)
+    assert tail.new_text() == last_text(path, before) == ""
+    with path.open("a") as log:
+        log.write("new\n")
+    assert tail.new_text() == "new\n"
+    tail.close()
+    assert last_text(path, before) == "new"
+    assert size_of(tmp_path / "none") == 0
 
 
 def test_the_first_error_file_stays(tmp_path) -> None:

@@ -275,21 +275,46 @@ def decide_gpus(use_gpu: Any, world_size: int, found: int) -> tuple[int, ...]:
     return tuple(range(world_size))
 
 
-def decide_threads(num_cpus_per_worker: Any, world_size: int) -> int:
+def decide_threads(
+    num_cpus_per_worker: Any, world_size: int, environ: Mapping[str, str], *, launched: bool
+) -> tuple[int, str]:
     """Intra-op threads per process.
 
     Args:
-        num_cpus_per_worker: a number, or "auto": the cores that this process may use, divided by the ranks.
+        num_cpus_per_worker: a number, or "auto": what the user's environment says; else the cores that this process may use,
+            divided by the ranks.
         world_size: ranks on this machine.
+        environ: of the script.
+        launched: a launcher started the ranks; where it starts several, it sets one thread for users who have not said how many.
+
+    Returns:
+        The threads, and what to tell the user: empty, or that they are more than the cores.
 
     Raises:
         InvalidArgumentError: neither.
     """
     if num_cpus_per_worker == "auto":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, cores // world_size)
+        name, threads = _threads_in(environ)
+        if not name or (launched and world_size > 1 and (name, threads) == ("OMP_NUM_THREADS", 1)):
+            return max(1, cores // world_size), ""
+        if threads * world_size <= cores:
+            return threads, ""
+        return threads, (
+            f"{name}={environ[name]} gives {world_size} processes {threads} threads each, for {cores} cores: unset it, and they "
+            "share the cores out, or pass num_cpus_per_worker"
+        )
     if not isinstance(num_cpus_per_worker, int) or isinstance(num_cpus_per_worker, bool) or num_cpus_per_worker < 1:
         raise InvalidArgumentError(
             f'num_cpus_per_worker must be "auto" or a whole number of at least 1, got {num_cpus_per_worker!r}'
         )
-    return num_cpus_per_worker
+    return num_cpus_per_worker, ""
+
+
+def _threads_in(environ: Mapping[str, str]) -> tuple[str, int]:
+    """The variable that torch takes its number of threads from, and that number; an empty name if there is none."""
+    for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        first = environ.get(name, "").partition(",")[0].strip()  # a list is one number per level of nesting
+        if first.isdecimal() and int(first) > 0:
+            return name, int(first)
+    return "", 0

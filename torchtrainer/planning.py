@@ -24,7 +24,7 @@ from torchtrainer.engines.local import shared_engine
 from torchtrainer.engines.snapshots import CheckpointOrders
 from torchtrainer.errors import InvalidArgumentError, ResumeError
 from torchtrainer.observe.devices import gpu_count
-from torchtrainer.observe.notices import notice
+from torchtrainer.observe.notices import notice, notice_once
 from torchtrainer.resume import OpenRun, borrowed, known, open_run
 from torchtrainer.spec import BuildSpec
 from torchtrainer.topology import WORKER_MARK, Topology
@@ -201,7 +201,7 @@ def plan_run(given: Mapping[str, Any]) -> RunPlan:
         spec=BuildSpec(settings=settings, config=config, training_operator_cls=operator_cls, **creators),
         engine=_engine_for(given["engine"], topology, given["use_local"]),
         world_size=world_size,
-        threads=decide_threads(given["num_cpus_per_worker"], local_ranks),
+        threads=_threads(given["num_cpus_per_worker"], local_ranks, topology),
         gpus=gpus,
         hang_timeout_s=settings.timeout_s if failure.hang_timeout_s == "auto" else failure.hang_timeout_s,
         is_main=topology is None or topology.rank == 0,
@@ -211,6 +211,13 @@ def plan_run(given: Mapping[str, Any]) -> RunPlan:
         failure=failure,
         min_workers=given["min_workers"],
     )
+
+
+def _threads(wanted: Any, local_ranks: int, topology: Topology | None) -> int:
+    threads, crowded = decide_threads(wanted, local_ranks, os.environ, launched=topology is not None)
+    if crowded and (topology is None or topology.rank == 0):
+        notice_once(crowded)
+    return threads
 
 
 def _settings(given: Mapping[str, Any], *, use_gpu: bool) -> TrainSettings:

@@ -41,8 +41,10 @@ from torchtrainer.observe.status import ProcessStatus, Status
 from torchtrainer.observe.watch import Watch
 from torchtrainer.planning import RunPlan, plan_run
 from torchtrainer.preempt.watch import NoticeWatch
+from torchtrainer.process.streams import open_standard_descriptors
 from torchtrainer.resume import OpenRun
 from torchtrainer.run_places import kept_below
+from torchtrainer.script.absent import AbsentTrainer
 from torchtrainer.train.metrics import PassResult, reduce_results
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class TorchTrainer:
         config: handed to every creator; ``config[BATCH_SIZE]`` is a batch size over all ranks.
         num_workers: ranks.
         min_workers: processes below which the ranks wait for new ones instead of sharing those that are left.
-        num_cpus_per_worker: intra-op threads per process; "auto": cores / ``num_workers``.
+        num_cpus_per_worker: intra-op threads per process; "auto": ``OMP_NUM_THREADS``, if set, else cores / ``num_workers``.
         use_gpu: one GPU per rank; "auto": if there are any.
         backend: ``nccl``, ``gloo`` or "auto".
         wrap_ddp: wrap models in ``DistributedDataParallel``; ``ddp_args``: its arguments.
@@ -156,6 +158,7 @@ class TorchTrainer:
         self._group: Group | None = None
         refuse_unknown(unknown, given)
         forget_interrupted_calls()
+        open_standard_descriptors()
         run = plan_run(given)
         self._callbacks = Callbacks(callbacks if run.is_main else ())
         self.config = run.spec.config
@@ -211,6 +214,10 @@ class TorchTrainer:
         self._watch.attach(lambda: group.views)
         # Also when nobody calls shutdown: with the trainer, or at the latest with this process.
         self._finalizer = weakref.finalize(self, _end, self._group, self._run, self._notices, self._gpu_monitor)
+
+    def __reduce__(self) -> tuple[type[AbsentTrainer], tuple[()]]:
+        """An object that keeps its trainer travels to the workers, where the trainer is not."""
+        return AbsentTrainer, ()
 
     # Training
 

@@ -138,7 +138,7 @@ class EndWorker(ForWorker):
 
 @dataclass(frozen=True, kw_only=True)
 class StartGroup(Message):
-    """Start one worker process per rank. ``blob``: the cloudpickled `BuildSpec`.
+    """Start one worker process per rank. ``blob``: the script's state and the pickled `BuildSpec`, for `take_over`.
 
     Attributes:
         group: name of the new group.

@@ -17,6 +17,7 @@ from torchtrainer.driver.events import HostLost
 from torchtrainer.process.guard import open_pidfd
 from torchtrainer.process.paths import EnginePaths
 from torchtrainer.process.starters import interpreter
+from torchtrainer.process.streams import open_standard_descriptors
 
 POLL_S = 0.05
 """Longest single wait; between two of them the caller looks at its deadlines."""
@@ -39,6 +40,7 @@ class HostConnection:
     """
 
     def __init__(self, start_method: str, timeouts: Timeouts) -> None:
+        open_standard_descriptors()
         self._timeouts = timeouts
         self.paths = EnginePaths.create()
         self._process = subprocess.Popen(

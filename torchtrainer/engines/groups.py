@@ -10,8 +10,9 @@ from torchtrainer.control.messages import StartGroup
 from torchtrainer.engines.memory_files import SharedMemory
 from torchtrainer.engines.snapshots import CheckpointOrders, Snapshots
 from torchtrainer.process.child import ChildSpec
-from torchtrainer.process.logs import LogTail
-from torchtrainer.process.paths import EnginePaths
+from torchtrainer.process.logs import LogTail, size_of
+from torchtrainer.process.paths import EnginePaths, RankPaths
+from torchtrainer.script.take_over import SCRIPT_FILE
 from torchtrainer.topology import WORKER_MARK
 
 WORKER_ENTRY = "torchtrainer.worker.main:main"
@@ -36,6 +37,7 @@ class Group:
         unwanted: those that are to end as soon as they exist.
         like: the rank that each process is built for.
         tails: of what rank 0 writes.
+        logged: by process, the bytes that its rank's ``stderr`` and stacks had when it was started.
         awaited: those that are being built or run a call.
         killed: all of them are to end.
         memory: files in memory that the workers share.
@@ -51,6 +53,7 @@ class Group:
     unwanted: set[int] = field(default_factory=set)
     like: dict[int, int] = field(default_factory=dict)
     tails: dict[str, LogTail] = field(default_factory=dict)
+    logged: dict[int, tuple[int, int]] = field(default_factory=dict)
     awaited: set[int] = field(default_factory=set)
     killed: bool = False
     snapshots: Snapshots | None = None
@@ -65,6 +68,11 @@ class Group:
     def worker_of(self, pid: int) -> int | None:
         """Number of a process, None if it is not of this group."""
         return next((worker for worker, known in self.pids.items() if known == pid), None)
+
+    def note_logs(self, worker: int) -> None:
+        """Remembers what is in the logs that a process is about to write to: an earlier one has said that."""
+        paths = RankPaths.of(self.spec.log_dir, self.like[worker])
+        self.logged[worker] = size_of(paths.stream("stderr")), size_of(paths.stacks)
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -123,6 +131,7 @@ def child_spec(group: Group, worker: int, paths: EnginePaths, record: list[Any] 
         "OMP_NUM_THREADS": str(message.threads),
         **message.environ,
         WORKER_MARK: message.group,
+        SCRIPT_FILE: str(paths.spec(message.group)),
         "RANK": str(rank),
         "WORLD_SIZE": str(message.world_size),
         "LOCAL_RANK": str(rank),

@@ -46,7 +46,7 @@ from torchtrainer.engines.preload import preloadable
 from torchtrainer.engines.saving import Saving
 from torchtrainer.engines.starting import Starters
 from torchtrainer.process.guard import kill_process_group, kill_session, open_pidfd, settle_signals, signal_process
-from torchtrainer.process.logs import LogTail
+from torchtrainer.process.logs import LogTail, size_of
 from torchtrainer.process.oom import OomWatch
 from torchtrainer.process.paths import EnginePaths, RankPaths, private_directory
 from torchtrainer.process.signals import STACK_DUMP_SIGNAL
@@ -57,6 +57,7 @@ from torchtrainer.process.starters import (
     StarterFailed,
     StarterReady,
 )
+from torchtrainer.process.streams import open_standard_descriptors
 
 DRIVER = b"driver"
 TICK_S = 0.05
@@ -188,8 +189,10 @@ class Host:
             with open(os.open(spec_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(message.blob)
             for stream in ("stdout", "stderr"):
-                group.tails[stream] = LogTail(RankPaths.of(message.log_dir, 0).stream(stream))
+                log = RankPaths.of(message.log_dir, 0).stream(stream)
+                group.tails[stream] = LogTail(log, start=size_of(log))
             for rank in range(message.world_size):
+                group.note_logs(rank)
                 self._starters.start(child_spec(group, rank, self._paths))
         except OSError as error:  # no space, or no more processes: other groups go on
             self._to_driver(GroupFailed(group=message.group, text=str(error)))
@@ -201,6 +204,7 @@ class Host:
         group.like[message.worker] = message.rank
         group.unborn.add(message.worker)
         group.awaited.add(message.worker)
+        group.note_logs(message.worker)
         try:
             self._starters.start(child_spec(group, message.worker, self._paths, message.record))
         except OSError as error:  # no more processes: the others go on without this one
@@ -375,6 +379,7 @@ def main(arguments: list[str]) -> None:
     Args:
         arguments: private directory, pid of the driver, start method. Standard input is a pipe that the driver holds open.
     """
+    open_standard_descriptors()
     root, driver_pid, start_method = arguments
     settle_signals()
     paths = EnginePaths(Path(root))

@@ -13,6 +13,7 @@ from torchtrainer.driver.controller import Listener
 from torchtrainer.engines.base import GroupPlan
 from torchtrainer.engines.inline_group import InlineGroup, device_of
 from torchtrainer.errors import EngineError
+from torchtrainer.process.child import flush_output
 from torchtrainer.process.paths import RankPaths, private_directory
 from torchtrainer.topology import Topology, to_environ
 
@@ -138,7 +139,7 @@ class SpmdEngine:
             paths = RankPaths.of(plan.log_dir, self.topology.rank)
             private_directory(paths.root)
             path = str(paths.stream("stdout"))
-        sys.stdout.flush()
+        flush_output()
         if self._log is not None:
             self._log.close()
         self._log = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", buffering=1)  # noqa: SIM115

@@ -7,7 +7,6 @@ a worker hears from the driver comes here from rank 0, whose thread decides: see
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from torchtrainer.comm.talk import Talk
 from torchtrainer.control.messages import StopAt
 from torchtrainer.engines.inline_rounds import Orders, Rounds
 from torchtrainer.errors import Preempted
+from torchtrainer.process.child import flush_output
 from torchtrainer.worker.link import StopGate
 
 LOOK_S = 0.1
@@ -102,7 +102,7 @@ class Agreement:
             while not self._closing.wait(BUSY_LOOK_S if time.monotonic() < self._busy_until else LOOK_S):
                 self._turn()
         except Preempted as leaving:  # the thread that trains may be where nothing reaches it
-            sys.stdout.flush()
+            flush_output()
             os._exit(int(leaving.code or 0))
         except RuntimeError:  # the store is gone, and with it the launcher or rank 0: the collectives will say so
             return

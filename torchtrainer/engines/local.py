@@ -7,7 +7,7 @@ import os
 import secrets
 import sys
 import weakref
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from torchtrainer.config import Timeouts
@@ -19,10 +19,36 @@ from torchtrainer.driver.pickling import dumps
 from torchtrainer.driver.views import WorkerView
 from torchtrainer.engines.base import CallResult, GroupPlan
 from torchtrainer.errors import InvalidArgumentError
+from torchtrainer.observe.notices import notice_once
 from torchtrainer.preempt.notice import Notice
+from torchtrainer.script.modules import search_path
+from torchtrainer.script.take_over import ScriptState
 from torchtrainer.topology import current as current_topology
 
 StartMethod = Literal["auto", "fork", "exec"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """The script as it was when the trainer was made, for workers of any later start too.
+
+    Attributes:
+        environ, cwd, sys_path: of its process.
+        state: pickled `ScriptState`.
+    """
+
+    environ: dict[str, str]
+    cwd: str
+    sys_path: list[str]
+    state: bytes
+
+    @classmethod
+    def taken_now(cls) -> Script:
+        """The script as it is; tells the user what of it cannot be carried."""
+        state = ScriptState.taken_now()
+        for text in state.left_out:
+            notice_once(text)
+        return cls(environ=dict(os.environ), cwd=os.getcwd(), sys_path=search_path(), state=state.dumps())
 
 
 class LocalEngine:
@@ -61,12 +87,12 @@ class LocalEngine:
         """
         return LocalGroup(self, plan, listener)
 
-    def start_workers(self, plan: GroupPlan, listener: Listener) -> Controller:
+    def start_workers(self, plan: GroupPlan, script: Script, listener: Listener) -> Controller:
         """The workers of a group, built; errors as for `start_group`."""
         connection = self.connect()
         controller = Controller(
             connection,
-            self._start_message(plan, connection),
+            self._start_message(plan, script, connection),
             logs_stay=plan.logs_stay,
             timeouts=plan.timeouts,
             hang_timeout_s=plan.hang_timeout_s,
@@ -84,15 +110,15 @@ class LocalEngine:
             raise
         return controller
 
-    def _start_message(self, plan: GroupPlan, connection: HostConnection) -> StartGroup:
+    def _start_message(self, plan: GroupPlan, script: Script, connection: HostConnection) -> StartGroup:
         group, settings = f"group-{secrets.token_hex(4)}", plan.settings
         return StartGroup(
             group=group,
             world_size=plan.world_size,
             log_dir=os.path.abspath(plan.log_dir if plan.logs_stay else connection.paths.logs(group)),
-            environ={**os.environ, **plan.environ},
-            cwd=os.getcwd(),
-            sys_path=[os.path.abspath(entry) for entry in sys.path],
+            environ={**script.environ, **plan.environ},
+            cwd=script.cwd,
+            sys_path=script.sys_path,
             threads=plan.threads,
             backend=settings.backend,
             timeout_s=settings.timeout_s,
@@ -101,7 +127,7 @@ class LocalEngine:
             progress_s=plan.timeouts.progress_s,
             hold_s=plan.timeouts.hold_s,
             checkpoint=None if plan.checkpoint is None else asdict(plan.checkpoint),
-            blob=_pickled_spec(plan),
+            blob=script.state + _pickled_spec(plan),
         )
 
     def close(self) -> None:
@@ -119,10 +145,11 @@ class LocalGroup:
         self._plan = plan
         self._listener = listener
         self.world_size = plan.world_size
+        self._script = Script.taken_now()
         self._begin()
 
     def _begin(self) -> None:
-        self._controller = self._engine.start_workers(self._plan, self._listener)
+        self._controller = self._engine.start_workers(self._plan, self._script, self._listener)
         # A group that nobody holds any more ends.
         self._finalizer = weakref.finalize(self, self._controller.end, force=True)
 
@@ -181,10 +208,10 @@ class LocalGroup:
 
 
 def _pickled_spec(plan: GroupPlan) -> bytes:
-    """The creators and options as workers get them; each part is tried by itself if the whole does not pickle."""
+    """The creators and options; each part is tried by itself if the whole does not pickle."""
     parts = {name: value for name, value in vars(plan.spec).items() if value is not None and name != "settings"}
     try:
-        return dumps(plan.spec, "the trainer's arguments")
+        return dumps(plan.spec, "the trainer's arguments", in_place=True)
     except TypeError:
         for name, value in parts.items():
             dumps(value, name)

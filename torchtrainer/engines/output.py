@@ -25,7 +25,8 @@ def new_output(group: Group, flush: bool) -> list[Output]:
 def written_stacks(group: Group) -> list[Stacks]:
     """The stacks that the workers wrote last."""
     paths = {worker: RankPaths.of(group.spec.log_dir, group.like[worker]).stacks for worker in group.pids}
-    return [Stacks(group=group.spec.group, worker=worker, text=last_text(path)) for worker, path in paths.items()]
+    texts = {worker: last_text(path, group.logged[worker][1]) for worker, path in paths.items()}
+    return [Stacks(group=group.spec.group, worker=worker, text=text) for worker, text in texts.items()]
 
 
 def last_words(group: Group, worker: int, event: ChildExited, oom: OomWatch) -> WorkerExited:
@@ -38,6 +39,6 @@ def last_words(group: Group, worker: int, event: ChildExited, oom: OomWatch) -> 
         exit_code=event.exit_code,
         step=group.memory.step_of(worker),
         max_rss_bytes=event.max_rss_bytes,
-        stderr_tail=last_text(log),
+        stderr_tail=last_text(log, group.logged[worker][0]),
         oom=event.exit_code == MAY_BE_OUT_OF_MEMORY and oom.killed(),
     )

@@ -33,6 +33,7 @@ from torchtrainer.process.paths import LaunchPaths
 from torchtrainer.process.signals import EXIT_PREEMPTED
 from torchtrainer.process.spawner import import_first, import_quickly, serve
 from torchtrainer.process.starters import ForkStarter, SpawnerStarter, Starter
+from torchtrainer.process.streams import open_standard_descriptors
 
 if TYPE_CHECKING:
     from torchtrainer.elastic.launch import Launch, Outcome
@@ -67,7 +68,7 @@ def main(argv: Sequence[str], form: Form) -> int:
     replaceable = os.name == "posix" and threading.active_count() == 1 and sys.gettrace() is None
     if replaceable:
         flush_output()
-        _open_standard_descriptors()
+        open_standard_descriptors()
         os.execv(sys.executable, [sys.executable, "-u", ENTRY, form.name, *argv])
     return _launch_elsewhere(args, form)
 
@@ -201,16 +202,6 @@ def _explained(error: Exception, launch: Launch | None, args: argparse.Namespace
     if isinstance(error, ValueError | AssertionError | OSError | EngineError | RuntimeError):
         return str(error) or type(error).__name__
     return f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-
-
-def _open_standard_descriptors() -> None:
-    """Has closed standard streams lead nowhere: the next file opened, such as a socket, would take a closed one's number."""
-    for fd in (0, 1, 2):
-        try:
-            os.fstat(fd)
-        except OSError:
-            null = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
-            os.set_inheritable(null, True)  # noqa: FBT003  # takes no keyword
 
 
 def _unreadable(args: argparse.Namespace) -> str | None:

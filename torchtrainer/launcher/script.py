@@ -27,6 +27,7 @@ from torchtrainer.process.error_file import write_error_file
 from torchtrainer.process.fresh import MAIN_ALIAS, Fresh
 from torchtrainer.process.guard import die_with_parent
 from torchtrainer.process.signals import STACK_DUMP_SIGNAL
+from torchtrainer.process.streams import redirect
 
 COMMAND_NOT_FOUND = 127
 COMMAND_NOT_EXECUTABLE = 126
@@ -77,8 +78,9 @@ def become_program(spec: ProgramSpec, parent: int, fresh: Fresh) -> NoReturn:
     os.setsid()  # a process group of its own, which keeps the terminal's Ctrl-C away
     die_with_parent(parent)
     _reset_signals(spec["default_signals"])
-    _redirect(spec["stdout"], 1)
-    _redirect(spec["stderr"], 2)
+    for fd, path in ((1, spec["stdout"]), (2, spec["stderr"])):
+        if path:
+            redirect(fd, path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     fresh.block_signals()
     directory = _own_directory(spec)
     if spec["kind"] == "command" or (directory is not None and fresh.shadowed_in(directory)):
@@ -221,13 +223,6 @@ def _reset_signals(defaults: list[int]) -> None:
         signal.signal(signum, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # an interpreter leaves it ignored, too
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _redirect(path: str, fd: int) -> None:
-    if path:
-        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        os.dup2(log, fd)
-        os.close(log)
 
 
 def _renew_randomness() -> None:

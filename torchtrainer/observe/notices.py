@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol, TextIO, cast
 
 NOTICE_EVERY_S = 1.0
 """Seconds between two lines about what may happen many times in a row."""
@@ -18,6 +19,20 @@ class TextSink(Protocol):
         """Takes the text, which ends with a newline."""
 
 
+class Nowhere(io.TextIOBase):
+    """A stream that takes any text and shows none of it."""
+
+    def write(self, text: str, /) -> int:
+        """Takes the text."""
+        return len(text)
+
+
+def standard_stream(name: Literal["stdout", "stderr"]) -> TextIO:
+    """The stream of this name as it is now; one that leads nowhere if it is closed, as it is for some daemons."""
+    stream: TextIO | None = getattr(sys, name)
+    return cast("TextIO", Nowhere()) if stream is None or getattr(stream, "closed", False) else stream
+
+
 def notice(text: str, *, stream: TextSink | None = None) -> None:
     """Tells the user something in one line that starts with ``torchtrainer:``.
 
@@ -25,8 +40,18 @@ def notice(text: str, *, stream: TextSink | None = None) -> None:
         text: what to say; line breaks become blanks, so that it stays one line.
         stream: where it goes; None: ``sys.stderr`` as it is now (a notebook replaces it).
     """
-    sink = sys.stderr if stream is None else stream
+    sink = standard_stream("stderr") if stream is None else stream
     sink.write(f"torchtrainer: {' '.join(text.split())}\n")
+
+
+_said: set[str] = set()
+
+
+def notice_once(text: str) -> None:
+    """The same, for what every trainer of a script would tell again."""
+    if text not in _said:
+        _said.add(text)
+        notice(text)
 
 
 class PacedNotices:

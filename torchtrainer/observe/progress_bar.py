@@ -7,7 +7,6 @@ driver, which waits for its workers anyway, tells them something.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any, TextIO
 
 from torchtrainer.observe.devices import GIB, DeviceUse
 from torchtrainer.observe.events import StepEvent
+from torchtrainer.observe.notices import standard_stream
 
 KNOWN_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 UNKNOWN_FORMAT = "{desc}: {n_fmt} batches [{elapsed}{postfix}]"
@@ -37,7 +37,7 @@ def _bar_class() -> Any:
 def _shape(file: TextIO | None) -> dict[str, Any]:
     """How wide to draw: as the terminal is, also after it changes; some terminals say 0, where tqdm would draw nothing."""
     try:
-        size = os.get_terminal_size((file or sys.stderr).fileno())
+        size = os.get_terminal_size((file or standard_stream("stderr")).fileno())
     except (OSError, ValueError, AttributeError):  # not a terminal, or not even a file
         return {"dynamic_ncols": True}
     if size.columns and size.lines:
@@ -61,7 +61,7 @@ class PassBar:
         self._bar = _bar_class()(
             desc=description,
             total=total,
-            file=file,
+            file=file or standard_stream("stderr"),
             mininterval=0,
             miniters=1,
             **_shape(file),
@@ -79,13 +79,13 @@ class PassBar:
         if forward <= 0:  # tqdm draws by itself only when the count grows
             self._bar.refresh()
 
-    def write(self, text: str) -> None:
-        """Prints whole lines on standard output, above the bar; a missing newline at the end is added."""
-        type(self._bar).write(text, end="" if text.endswith("\n") else "\n")
+    def write(self, text: str, file: TextIO | None = None) -> None:
+        """Prints whole lines above the bar, on standard output or another stream; a missing newline at the end is added."""
+        type(self._bar).write(text, file=file, end="" if text.endswith("\n") else "\n")
 
     def aside(self) -> AbstractContextManager[None]:
         """Takes the bar off the terminal while something else is written there."""
-        aside: AbstractContextManager[None] = type(self._bar).external_write_mode(file=sys.stderr)
+        aside: AbstractContextManager[None] = type(self._bar).external_write_mode(file=standard_stream("stderr"))
         return aside
 
     def close(self) -> None:
@@ -141,7 +141,9 @@ class StartBar:
         text = f"{SPINNER[self._ticks % len(SPINNER)]} {self._description}"
         self._ticks += 1
         if self._bar is None:
-            self._bar = _bar_class()(desc=text, file=self._file, leave=False, bar_format=START_FORMAT)
+            self._bar = _bar_class()(
+                desc=text, file=self._file or standard_stream("stderr"), leave=False, bar_format=START_FORMAT
+            )
         else:
             self._bar.set_description_str(text)
 

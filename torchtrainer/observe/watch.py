@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ from torchtrainer.observe.devices import CpuMeter, DeviceUse, GpuMonitor
 from torchtrainer.observe.events import Callbacks, CheckpointEvent, StepEvent
 from torchtrainer.observe.failure_watch import FailureWatch
 from torchtrainer.observe.failures import FailureRecord, named
-from torchtrainer.observe.notices import PacedNotices, notice
+from torchtrainer.observe.notices import PacedNotices, notice, standard_stream
 from torchtrainer.observe.progress_bar import PassBar, StartBar
 from torchtrainer.observe.shown import Shown
 
@@ -201,12 +200,12 @@ class Watch:
 
     def on_output(self, output: Output) -> None:
         """Rank 0 wrote lines."""
-        stream = sys.stderr if output.stream == "stderr" else sys.stdout
+        stream = standard_stream("stderr" if output.stream == "stderr" else "stdout")
         text = "".join(self._prefix + line for line in output.text.splitlines(keepends=True))
         encoding = getattr(stream, "encoding", None) or "utf-8"
         text = text.encode(encoding, "backslashreplace").decode(encoding)  # a worker may write what we cannot show
         if self._bar is not None and output.stream == "stdout":
-            self._bar.write(text)
+            self._bar.write(text, stream)
             return
         stream.write(text)
         stream.flush()

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypedDict
 from torchtrainer.process.guard import die_with_parent
 from torchtrainer.process.paths import SOCKET_PATH_LIMIT, RankPaths
 from torchtrainer.process.signals import STACK_DUMP_SIGNAL
+from torchtrainer.process.streams import redirect
 
 SOCKET_NAME_BYTES = 18
 """Length of ``/listener-xxxxxxxx``."""
@@ -105,13 +106,9 @@ def _reset_signals() -> None:
 def _redirect_output(paths: RankPaths) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkdir(paths.root, 0o700)  # not its parents: if they are gone, so is whoever wanted this worker
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
+    redirect(0, os.devnull, os.O_RDONLY)
     for fd, name in ((1, "stdout"), (2, "stderr")):
-        log = os.open(paths.stream(name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(log, fd)
-        os.close(log)
+        redirect(fd, paths.stream(name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for stream, fd in (("stdout", 1), ("stderr", 2)):
         # Fresh objects: the inherited ones may hold text of the parent, or be something that the parent put there.
         setattr(sys, stream, open(fd, "w", buffering=1, closefd=False, errors="backslashreplace"))  # noqa: SIM115

@@ -148,7 +148,7 @@ class Fresh:
         """
         hidden = self._preloaded()
         added = [entry for entry in warnings.filters if entry not in self.filters]
-        _set_filters(self.filters)
+        set_filters(self.filters)
         for name in hidden:
             del sys.modules[name]
         sys.meta_path.insert(0, HandOver(hidden, added, import_time_variables(os.environ), on_change))
@@ -208,7 +208,7 @@ class HandOver(MetaPathFinder, Loader):
 
     def _catch_up(self) -> None:
         """Does what importing torch would have done just now: adds its filters and reads the environment."""
-        _set_filters([*self._filters, *warnings.filters])
+        set_filters([*self._filters, *warnings.filters])
         now = import_time_variables(os.environ)
         changed = {n: now.get(n) for n in {*now, *self._variables} if now.get(n) != self._variables.get(n)}
         if changed:
@@ -256,7 +256,8 @@ def import_time_variables(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name.startswith(IMPORT_TIME_PREFIXES)}
 
 
-def _set_filters(filters: Sequence[Any]) -> None:
+def set_filters(filters: Sequence[Any]) -> None:
+    """Makes these the filters of `warnings`, the first that matches first."""
     warnings.filters[:] = filters  # type: ignore[index]  # a list, whatever the stubs say
     # The public functions call it; one that sets the whole list has to as well.
     with contextlib.suppress(AttributeError):

@@ -15,10 +15,15 @@ class LogTail:
     """Follows one log file and hands out whole lines. Used by one thread.
 
     A carriage return ends a line too, so that a progress bar inside a worker shows while it moves.
+
+    Args:
+        path: of the file.
+        start: bytes of it that somebody has written before.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, start: int = 0) -> None:
         self._path = path
+        self._start = start
         self._fd: int | None = None
         self._partial = b""
 
@@ -33,6 +38,7 @@ class LogTail:
                 self._fd = os.open(self._path, os.O_RDONLY)
             except FileNotFoundError:
                 return ""
+            os.lseek(self._fd, self._start, os.SEEK_SET)
         chunks = [self._partial]
         while (flush or len(chunks) <= MAX_CHUNKS) and (chunk := os.read(self._fd, _READ_BYTES)):
             chunks.append(chunk)
@@ -48,15 +54,29 @@ class LogTail:
             self._fd = None
 
 
-def last_text(path: Path, limit_bytes: int = STDERR_TAIL_BYTES) -> str:
-    """Returns the end of a log file, beginning with a whole line; empty if there is no file."""
+def size_of(path: Path) -> int:
+    """Bytes in a log file so far; 0 if there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def last_text(path: Path, start: int = 0, limit_bytes: int = STDERR_TAIL_BYTES) -> str:
+    """Returns the end of a log file, beginning with a whole line; empty if there is no file.
+
+    Args:
+        path: of the file.
+        start: bytes of it that somebody has written before, which are left out.
+        limit_bytes: most that is returned.
+    """
     try:
         with path.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
-            log.seek(max(0, size - limit_bytes))
+            log.seek(max(start, size - limit_bytes))
             data = log.read()
     except FileNotFoundError:
         return ""
-    if size > limit_bytes:
+    if size - start > limit_bytes:
         data = data[data.find(b"\n") + 1 :]
     return data.decode(errors="replace").strip()

@@ -10,10 +10,8 @@ import os
 import signal
 import sys
 import traceback
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -30,6 +28,7 @@ from torchtrainer.process.allocation import keep_freed_memory
 from torchtrainer.process.child import flush_output
 from torchtrainer.process.error_file import write_error_file
 from torchtrainer.process.paths import RankPaths
+from torchtrainer.script.take_over import ScriptState, take_over
 from torchtrainer.spec import BuildSpec
 from torchtrainer.train.progress import Progress, StepMark
 from torchtrainer.worker.crew import Released
@@ -114,6 +113,7 @@ class Worker:
         self.saver = self._make_saver(arguments.checkpoint) if arguments.checkpoint is not None else None
         self._latest = Latest(call=0, method="")
         self._seating: Seating | None = None
+        self._script: ScriptState | None = None
         self._interruptible = False
         signal.signal(signal.SIGINT, self._on_interrupt)
         self._pid = os.getpid()
@@ -185,11 +185,10 @@ class Worker:
         device = torch.device("cpu") if arguments.gpu is None else torch.device("cuda", arguments.gpu)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        spec: BuildSpec = cloudpickle.loads(Path(arguments.spec_path).read_bytes())
+        spec = self._load_spec()
         binding = bind(arguments.rank, arguments.world_size, arguments.threads, spec.settings.cpu_affinity)
         if binding.refused and arguments.rank == 0:
             notice(f"cpu_affinity=True: {binding.refused}; processes run on any core")
-        _take_over_main()
         self.progress.enter("initialization_hook")
         run_initialization_hook(spec)
         self.progress.enter("join process group")
@@ -213,6 +212,12 @@ class Worker:
             link=self.link,
             shared_by=binding.shared_by,
         )
+
+    def _load_spec(self) -> BuildSpec:
+        """The user's code and options, in a process that is made like the script first."""
+        self._script, spec = take_over(self.arguments.spec_path)
+        assert isinstance(spec, BuildSpec)
+        return spec
 
     def _take(self, seating: Seating, order: ForWorker) -> None:
         """Does what an order asks for."""
@@ -307,6 +312,8 @@ class Worker:
     def _report(self, error: BaseException, call: int) -> int:
         """Tells the driver why this rank failed, and leaves an error file; returns the exit code to end with."""
         text = "".join(traceback.format_exception(error))
+        if call == 0 and self._script is not None and (hint := self._script.hint()):
+            text = f"{text}\n{hint}\n"
         leaving = isinstance(error, SystemExit)
         exit_code = _exit_code(error.code) if isinstance(error, SystemExit) else None
         paths = RankPaths.of(self.arguments.log_dir, self.arguments.rank)
@@ -333,19 +340,6 @@ class Worker:
             )
         )
         return EXIT_FAILED if exit_code is None else exit_code
-
-
-def _take_over_main() -> None:
-    """Makes the classes of the user's script or notebook those of ``__main__`` here too.
-
-    cloudpickle made them anew, from their code. Loader workers send batches and exceptions by plain pickle, which finds a
-    class by its module and name; without this, an object of such a class would never arrive, and the rank would wait.
-    """
-    main = types.ModuleType("__main__")
-    for kind in list(cloudpickle.cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID.values()):
-        if kind.__module__ == "__main__" and "." not in kind.__qualname__:
-            setattr(main, kind.__name__, kind)
-    sys.modules["__main__"] = main
 
 
 def _text_of(error: BaseException) -> str:
