@@ -9,7 +9,7 @@ import os
 import socket
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,7 +66,7 @@ class TorchTrainer:
         scheduler_creator: ``(optimizer, config)`` -> a scheduler, or several.
         training_operator_cls: a `TrainingOperator` subclass, alone or with creators.
         initialization_hook: run without arguments in every worker process before anything else.
-        config: handed to every creator; ``config[BATCH_SIZE]`` is a batch size over all ranks.
+        config: a dict or another mapping, handed to every creator as it is; ``config[BATCH_SIZE]`` is a batch size over all ranks.
         num_workers: ranks.
         min_workers: processes below which the ranks wait for new ones instead of sharing those that are left.
         num_cpus_per_worker: intra-op threads per process; "auto": cores / ``num_workers``.
@@ -114,7 +114,7 @@ class TorchTrainer:
         scheduler_creator: Callable[..., Any] | None = None,
         training_operator_cls: type[TrainingOperator] | None = None,
         initialization_hook: Callable[[], Any] | None = None,
-        config: dict[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
         num_workers: int = 1,
         min_workers: int = 1,
         num_cpus_per_worker: int | Literal["auto"] = "auto",
