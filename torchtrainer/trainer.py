@@ -438,44 +438,70 @@ class TorchTrainer:
         state: dict[str, Any] = self._remembered("state_dict()", "state_dict", first)
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Loads a state on every rank, and waits until that is done.
+
+        Args:
+            state: what `state_dict` returned; or the weights of the model alone, as any tool saves them (``model.state_dict()``,
+                with or without the prefixes of DDP and ``torch.compile``, or a dict that has them under ``state_dict``, ``model``
+                and the like): optimizers, schedulers and counters then stay as they are.
 
         Raises:
             ValueError: the state belongs to other models, optimizers or schedulers; the first difference is named.
         """
+        self._load(state, "load_state_dict got")
+
+    def _load(self, given: Any, what: str) -> None:
+        from torchtrainer.train.weights import WEIGHTS, as_state
+
+        self._living_group()
+        state = as_state(given, what)
         self._remembered("load_state_dict(state)", "load_state_dict", nothing, state=state)
-        self._epoch = int(state.get("epoch", 0))
+        if WEIGHTS not in state:
+            self._epoch = int(state.get("epoch", 0))
 
     def save(self, path: str | os.PathLike[str]) -> str:
-        """Saves `state_dict` by ``torch.save``; returns the path. Under a launcher rank 0 writes."""
+        """Saves `state_dict` by ``torch.save``; returns the path. Under a launcher rank 0 writes.
+
+        Args:
+            path: of a file; ``~`` is the home directory, and directories that are not there are made.
+
+        Raises:
+            InvalidArgumentError: it is a directory.
+        """
         import torch
 
         call = spell("save", path=os.fspath(path))
         known = self._calls.recorded(call, "state_dict")
+        file = Path(path).expanduser()
         if known is not None:
             self._take(known)
-            return os.fspath(path)
+            return str(file)
+        if file.is_dir():
+            raise InvalidArgumentError(f"save takes the path of a file, and {file} is a directory")
         state = self._call("state_dict")[0]
         if self._is_main:
-            torch.save(state, path)
-            _warn_about_extras(path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, file)
+            _warn_about_extras(file)
         if isinstance(self._group, InlineGroup):
             self._group.wait_for_all()  # no rank may read what rank 0 still writes
         self._done(call, None)
-        return os.fspath(path)
+        return str(file)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Loads what `save` wrote. Nothing in the file is run: it is read with ``weights_only=True``.
+        """Loads what `save` wrote, or weights that another tool saved; see `load_state_dict`.
+
+        Nothing in the file is run: it is read with ``weights_only=True``.
 
         Raises:
-            pickle.UnpicklingError: it holds objects other than tensors and plain containers (from ``operator.state_dict()``);
-                for a file that you trust: ``trainer.load_state_dict(torch.load(path, weights_only=False))``.
+            ValueError: it holds something else: objects, for instance, as in a file of a whole model, or of an operator whose
+                ``state_dict()`` returns them.
         """
-        import torch
+        from torchtrainer.train.weights import read_file
 
         self._living_group()
-        self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self._load(read_file(path), f"the file {os.fspath(path)} holds")
 
     # Seeing and ending
 

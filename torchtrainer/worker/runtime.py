@@ -23,9 +23,10 @@ from torchtrainer.train.loop import StepIterator, schedulers_of
 from torchtrainer.train.metrics import PassResult, plain
 from torchtrainer.train.progress import Progress, StepGate
 from torchtrainer.train.seats import trainable_of
-from torchtrainer.train.state import capture, restore
+from torchtrainer.train.state import capture, restore, restore_weights
 from torchtrainer.train.step import GradientShare
 from torchtrainer.train.team import TeamLoader
+from torchtrainer.train.weights import WEIGHTS
 from torchtrainer.worker.digests import step_iterator
 from torchtrainer.worker.keeper import RankKeeper, Saver
 from torchtrainer.worker.profiling import PassObserver
@@ -235,7 +236,13 @@ class RankRuntime:
         return capture(self.operator, loader.passes_started if loader is not None else 0)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned. A pass that was running is given up: the next call starts a new one."""
+        """Loads what `state_dict` returned. A pass that was running is given up: the next call starts a new one.
+
+        Weights alone, under `WEIGHTS`, change nothing but the models.
+        """
+        if WEIGHTS in state:
+            restore_weights(self.operator, state[WEIGHTS])
+            return
         restore(self.operator, state)
         epoch = int(state.get("epoch", 0))
         for name, loader in internals(self.operator).loaders.items():
