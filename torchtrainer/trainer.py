@@ -155,6 +155,7 @@ class TorchTrainer:
         run = plan_run(given)
         self._callbacks = Callbacks(callbacks if run.is_main else ())
         self.config = run.spec.config
+        self._made_from = run.spec, run.world_size
         self._is_main = run.is_main
         self._epoch = self._step = 0
         self._run = run.open_run(run_dir, resume)
@@ -402,12 +403,21 @@ class TorchTrainer:
     def get_model(self, to_cpu: bool = True) -> Any:
         """Returns a copy of the trained model, without DDP around it; a list if there are several.
 
+        A model that neither copies nor pickles is made here by ``model_creator``, and gets the trained state.
+
         Args:
             to_cpu: on the CPU, whatever it was trained on.
+
+        Raises:
+            NotSerializableError: the model can be had in neither way; ``state_dict()`` has its state.
         """
+        from torchtrainer.worker.models import ModelStates, rebuilt
+
         call = spell("get_model", to_cpu=None if to_cpu else False)
         known = self._calls.recorded(call, "state_dict")
         model = self._call("get_model", to_cpu=to_cpu)[0]
+        if isinstance(model, ModelStates):
+            model = rebuilt(model, *self._made_from)
         if known is not None:
             load_models(model, self._take(known)["models"])
         else:

@@ -29,6 +29,7 @@ from torchtrainer.train.team import TeamLoader
 from torchtrainer.train.weights import WEIGHTS
 from torchtrainer.worker.digests import step_iterator
 from torchtrainer.worker.keeper import RankKeeper, Saver
+from torchtrainer.worker.models import copies
 from torchtrainer.worker.profiling import PassObserver
 
 _NO_LOADER = (
@@ -220,14 +221,8 @@ class RankRuntime:
         Args:
             to_cpu: put the copy on the CPU; else it is on this rank's device.
         """
-        components = internals(self.operator).components
-        if components is None:
-            raise OperatorUseError(_not_registered(self.operator))
         self._follow_first_rank()
-        models = [components.sharding.copy_of(model) for model in components.raw_models]
-        if to_cpu:
-            models = [model.cpu() for model in models]
-        return models[0] if len(models) == 1 else models
+        return copies(self.operator, to_cpu=to_cpu)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the training, on the CPU, sharing no memory with it. Alike on all ranks."""
@@ -398,10 +393,3 @@ def _check_samples(operator: TrainingOperator, ranks: int) -> None:
             f"the train loader has {train.samples_per_pass} samples for num_workers={ranks} ranks, so that some would "
             f"never train: use num_workers={train.samples_per_pass} or fewer, or more data"
         )
-
-
-def _not_registered(operator: TrainingOperator) -> str:
-    return (
-        f"no models are registered; call self.register(models=..., optimizers=...) in the setup function of "
-        f"{type(operator).__name__}"
-    )
