@@ -54,8 +54,7 @@ def is_wrapped(model: nn.Module) -> bool:
 
 
 class Exchanging(DistributedDataParallel):
-    """torch's, but that copies of it, and pickles, are of the model alone: what has one (an average of weights, a teacher)
-    exchanges nothing."""
+    """torch's, but that copies of it, and pickles, are of the model alone: an average of weights or a teacher exchanges nothing."""
 
     def __copy__(self) -> Any:
         return copy.copy(self.module)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from torchtrainer.comm.exchange import why_no_room
 from torchtrainer.comm.group import GroupCollective
@@ -20,6 +21,7 @@ from torchtrainer.train.formats import lay_out
 from torchtrainer.train.fully_sharded import FullySharded
 from torchtrainer.train.optimizers import choose_form
 from torchtrainer.train.sharding import Unsharded
+from torchtrainer.train.weights import some
 from torchtrainer.train.zero import ShardedOptimizers
 
 if TYPE_CHECKING:
@@ -96,6 +98,8 @@ class Internals:
         steps: the iterator of the call that is running.
         meters: those of the built-in loop in this call, once it ran.
         gradient_clock: in a call that is profiled.
+        weighs: the exchange takes the weight of a rank's gradients along, so that nobody has to scale them before.
+        loss_count: what the mean of the running step's loss is over, where the loss tells that; None: the samples.
         bare_forward: the built-in step exchanges the gradients itself, and calls models without ``DistributedDataParallel``.
     """
 
@@ -106,6 +110,8 @@ class Internals:
     steps: StepIterator | None = None
     meters: AverageMeterCollection | None = None
     gradient_clock: GradientClock | None = None
+    weighs: bool = False
+    loss_count: Any = None
     bare_forward: bool = False
 
 
@@ -138,8 +144,21 @@ def in_shape_of(given: Any, members: list[Any]) -> Any:
 
 
 def check_models(value: Any, who: str) -> list[nn.Module]:
-    """The modules in ``value``, or a TypeError that shows what is not a module."""
-    return _check(value, who, "an nn.Module, or several in a tuple or list", lambda one: isinstance(one, nn.Module))
+    """The modules in ``value``, or a TypeError that shows what is not a module.
+
+    Raises:
+        InvalidArgumentError: parameters have no shape yet.
+    """
+    found = _check(value, who, "an nn.Module, or several in a tuple or list", lambda one: isinstance(one, nn.Module))
+    for model in found:
+        lazy = [name for name, one in (*model.named_parameters(), *model.named_buffers()) if is_lazy(one)]
+        if lazy:
+            raise InvalidArgumentError(
+                f"{who} must have parameters with shapes, but {some(lazy)} of {type(model).__name__} are of lazy modules and have "
+                "none yet. Call the model once on an example of a batch where it is made, before the optimizer is: "
+                "model(torch.zeros(2, ...))"
+            )
+    return found
 
 
 def check_optimizers(value: Any, who: str) -> list[Any]:

@@ -21,6 +21,7 @@ from torchtrainer.train.components import internals
 from torchtrainer.train.equality import Comparison
 from torchtrainer.train.rng import StreamReader
 from torchtrainer.train.seats import Buffers, nothing, packed_extras, unpacked_extras
+from torchtrainer.train.step import stands_for
 from torchtrainer.train.trained import TrainedParameters
 from torchtrainer.train.updates import Updates, go_to, standing
 
@@ -173,10 +174,12 @@ class LoneRank:
         parameters = self._trained.parameters
         given = [one.grad if unit in units else None for one, unit in zip(parameters, self._trained.units, strict=True)]
         number, tag = self.exchange.number + 1, self.updates.tag(self.exchange.layout)
-        progress = internals(self._operator).context.progress
+        inside = internals(self._operator)
+        progress = inside.context.progress
         phase = progress.phase
         with self._operator.timers.record("give"):
-            self.exchange.put(self._rank, number, given)
+            batch = inside.steps.current if inside.steps is not None else None
+            self.exchange.put(self._rank, number, given, **stands_for(self._operator, batch))
         if self._rank == 0 and self._buffers.followed:
             self._cards[-1].write(number, self._buffers.tensors, None)
         self.exchange.publish(self._rank, number, tag)
