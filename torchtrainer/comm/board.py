@@ -10,8 +10,8 @@ from torchtrainer.errors import EngineError
 
 _WORD_BYTES = 8
 _TAG_BUFFERS = 2
-_STANDS_FOR = 2
-"""Numbers that say what a rank's gradients stand for: the weight of a sample, and the samples."""
+_STANDS_FOR = 3
+"""Numbers that say what a rank's gradients stand for: the weight of a sample, the samples, and the loss."""
 _STEP_BITS, _UPDATES_BITS = 24, 16
 PAGE_BYTES = 4096
 """What follows the board begins at a multiple of it, so that the memory of each layout can be given back by itself."""
@@ -98,10 +98,10 @@ class Board:
             rank = next(rank for rank, tag in enumerate(tags) if tag != mine)
             raise UnequalExchangeError(rank, tags[rank])
 
-    def stand_for(self, rank: int, number: int, weight: float, samples: float) -> None:
+    def stand_for(self, rank: int, number: int, weight: float, samples: float, loss: float) -> None:
         """Writes what a rank's gradients stand for in an exchange, before the rank publishes them."""
-        first = _STANDS_FOR * rank
-        self._stands[number % _TAG_BUFFERS][first], self._stands[number % _TAG_BUFFERS][first + 1] = weight, samples
+        stands, first = self._stands[number % _TAG_BUFFERS], _STANDS_FOR * rank
+        stands[first], stands[first + 1], stands[first + 2] = weight, samples, loss
 
     def scales(self, number: int) -> list[float] | None:
         """What the gradients of each rank are multiplied with in their mean; None: a sample weighs the same on all ranks."""
@@ -112,6 +112,13 @@ class Board:
             return None
         mean = sum(weight * size for weight, size in zip(weights, samples, strict=True)) / sum(samples)
         return [weight / mean if size else 0.0 for weight, size in zip(weights, samples, strict=True)]
+
+    def loss(self, number: int) -> float:
+        """The mean of the ranks' losses, by what they stand for; 0.0 if they stand for nothing."""
+        stands = self._stands[number % _TAG_BUFFERS].tolist()
+        ranks = list(zip(*(stands[place::_STANDS_FOR] for place in range(_STANDS_FOR)), strict=True))
+        whole = sum(weight * samples for weight, samples, _ in ranks)
+        return sum(weight * samples * loss for weight, samples, loss in ranks if samples) / whole if whole else 0.0
 
     def check_places(self, ranks: list[int], mine: int) -> None:
         """Whether one of the ranks that are waited for has completed the step in which this process waits.

@@ -184,6 +184,10 @@ class GradientExchange:
         """The latest exchange for which the rank's gradients are there."""
         return self._board.given[rank]
 
+    def loss(self) -> float:
+        """The loss of all ranks in the latest exchange: the mean over all samples, the same number on all ranks."""
+        return self._board.loss(self.number)
+
     def be_at(self, rank: int, place: int) -> None:
         """Says how far a rank is, so that nobody waits for an exchange that it has left out.
 
@@ -202,6 +206,7 @@ class GradientExchange:
         *,
         weight: float = 1.0,
         samples: float = 1.0,
+        loss: float = 0.0,
     ) -> None:
         """Copies a rank's gradients for the running exchange; does nothing if the rank has given them already.
 
@@ -211,13 +216,14 @@ class GradientExchange:
             gradients: one per parameter, in their order; None: the rank has none for it.
             weight: of a sample of this rank in the mean over all samples. Alike on all ranks, it changes nothing.
             samples: of the rank, by whose number its gradients are scaled already; 0: they are zeros.
+            loss: of the rank, for those who ask for that of all; see `loss`.
         """
         if self._board.given[rank] >= number:
             return
         if number != self.number + 1:
             raise ValueError(f"number is {number}, but exchange {self.number + 1} is the one that is running")
         self._slots.put(rank, number, gradients)
-        self._board.stand_for(rank, number, weight, samples)
+        self._board.stand_for(rank, number, weight, samples, loss)
 
     def publish(self, rank: int, number: int, tag: int = 0) -> None:
         """Says that the rank's gradients are there, and wakes who waits for them.

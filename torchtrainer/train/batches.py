@@ -16,6 +16,9 @@ from torchtrainer.errors import InvalidArgumentTypeError
 TARGET_KEYS = ("target", "targets", "label", "labels", "y")
 """Where the built-in step looks for the target in a batch that is a dict, in this order."""
 
+ANY_NAME = "**"
+"""Among the names of what a model takes: it takes others, too."""
+
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor on the device; tuples, lists and dicts keep their shape, other things stay as they are.
@@ -43,7 +46,8 @@ def parameters_of(model: Any) -> Collection[str]:
 
 @functools.lru_cache(maxsize=64)
 def _parameters(kind: Any) -> Collection[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+    found = inspect.signature(kind.forward).parameters.values()
+    return frozenset(ANY_NAME if one.kind is one.VAR_KEYWORD else one.name for one in found)
 
 
 def split_batch(batch: Any, wanted: Collection[str] = ()) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
@@ -64,7 +68,7 @@ def split_batch(batch: Any, wanted: Collection[str] = ()) -> tuple[tuple[Any, ..
         key = next((name for name in TARGET_KEYS if name in batch), None)
         features = {name: value for name, value in batch.items() if name != key}
         if key is not None and features:
-            if key in wanted:
+            if key in wanted and (ANY_NAME in wanted or all(name in wanted for name in features)):
                 return (), dict(batch), batch[key]
             if len(features) == 1:
                 return tuple(features.values()), {}, batch[key]

@@ -100,6 +100,8 @@ class Internals:
         gradient_clock: in a call that is profiled.
         weighs: the exchange takes the weight of a rank's gradients along, so that nobody has to scale them before.
         loss_count: what the mean of the running step's loss is over, where the loss tells that; None: the samples.
+        loss_here: the loss of the running step on this rank, where the optimizer asks for losses; None: it does not.
+        loss_of_all: that of all ranks, once they have exchanged it.
         bare_forward: the built-in step exchanges the gradients itself, and calls models without ``DistributedDataParallel``.
     """
 
@@ -112,6 +114,8 @@ class Internals:
     gradient_clock: GradientClock | None = None
     weighs: bool = False
     loss_count: Any = None
+    loss_here: float | None = None
+    loss_of_all: float | None = None
     bare_forward: bool = False
 
 

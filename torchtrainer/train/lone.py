@@ -143,12 +143,12 @@ class LoneRank:
         if self._buffers.followed and self._rank and self.exchange.number:
             self._buffers.load(self._cards[-1].tensors(self.exchange.number), followed=True)
 
-    def card(self) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    def card(self) -> tuple[list[torch.Tensor | None], dict[str, Any]]:
         """The card of this rank at the present exchange: values of its buffers, and the rest."""
         tensors, plain = self._cards[self._rank].read(self.exchange.number)
         return list(tensors), plain
 
-    def load_buffers(self, tensors: Sequence[torch.Tensor]) -> None:
+    def load_buffers(self, tensors: Sequence[torch.Tensor | None]) -> None:
         """Puts back the buffers of a card: the forward pass of whoever shared its state may have changed them since."""
         self._buffers.load(tensors, followed=True)
         self._buffers.load(tensors, followed=False)
@@ -195,6 +195,8 @@ class LoneRank:
         self.follow_first_rank()
         take_over(parameters, means)
         self.updates.exchanged(units)
+        if inside.loss_here is not None:
+            inside.loss_of_all = self.exchange.loss()
         progress.enter(phase)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from torchtrainer.errors import InvalidArgumentError, OperatorUseError
 from torchtrainer.train.components import Components, internals
@@ -81,6 +82,8 @@ def restore(operator: TrainingOperator, state: Mapping[str, Any]) -> None:
     components = internals(operator).components or Components(
         raw_models=[], models=[], optimizers=[], criterion=None, schedulers=[]
     )
+    for model, values in zip(components.raw_models, state["models"], strict=True):
+        shape_buffers(model, values)
     _load_models(components, state["models"])
     if state.get("criterion") and len(components.modules) > len(components.raw_models):
         components.criterion.load_state_dict(state["criterion"])
@@ -129,6 +132,18 @@ def restore_weights(operator: TrainingOperator, weights: Sequence[Mapping[str, A
     others, say = [name for _, names in found for name in names], internals(operator).context.say
     if others and say is not None:
         say(f"the weights of {some(others)} are not of the model, and were left out")
+
+
+def shape_buffers(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Gives buffers the shapes and types that they have in a state: those that grow in the training have others when it begins."""
+    for path, module in model.named_modules():
+        for name, here in module._buffers.items():
+            value = state.get(f"{path}.{name}" if path else name)
+            if isinstance(value, torch.Tensor) and (
+                here is None or (here.shape, here.dtype) != (value.shape, value.dtype)
+            ):
+                kept = next((one for one in (here, *model.parameters()) if one is not None), value)
+                module._buffers[name] = torch.empty_like(value, device=kept.device)
 
 
 def _load_models(components: Components, states: Sequence[Mapping[str, Any]]) -> None:

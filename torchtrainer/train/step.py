@@ -19,6 +19,7 @@ from torchtrainer.train.data_passes import MicroBatches, RankBatch
 from torchtrainer.train.formats import follow
 from torchtrainer.train.losses import count, counted_classes, tells_count
 from torchtrainer.train.metrics import weight_key
+from torchtrainer.train.optimizers import takes_closure
 
 if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
@@ -26,10 +27,49 @@ if TYPE_CHECKING:
 
 def train_batch(operator: TrainingOperator, batch: Any) -> dict[str, Any]:
     """The built-in training step; see `TrainingOperator.train_batch`."""
+    if takes_closure(getattr(operator, "optimizer", None)):
+        return _step_by_closure(operator, batch)
     stats = forward_backward(operator, batch)
     internals(operator).context.progress.enter("step")
     update(operator)
     return stats
+
+
+def _step_by_closure(operator: TrainingOperator, batch: Any) -> dict[str, Any]:
+    """A step whose optimizer evaluates the loss of the batch as often as it likes; all ranks get the same loss, and do alike."""
+    inside, found = internals(operator), list[dict[str, Any]]()
+    if inside.amp.scaler.is_enabled():
+        raise InvalidArgumentTypeError(
+            f'{type(operator.optimizer).__name__} evaluates the loss itself, which precision="fp16" does not allow, as it scales '
+            'the loss: use precision="bf16" or "fp32"'
+        )
+
+    def closure() -> torch.Tensor:
+        inside.loss_here, inside.loss_of_all = 0.0, None
+        found.append(forward_backward(operator, batch))
+        operator.clip_gradients()
+        return _loss_of_all(operator, found[-1])
+
+    try:
+        with operator.timers.record("apply"):
+            operator.optimizer.step(closure)
+    finally:
+        inside.loss_here = None
+    return found[0]
+
+
+def _loss_of_all(operator: TrainingOperator, stats: dict[str, Any]) -> torch.Tensor:
+    """The loss of a step over all ranks; where gradients go through a process group, a collective call."""
+    inside = internals(operator)
+    loss, collective = torch.as_tensor(stats["train_loss"], device=operator.device).double(), inside.context.collective
+    if inside.loss_of_all is not None:
+        return torch.as_tensor(inside.loss_of_all, dtype=torch.float64)
+    if not isinstance(collective, GroupCollective) or collective.world_size == 1:
+        return loss
+    batch = inside.steps.current if inside.steps is not None else None
+    stands = stats.get(weight_key("train_loss"), stats["num_samples"]) if batch is None or batch.size else 0.0
+    whole = collective.total(torch.stack([loss * stands, torch.ones_like(loss) * stands]))
+    return whole[0] / whole[1]
 
 
 def forward_backward(operator: TrainingOperator, batch: Any) -> dict[str, Any]:
@@ -121,6 +161,8 @@ def _gradients(operator: TrainingOperator, batch: Any, *, weight: Any = None, cl
         scale = _share_of_loss(operator, counted)
     with timers.record("fwd"), inside.amp.autocast():
         loss = _one_number(criterion(model(*positional, **named), target), criterion)
+    if inside.loss_here is not None:
+        inside.loss_here += float(loss.detach()) * (1.0 if weight is None else float(weight))
     progress.enter("backward")
     with timers.record("grad"):
         if clear:
@@ -142,7 +184,11 @@ def stands_for(operator: TrainingOperator, batch: RankBatch | None) -> dict[str,
     """
     counted, internals(operator).loss_count = internals(operator).loss_count, None
     samples = 1 if batch is None else batch.size
-    return {"weight": 1.0 if counted is None or not samples else counted / samples, "samples": float(samples)}
+    return {
+        "weight": 1.0 if counted is None or not samples else counted / samples,
+        "samples": float(samples),
+        "loss": internals(operator).loss_here or 0.0,
+    }
 
 
 def _scaled(loss: torch.Tensor, scale: Any) -> torch.Tensor:
