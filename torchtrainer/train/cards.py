@@ -231,7 +231,11 @@ class CardFile:
         self._room = (len(memory) - _HEAD_BYTES) // PLACES - self._tensor_bytes
         self._views = [
             [
-                torch.frombuffer(memory, dtype=dtype, count=count, offset=self._start(place) + offset).view(shape)
+                (
+                    torch.frombuffer(memory, dtype=dtype, count=count, offset=self._start(place) + offset)
+                    if count
+                    else torch.empty(0, dtype=dtype)
+                ).view(shape)
                 for (shape, dtype, _, count), offset in zip(self._templates, self._offsets, strict=True)
             ]
             for place in range(PLACES)

@@ -94,10 +94,10 @@ class AverageMeter:
 
     def __init__(self, name: str = "metric") -> None:
         self.last: Any = None
-        self.weight: float = 0
-        self.last_weight: float = 0
+        self.weight: Any = 0
+        self.last_weight: Any = 0
         self._name = name
-        self._sum: Any = 0
+        self._sum: Any = None
         self._averaged = True
 
     def update(self, value: Any, n: float = 1) -> None:
@@ -106,7 +106,7 @@ class AverageMeter:
         Args:
             value: a number, or an array, which is averaged element by element; None: the batch has no value, and does not
                 enter the mean; other things are kept, not averaged: the latest one counts.
-            n: samples behind it; with 0 it is the latest value, but does not enter the mean.
+            n: samples behind it; with 0 it is the latest value, but does not enter the mean. A tensor on a device is not read.
 
         Raises:
             InvalidArgumentTypeError: an array of another shape than those before.
@@ -123,14 +123,15 @@ class AverageMeter:
         if value is None:
             return
         self._averaged = _is_number(value) or _is_array(value)
-        if self._averaged and n:
+        if self._averaged and (_on_device(n) or n):
             self._check_shape(term)
-            self._sum = self._sum + term * n
-            self.weight += n
+            weighed = (term * n).where(n > 0, term.new_zeros(())) if _on_device(n) and _is_array(term) else term * n
+            self._sum = weighed if self._sum is None else self._sum + weighed
+            self.weight = self.weight + n
 
     def _check_shape(self, term: Any) -> None:
         before, now = (tuple(getattr(one, "shape", ())) for one in (self._sum, term))
-        if self.weight and before != now:
+        if self._sum is not None and before != now:
             raise InvalidArgumentTypeError(
                 f"the metric {self._name!r} has shape {now} in this batch and {before} in those before it, so that it has no mean "
                 "over the batches: return a number, or an array of one shape, for each batch"
@@ -140,16 +141,16 @@ class AverageMeter:
         """Everything the meter knows, as data."""
         return {
             "last": plain(self.last),
-            "weight": self.weight,
-            "last_weight": self.last_weight,
-            "sum": plain(self._sum),
+            "weight": plain(self.weight),
+            "last_weight": plain(self.last_weight),
+            "sum": 0 if self._sum is None else plain(self._sum),
             "averaged": self._averaged,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what another meter knew."""
         self.last, self.weight, self.last_weight = state["last"], state["weight"], state["last_weight"]
-        self._sum, self._averaged = state["sum"], state["averaged"]
+        self._sum, self._averaged = state["sum"] if state["weight"] else None, state["averaged"]
 
     @property
     def mean(self) -> Any:
@@ -171,7 +172,8 @@ class AverageMeterCollection:
         """Adds what the hook returned for a batch of ``n`` samples, the weights of single metrics under `weight_key` included."""
         self.batch_count += 1
         self.num_samples += n
-        weights = {key: plain(metrics[key]) for name in metrics if (key := weight_key(name)) in metrics}
+        weights = {key: metrics[key] for name in metrics if (key := weight_key(name)) in metrics}
+        weights = {key: one if _on_device(one) else plain(one) for key, one in weights.items()}
         for name, value in metrics.items():
             if name not in weights:
                 self._meter(name).update(value, weights.get(weight_key(name), n))
