@@ -159,6 +159,30 @@ def same_bits(found: list[torch.Tensor | None], wanted: list[torch.Tensor | None
 # ------------------------------------------------------------------------------------------------------ sums
 
 
+@pytest.mark.parametrize("name", ["mixed", "just at shares"])
+def test_a_sample_may_weigh_more_on_one_rank_than_on_another(name) -> None:
+    parameters = MODELS[name]()
+    gradients = [gradients_of(rank, 1, parameters) for rank in range(3)]
+    stands = [(1.0, 2.0), (0.5, 4.0), (9.0, 0.0)]
+    with memory_file() as path:
+        exchange = make(path, parameters, world_size=3)
+        for rank, (weight, samples) in enumerate(stands):
+            exchange.put(rank, 1, gradients[rank], weight=weight, samples=samples)
+            exchange.publish(rank, 1)
+        found = exchange.finish(carried=lambda: [0, 1, 2], on_wait=nothing)
+        mean = (2 * 1.0 + 4 * 0.5) / 6
+        for place, one in enumerate(found):
+            expected = (gradients[0][place] * (1.0 / mean) + gradients[1][place] * (0.5 / mean)) / 3
+            torch.testing.assert_close(one, expected)
+        for rank in range(3):
+            exchange.put(rank, 2, gradients[rank], weight=0.5, samples=rank)
+            exchange.publish(rank, 2)
+        plain = exchange.finish(carried=lambda: [0, 1, 2], on_wait=nothing)
+        for one, expected in zip(plain, averaged(gradients), strict=True):
+            assert torch.equal(one, expected), "weights that are alike change no bit"
+        exchange.close()
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("world_size", "processes"), [(1, 1), (2, 2), (3, 2), (4, 4), (5, 3), (5, 1)])
 def test_every_process_gets_the_average_in_rank_order(model, world_size, processes) -> None:

@@ -14,10 +14,11 @@ from torchtrainer.comm.group import SingleCollective
 from torchtrainer.config import TrainSettings
 from torchtrainer.operator import TrainingOperator
 from torchtrainer.spec import BuildSpec
+from torchtrainer.train.batches import split_batch
 from torchtrainer.train.components import internals
 from torchtrainer.train.hooks import bind_hook
 from torchtrainer.train.progress import OpenGate, Progress, StepGate
-from torchtrainer.train.step import GradientShare, split_batch
+from torchtrainer.train.step import GradientShare
 from torchtrainer.worker.runtime import RankRuntime, build_rank
 
 SAMPLES, BATCH = 40, 4  # 10 batches in a pass

@@ -47,7 +47,10 @@ def test_first_batch_of_zero_samples_does_not_divide_by_zero():
     assert meter.mean == 2.0
 
 
-@pytest.mark.parametrize("value", [True, np.float32(1.0), np.int64(1), torch.tensor(1.0), torch.tensor(1), 1])
+@pytest.mark.parametrize(
+    "value",
+    [True, np.float32(1.0), np.int64(1), np.ones((1, 1)), torch.tensor(1.0), torch.tensor(1), torch.tensor([[1.0]]), 1],
+)
 def test_everything_that_is_one_number_is_averaged(value):
     meter = AverageMeter()
     meter.update(value, n=1)
@@ -61,6 +64,43 @@ def test_other_things_are_kept_not_averaged():
     for value in ("first", "second"):
         meter.update(value, n=2)
     assert meter.mean == "second"
+
+
+def test_a_batch_without_a_value_does_not_enter_the_mean():
+    meter = AverageMeter()
+    for value, n in ((1.0, 1), (None, 5), (3.0, 3)):
+        meter.update(value, n)
+    assert meter.mean == 2.5
+    meter.update(None, 1)
+    assert meter.mean == 2.5
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor])
+def test_arrays_are_averaged_element_by_element(array):
+    meter = AverageMeter()
+    meter.update(array([[1.0, 2.0], [4.0, 0.0]]), n=3)
+    meter.update(array([[5.0, 2.0], [0.0, 4.0]]), n=1)
+    assert meter.mean.tolist() == [[2.0, 2.0], [3.0, 1.0]]
+    other = AverageMeter()
+    other.load_state_dict(meter.state_dict())
+    assert other.mean.tolist() == meter.mean.tolist()
+
+
+def test_an_array_whose_shape_changes_is_refused_by_name():
+    meters = AverageMeterCollection()
+    meters.update({"errors": torch.zeros(4)}, n=4)
+    with pytest.raises(TypeError, match=r"'errors' has shape \(2,\) in this batch and \(4,\) in those before"):
+        meters.update({"errors": torch.zeros(2)}, n=2)
+
+
+def test_a_hook_says_what_one_metric_alone_stands_for():
+    meters = AverageMeterCollection()
+    meters.update({"loss": 1.0, "loss_num_samples": torch.tensor(6.0), "hit": 1.0}, n=1)
+    meters.update({"loss": 4.0, "loss_num_samples": 3, "hit": 0.0}, n=3)
+    summary = meters.summary()
+    assert (summary["loss"], summary["hit"], summary["num_samples"]) == (2.0, 0.25, 4)
+    assert "loss_num_samples" not in summary
+    assert meters.weights()["loss"] == 9.0
 
 
 def test_half_precision_values_are_summed_in_more():
@@ -105,9 +145,43 @@ def test_keys_are_those_of_all_ranks():
     assert reduced == {"num_samples": 8, "a": 1.75, "b": 4.0}
 
 
-def test_what_is_not_a_number_comes_from_the_first_rank_that_has_it():
-    reduced = reduce_results([result(a=None), result(a=None, name="one", table={"x": 1}), result(a=3, name="two")])
-    assert reduced == {"a": 3.0, "name": "one", "table": {"x": 1}}
+def test_what_is_alike_on_all_ranks_stays_as_it_is():
+    table = {"x": 1, "y": [torch.ones(2), "text"]}
+    other = {"x": 1, "y": [torch.ones(2), "text"]}
+    reduced = reduce_results([result(a=None), result(a=None, name="one", table=table), result(name="one", table=other)])
+    assert reduced["a"] is None
+    assert reduced["name"] == "one"
+    assert reduced["table"] is table
+    alone = {"nan": [math.nan], "object": object()}
+    assert reduce_results([result(**alone)]) == alone
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["one", "two"],
+        [[1, 2], [1, 3]],
+        [{"x": 1}, {"x": 2}],
+        [1, "one"],
+        [torch.zeros(2), torch.zeros(3)],
+        [np.array(["a", "b"]), np.array(["a", "c"])],
+    ],
+)
+def test_what_differs_between_the_ranks_and_has_no_mean_is_refused_by_name(values):
+    with pytest.raises(
+        TypeError, match=r"the metric 'found' differs between the ranks.*rank 1.*rank 2.*reduce_results=False"
+    ):
+        reduce_results([result(other=1), *(result(found=value) for value in values)])
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor])
+def test_arrays_of_one_shape_are_averaged_over_the_ranks(array):
+    ranks = [result(num_samples=3, score=array([1.0, 4.0])), result(num_samples=1, score=array([5.0, 0.0]))]
+    assert reduce_results(ranks)["score"].tolist() == [2.0, 3.0]
+    counts = [result(num_samples=1, count=array([[1, 2]])), result(num_samples=1, count=array([[2, 2]]))]
+    assert reduce_results(counts)["count"].tolist() == [[1.5, 2.0]]
+    halves = [result(num_samples=90000, score=torch.ones(2, dtype=torch.float16))] * 2
+    assert reduce_results(halves)["score"].tolist() == [1.0, 1.0]
 
 
 def test_bools_and_scalars_of_all_kinds_are_numbers():

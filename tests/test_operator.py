@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import itertools
 import random
+from argparse import Namespace
+from collections import ChainMap, OrderedDict, UserDict
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from torchtrainer.arguments import check_counts
 from torchtrainer.comm.group import SingleCollective
 from torchtrainer.config import BATCH_SIZE, TrainSettings
+from torchtrainer.driver.run_record import readable_config
 from torchtrainer.operator import CreatorOperator, TrainingOperator
 from torchtrainer.spec import BuildSpec, rank_config
 from torchtrainer.train.components import internals
@@ -250,6 +257,91 @@ def test_global_batch_size_is_split_exactly(size, world):
 def test_global_batch_smaller_than_the_ranks_is_refused():
     with pytest.raises(ValueError, match=r"at least num_workers=4.*got 3"):
         rank_config({BATCH_SIZE: 3}, rank=0, world_size=4)
+
+
+class AttributeDict(dict):
+    """Keys are attributes too, as in EasyDict and the like."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+    __setattr__ = dict.__setitem__
+
+
+class Frozen(Mapping):
+    """Takes no new values, as frozendict."""
+
+    def __init__(self, values):
+        self._values = dict(values)
+
+    def __getitem__(self, key):
+        return self._values[key]
+
+    def __iter__(self):
+        return iter(self._values)
+
+    def __len__(self):
+        return len(self._values)
+
+
+class ReadOnly(MutableMapping, Frozen):
+    """Could take values, but is locked, as a read-only OmegaConf."""
+
+    def __setitem__(self, key, value):
+        raise RuntimeError("read-only")
+
+    __delitem__ = __setitem__
+
+
+@dataclass
+class Depth:
+    layers: int
+
+
+class Plain:
+    """No mapping by name, as the ConfigDict of ml_collections."""
+
+    def __init__(self, values):
+        self.values = dict(values)
+        self.keys, self.items, self.get = self.values.keys, self.values.items, self.values.get
+
+    def __contains__(self, key):
+        return key in self.values
+
+    def __getitem__(self, key):
+        return self.values[key]
+
+    def __setitem__(self, key, value):
+        self.values[key] = value
+
+    def __copy__(self):
+        return type(self)(self.values)
+
+
+@pytest.mark.parametrize(
+    "kind", [dict, OrderedDict, AttributeDict, UserDict, ChainMap, MappingProxyType, Frozen, ReadOnly, Plain]
+)
+def test_a_config_of_any_kind_stays_of_its_kind(kind):
+    config = kind({"lr": 0.5, BATCH_SIZE: 5, "of": kind({"depth": 2})})
+    check_counts(2, 1, config)
+    mine = [rank_config(config, rank=at, world_size=2) for at in range(2)]
+    assert [type(one) for one in mine] == [kind, kind]
+    assert [one[BATCH_SIZE] for one in mine] == [3, 2]
+    assert config[BATCH_SIZE] == 5
+    assert [(one["lr"], type(one["of"])) for one in mine] == [(0.5, kind)] * 2
+    assert readable_config(config)["lr"] == "0.5"
+    without = kind({"lr": 0.5})
+    assert type(rank_config(without, rank=0, world_size=2)) is kind
+
+
+def test_an_object_that_is_no_mapping_is_told_how_to_become_one():
+    for given, way in (
+        (Namespace(lr=1), "pass vars"),
+        (Depth(2), "pass dataclasses.asdict"),
+        (Depth, "must be a dict"),
+    ):
+        with pytest.raises(TypeError, match=way):
+            check_counts(1, 1, given)
 
 
 # -------------------------------------------------------------------------------------------------- creators

@@ -177,6 +177,21 @@ def test_a_snapshot_that_failed_on_a_rank_is_told_and_not_written(tmp_path) -> N
     one.close()
 
 
+def test_a_snapshot_that_was_left_out_is_not_missed_when_a_worker_is_gone(tmp_path) -> None:
+    one = snapshots(tmp_path)
+    for rank in (0, 1):
+        want(one, rank, 1)
+        taken(one, rank, 1)
+    one.begin(1)
+    assert want(one, 0, 2) + want(one, 1, 2) == [(0, False), (1, False)]
+    assert one.give_up("g", 7) == []
+    one.end({}, "g")
+    assert one.give_up("g", 7) == []
+    assert want(one, 0, 3) == [(0, True)]
+    assert [ended.number for ended in one.give_up("g", 8)] == [3], "rank 1 did not copy this one"
+    one.close()
+
+
 def test_what_the_dead_had_copied_whole_is_due(tmp_path) -> None:
     one = snapshots(tmp_path)
     for rank in (0, 1):

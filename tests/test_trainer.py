@@ -120,6 +120,74 @@ def test_a_state_goes_from_two_ranks_to_one_and_back(make, tmp_path) -> None:
     assert two.train()["epoch"] == 3
 
 
+def foreign_files(folder, model):
+    """Weights as other tools save them, by name, and what else may be in a file."""
+    weights = model.state_dict()
+    forms = {
+        "bare.pth": weights,
+        "ddp.pth": {f"module.{name}": value for name, value in weights.items()},
+        "compiled.pth": {f"module._orig_mod.{name}": value for name, value in weights.items()},
+        "lightning.ckpt": {
+            "state_dict": {**{f"net.{name}": value for name, value in weights.items()}, "loss.weight": torch.ones(5)},
+            "epoch": 7,
+            "optimizer_states": [{}],
+        },
+        "example.pth.tar": {"epoch": 7, "model_state_dict": weights, "optimizer": {"state": {}}},
+        "list.pt": {"models": [weights]},
+    }
+    for name, value in forms.items():
+        torch.save(value, folder / name)
+    return list(forms)
+
+
+def test_weights_of_other_tools_are_loaded_and_nothing_else_changes(make, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.manual_seed(3)
+    wanted = torch.nn.Linear(20, 5)
+    trainer = make()
+    trainer.train(num_steps=3)
+    own = trainer.save("~/new/deep/own.pt")
+    assert Path(own) == tmp_path / "new" / "deep" / "own.pt"
+    for name in foreign_files(tmp_path, wanted):
+        trainer.load("~/new/deep/own.pt")
+        trainer.load(tmp_path / name)
+        state = trainer.state_dict()
+        assert torch.equal(state["models"][0]["weight"], wanted.weight), name
+        assert (state["global_step"], state["epoch"]) == (3, 1)
+    assert "the weights of loss.weight are not of the model, and were left out" in capsys.readouterr().err
+    trainer.train(num_steps=3)
+    trainer.load_state_dict({f"module.{name}": torch.zeros_like(value) for name, value in wanted.state_dict().items()})
+    zeros = trainer.apply_all_operators(
+        lambda operator: operator.model.state_dict()["module.weight"].abs().sum().item()
+    )
+    assert zeros == [0.0, 0.0]
+    assert trainer.train()["batch_count"] == 5, "the pass that was running goes on"
+
+
+def test_a_file_that_is_no_state_is_refused_with_what_to_do(make, tmp_path) -> None:
+    trainer = make(num_workers=1)
+    torch.save(torch.nn.Linear(20, 5), tmp_path / "whole.pt")
+    torch.save({"acc": 1.0, "tensors": [torch.ones(1)]}, tmp_path / "numbers.pt")
+    torch.save(torch.nn.Linear(3, 5).state_dict(), tmp_path / "other.pt")
+    (tmp_path / "noise.pt").write_bytes(b"not of torch")
+    expected = {
+        "whole.pt": r"class torch.nn.modules.linear.Linear.*Save model.state_dict\(\) instead",
+        "numbers.pt": r"holds a dict with acc, tensors, which is no state.*load_state_dict\(checkpoint",
+        "noise.pt": r"no file of tensors that torch.save wrote",
+        "": r"load takes a file, and .* is a directory; it has ",
+    }
+    for name, text in expected.items():
+        with pytest.raises(ValueError, match=text) as found:
+            trainer.load(tmp_path / name)
+        assert "weights_only" not in str(found.value)
+    with pytest.raises(RuntimeError, match=r"weight has shape \(5, 3\) in the state and \(5, 20\) here"):
+        trainer.load(tmp_path / "other.pt")
+    with pytest.raises(FileNotFoundError):
+        trainer.load(tmp_path / "missing.pt")
+    with pytest.raises(ValueError, match="is a directory"):
+        trainer.save(tmp_path)
+
+
 def test_functions_run_on_every_rank_in_order(make) -> None:
     trainer = make()
     pids = trainer.apply_all_workers(lambda: __import__("os").getpid())

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 from torchtrainer.config import BATCH_SIZE, CheckpointConfig, FailureConfig, PreemptionConfig, TrainSettings
@@ -115,7 +116,7 @@ def check_counts(num_workers: Any, min_workers: Any, config: Any) -> None:
 
     Raises:
         InvalidArgumentError: not a number of ranks that can work.
-        InvalidArgumentTypeError: ``config`` is not a dict.
+        InvalidArgumentTypeError: ``config`` is not a mapping.
     """
     if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 1:
         raise InvalidArgumentError(f"num_workers must be a whole number of at least 1, got {num_workers!r}")
@@ -123,8 +124,21 @@ def check_counts(num_workers: Any, min_workers: Any, config: Any) -> None:
         raise InvalidArgumentError(
             f"min_workers must be a whole number from 1 to num_workers={num_workers}, got {min_workers!r}"
         )
-    if not isinstance(config, dict):
-        raise InvalidArgumentTypeError(f"config must be a dict, got {config!r} ({type(config).__name__})")
+    if not (
+        isinstance(config, Mapping) or all(hasattr(config, name) for name in ("keys", "items", "get", "__getitem__"))
+    ):
+        raise InvalidArgumentTypeError(
+            f"config must be a dict, got {config!r} ({type(config).__name__}){_as_mapping(config)}"
+        )
+
+
+def _as_mapping(config: Any) -> str:
+    """How the values of an object are had as a dict, for those that have any."""
+    if is_dataclass(config) and not isinstance(config, type):
+        return ": pass dataclasses.asdict(config), or {'options': config} for the object itself"
+    if hasattr(config, "__dict__") and not isinstance(config, type):
+        return ": pass vars(config), or {'options': config} for the object itself"
+    return ""
 
 
 def check_batch_size(config: Mapping[str, Any], world_size: int) -> None:

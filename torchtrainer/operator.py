@@ -198,11 +198,11 @@ class TrainingOperator:
 
         Args:
             batch: ``(*features, target)``, or a dict with the target under ``target``, ``targets``, ``label``, ``labels``
-                or ``y``: its one other entry is the model's input, several others are named inputs.
+                or ``y``: its one other entry is the input, several are named inputs; a model with a parameter of its name gets it.
             batch_info: ``epoch_idx``, ``batch_idx`` (in this call), ``global_step``, and the user's ``info``.
 
         Returns:
-            A dict of metrics; ``num_samples`` in it weighs them. Here: ``train_loss`` and ``num_samples``.
+            A dict of metrics; ``num_samples`` in it weighs them, ``<metric>_num_samples`` one of them. Here: ``train_loss``.
         """
         return step.train_batch(self, batch, batch_info)
 

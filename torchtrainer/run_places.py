@@ -11,6 +11,7 @@ from torchtrainer.observe.digest_log import VERIFY_RUNS
 
 def kept_below(path: Path) -> Path:
     """A path of the user's; while ``torchtrainer verify-resume`` tries a script out, one in a directory of its own."""
+    path = path.expanduser()
     root = os.environ.get(VERIFY_RUNS)
     return path if root is None else Path(root, *path.absolute().parts[1:])
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ class BuildSpec:
 
     Attributes:
         settings: how to train.
-        config: handed to every creator and to ``setup``; under `BATCH_SIZE` the batch size of all ranks together.
+        config: the user's mapping, handed to every creator and to ``setup`` as it is; under `BATCH_SIZE` the batch size of all
+            ranks together.
         model_creator: ``(config)`` -> one module or several.
         data_creator: ``(config)`` -> a loader or ``(train, validation)``.
         optimizer_creator: ``(models, config)`` -> one optimizer or several.
@@ -31,7 +33,7 @@ class BuildSpec:
     """
 
     settings: TrainSettings = field(default_factory=TrainSettings)
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Any = field(default_factory=dict)
     model_creator: Callable[..., Any] | None = None
     data_creator: Callable[..., Any] | None = None
     optimizer_creator: Callable[..., Any] | None = None
@@ -41,21 +43,44 @@ class BuildSpec:
     initialization_hook: Callable[[], Any] | None = None
 
 
-def rank_config(config: dict[str, Any], *, rank: int, world_size: int) -> dict[str, Any]:
+def rank_config(config: Any, *, rank: int, world_size: int) -> Any:
     """The copy of ``config`` that one rank's creators see: its share of the global batch size under `BATCH_SIZE`.
 
-    The shares add up to the global size; the first ranks get one sample more where it does not divide.
+    It is of the type that was given. The shares add up to the global size; the first ranks get one sample more where it does
+    not divide.
 
     Raises:
-        InvalidArgumentError: the global batch size is not a whole number or is smaller than the number of ranks.
+        InvalidArgumentError: the global batch size is not a whole number or is smaller than the number of ranks, or ``config``
+            takes no other value for it.
     """
-    copy = dict(config)
-    if BATCH_SIZE in copy:
-        size = copy[BATCH_SIZE]
-        if not isinstance(size, int) or isinstance(size, bool) or size < world_size:
-            raise InvalidArgumentError(
-                f"config[BATCH_SIZE] is the batch size of all ranks together and must be a whole number of at least "
-                f"num_workers={world_size}, so that every rank gets a sample; got {size!r}"
-            )
-        copy[BATCH_SIZE] = share_of(size, rank, world_size)
-    return copy
+    mine = config if _is_frozen(config) else copy.copy(config)
+    if BATCH_SIZE not in config:
+        return mine
+    size = config[BATCH_SIZE]
+    if not isinstance(size, int) or isinstance(size, bool) or size < world_size:
+        raise InvalidArgumentError(
+            f"config[BATCH_SIZE] is the batch size of all ranks together and must be a whole number of at least "
+            f"num_workers={world_size}, so that every rank gets a sample; got {size!r}"
+        )
+    share = share_of(size, rank, world_size)
+    try:
+        mine[BATCH_SIZE] = share
+    except Exception:  # read-only; each kind of mapping has an error of its own for that
+        return _made_anew(config, share)
+    return mine
+
+
+def _is_frozen(config: Any) -> bool:
+    """Whether a mapping takes no new values, so that the ranks of a process may share it."""
+    return isinstance(config, Mapping) and not isinstance(config, MutableMapping)
+
+
+def _made_anew(config: Any, size: int) -> Any:
+    """A read-only mapping of the same type with another batch size."""
+    try:
+        return type(config)({**config, BATCH_SIZE: size})
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"config, a {type(config).__name__}, is read-only and cannot be made anew with a rank's share of config[BATCH_SIZE] "
+            f"({error}): pass a dict, or set the batch size per rank in data_creator"
+        ) from error

@@ -9,7 +9,7 @@ import os
 import socket
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -68,7 +68,7 @@ class TorchTrainer:
         scheduler_creator: ``(optimizer, config)`` -> a scheduler, or several.
         training_operator_cls: a `TrainingOperator` subclass, alone or with creators.
         initialization_hook: run without arguments in every worker process before anything else.
-        config: handed to every creator; ``config[BATCH_SIZE]`` is a batch size over all ranks.
+        config: a dict or another mapping, handed to every creator as it is; ``config[BATCH_SIZE]`` is a batch size over all ranks.
         num_workers: ranks.
         min_workers: processes below which the ranks wait for new ones instead of sharing those that are left.
         num_cpus_per_worker: intra-op threads per process; "auto": ``OMP_NUM_THREADS``, if set, else cores / ``num_workers``.
@@ -119,7 +119,7 @@ class TorchTrainer:
         scheduler_creator: Callable[..., Any] | None = None,
         training_operator_cls: type[TrainingOperator] | None = None,
         initialization_hook: Callable[[], Any] | None = None,
-        config: dict[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
         num_workers: int = 1,
         min_workers: int = 1,
         num_cpus_per_worker: int | Literal["auto"] = "auto",
@@ -162,6 +162,7 @@ class TorchTrainer:
         run = plan_run(given)
         self._callbacks = Callbacks(callbacks if run.is_main else ())
         self.config = run.spec.config
+        self._made_from = run.spec, run.world_size
         self._is_main = run.is_main
         self._epoch = self._step = 0
         self._run = run.open_run(run_dir, resume)
@@ -416,12 +417,21 @@ class TorchTrainer:
     def get_model(self, to_cpu: bool = True) -> Any:
         """Returns a copy of the trained model, without DDP around it; a list if there are several.
 
+        A model that neither copies nor pickles is made here by ``model_creator``, and gets the trained state.
+
         Args:
             to_cpu: on the CPU, whatever it was trained on.
+
+        Raises:
+            NotSerializableError: the model can be had in neither way; ``state_dict()`` has its state.
         """
+        from torchtrainer.worker.models import ModelStates, rebuilt
+
         call = spell("get_model", to_cpu=None if to_cpu else False)
         known = self._calls.recorded(call, "state_dict")
         model = self._call("get_model", to_cpu=to_cpu)[0]
+        if isinstance(model, ModelStates):
+            model = rebuilt(model, *self._made_from)
         if known is not None:
             load_models(model, self._take(known)["models"])
         else:
@@ -457,44 +467,70 @@ class TorchTrainer:
         state: dict[str, Any] = self._remembered("state_dict()", "state_dict", first)
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Loads a state on every rank, and waits until that is done.
+
+        Args:
+            state: what `state_dict` returned; or the weights of the model alone, as any tool saves them (``model.state_dict()``,
+                with or without the prefixes of DDP and ``torch.compile``, or a dict that has them under ``state_dict``, ``model``
+                and the like): optimizers, schedulers and counters then stay as they are.
 
         Raises:
             ValueError: the state belongs to other models, optimizers or schedulers; the first difference is named.
         """
+        self._load(state, "load_state_dict got")
+
+    def _load(self, given: Any, what: str) -> None:
+        from torchtrainer.train.weights import WEIGHTS, as_state
+
+        self._living_group()
+        state = as_state(given, what)
         self._remembered("load_state_dict(state)", "load_state_dict", nothing, state=state)
-        self._epoch = int(state.get("epoch", 0))
+        if WEIGHTS not in state:
+            self._epoch = int(state.get("epoch", 0))
 
     def save(self, path: str | os.PathLike[str]) -> str:
-        """Saves `state_dict` by ``torch.save``; returns the path. Under a launcher rank 0 writes."""
+        """Saves `state_dict` by ``torch.save``; returns the path. Under a launcher rank 0 writes.
+
+        Args:
+            path: of a file; ``~`` is the home directory, and directories that are not there are made.
+
+        Raises:
+            InvalidArgumentError: it is a directory.
+        """
         import torch
 
         call = spell("save", path=os.fspath(path))
         known = self._calls.recorded(call, "state_dict")
+        file = Path(path).expanduser()
         if known is not None:
             self._take(known)
-            return os.fspath(path)
+            return str(file)
+        if file.is_dir():
+            raise InvalidArgumentError(f"save takes the path of a file, and {file} is a directory")
         state = self._call("state_dict")[0]
         if self._is_main:
-            torch.save(state, path)
-            _warn_about_extras(path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, file)
+            _warn_about_extras(file)
         if isinstance(self._group, InlineGroup):
             self._group.wait_for_all()  # no rank may read what rank 0 still writes
         self._done(call, None)
-        return os.fspath(path)
+        return str(file)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Loads what `save` wrote. Nothing in the file is run: it is read with ``weights_only=True``.
+        """Loads what `save` wrote, or weights that another tool saved; see `load_state_dict`.
+
+        Nothing in the file is run: it is read with ``weights_only=True``.
 
         Raises:
-            pickle.UnpicklingError: it holds objects other than tensors and plain containers (from ``operator.state_dict()``);
-                for a file that you trust: ``trainer.load_state_dict(torch.load(path, weights_only=False))``.
+            ValueError: it holds something else: objects, for instance, as in a file of a whole model, or of an operator whose
+                ``state_dict()`` returns them.
         """
-        import torch
+        from torchtrainer.train.weights import read_file
 
         self._living_group()
-        self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self._load(read_file(path), f"the file {os.fspath(path)} holds")
 
     # Seeing and ending
 

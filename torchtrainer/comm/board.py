@@ -10,6 +10,8 @@ from torchtrainer.errors import EngineError
 
 _WORD_BYTES = 8
 _TAG_BUFFERS = 2
+_STANDS_FOR = 3
+"""Numbers that say what a rank's gradients stand for: the weight of a sample, the samples, and the loss."""
 _STEP_BITS, _UPDATES_BITS = 24, 16
 PAGE_BYTES = 4096
 """What follows the board begins at a multiple of it, so that the memory of each layout can be given back by itself."""
@@ -51,7 +53,7 @@ class UnequalExchangeError(EngineError):
 
 
 class Board:
-    """Counters, tags and places of all ranks.
+    """Counters, tags and places of all ranks, and what their gradients stand for.
 
     Args:
         memory: whose first `size_bytes` it takes.
@@ -72,11 +74,13 @@ class Board:
         self.places = memoryview(memory)[2 * lines : 3 * lines].cast("Q")[:: LINE_BYTES // _WORD_BYTES]
         tags, each = memoryview(memory)[3 * lines :], _WORD_BYTES * world_size
         self._tags = [tags[buffer * each : (buffer + 1) * each].cast("Q") for buffer in range(_TAG_BUFFERS)]
+        stands, each = tags[_TAG_BUFFERS * each :], _STANDS_FOR * each
+        self._stands = [stands[buffer * each : (buffer + 1) * each].cast("d") for buffer in range(_TAG_BUFFERS)]
 
     @staticmethod
     def size_bytes(world_size: int) -> int:
         """What a board takes of the memory."""
-        used = (3 * LINE_BYTES + _TAG_BUFFERS * _WORD_BYTES) * world_size
+        used = (3 * LINE_BYTES + _TAG_BUFFERS * (1 + _STANDS_FOR) * _WORD_BYTES) * world_size
         return -(-used // PAGE_BYTES) * PAGE_BYTES
 
     def tag(self, rank: int, number: int, tag: int) -> None:
@@ -93,6 +97,28 @@ class Board:
         if tags.count(mine) != self.world_size:
             rank = next(rank for rank, tag in enumerate(tags) if tag != mine)
             raise UnequalExchangeError(rank, tags[rank])
+
+    def stand_for(self, rank: int, number: int, weight: float, samples: float, loss: float) -> None:
+        """Writes what a rank's gradients stand for in an exchange, before the rank publishes them."""
+        stands, first = self._stands[number % _TAG_BUFFERS], _STANDS_FOR * rank
+        stands[first], stands[first + 1], stands[first + 2] = weight, samples, loss
+
+    def scales(self, number: int) -> list[float] | None:
+        """What the gradients of each rank are multiplied with in their mean; None: a sample weighs the same on all ranks."""
+        stands = self._stands[number % _TAG_BUFFERS].tolist()
+        weights, samples = stands[::_STANDS_FOR], stands[1::_STANDS_FOR]
+        counted = [weight for weight, size in zip(weights, samples, strict=True) if size]
+        if not counted or min(counted) == max(counted):
+            return None
+        mean = sum(weight * size for weight, size in zip(weights, samples, strict=True)) / sum(samples)
+        return [weight / mean if size else 0.0 for weight, size in zip(weights, samples, strict=True)]
+
+    def loss(self, number: int) -> float:
+        """The mean of the ranks' losses, by what they stand for; 0.0 if they stand for nothing."""
+        stands = self._stands[number % _TAG_BUFFERS].tolist()
+        ranks = list(zip(*(stands[place::_STANDS_FOR] for place in range(_STANDS_FOR)), strict=True))
+        whole = sum(weight * samples for weight, samples, _ in ranks)
+        return sum(weight * samples * loss for weight, samples, loss in ranks if samples) / whole if whole else 0.0
 
     def check_places(self, ranks: list[int], mine: int) -> None:
         """Whether one of the ranks that are waited for has completed the step in which this process waits.
@@ -111,3 +137,5 @@ class Board:
         self.places.release()
         for tags in self._tags:
             tags.release()
+        for stands in self._stands:
+            stands.release()

@@ -184,6 +184,10 @@ class GradientExchange:
         """The latest exchange for which the rank's gradients are there."""
         return self._board.given[rank]
 
+    def loss(self) -> float:
+        """The loss of all ranks in the latest exchange: the mean over all samples, the same number on all ranks."""
+        return self._board.loss(self.number)
+
     def be_at(self, rank: int, place: int) -> None:
         """Says how far a rank is, so that nobody waits for an exchange that it has left out.
 
@@ -194,19 +198,32 @@ class GradientExchange:
         self._board.places[rank] = place
 
     @torch.no_grad()
-    def put(self, rank: int, number: int, gradients: Sequence[torch.Tensor | None]) -> None:
+    def put(
+        self,
+        rank: int,
+        number: int,
+        gradients: Sequence[torch.Tensor | None],
+        *,
+        weight: float = 1.0,
+        samples: float = 1.0,
+        loss: float = 0.0,
+    ) -> None:
         """Copies a rank's gradients for the running exchange; does nothing if the rank has given them already.
 
         Args:
             rank: whose gradients; this process carries it.
             number: of the running exchange, which is one more than the completed ones.
             gradients: one per parameter, in their order; None: the rank has none for it.
+            weight: of a sample of this rank in the mean over all samples. Alike on all ranks, it changes nothing.
+            samples: of the rank, by whose number its gradients are scaled already; 0: they are zeros.
+            loss: of the rank, for those who ask for that of all; see `loss`.
         """
         if self._board.given[rank] >= number:
             return
         if number != self.number + 1:
             raise ValueError(f"number is {number}, but exchange {self.number + 1} is the one that is running")
         self._slots.put(rank, number, gradients)
+        self._board.stand_for(rank, number, weight, samples, loss)
 
     def publish(self, rank: int, number: int, tag: int = 0) -> None:
         """Says that the rank's gradients are there, and wakes who waits for them.
@@ -254,12 +271,13 @@ class GradientExchange:
         self._wait(self._board.given, number, look)
         self._board.check_tags(number, tag)
         absent = self._slots.absent(number)
-        by_rows = self._slots.average_rows(number)  # before this process says that it has made its share
+        scales = self._board.scales(number)
+        by_rows = self._slots.average_rows(number, scales)  # before this process says that it has made its share
         if self._by_shares:
-            self._average_by_shares(number, carried, on_wait)
+            self._average_by_shares(number, scales, carried, on_wait)
         else:
             for at, run in enumerate(self._runs):
-                average(run, [rank[at] for rank in self._slots.runs[number % len(self._slots.runs)]])
+                average(run, [rank[at] for rank in self._slots.runs[number % len(self._slots.runs)]], scales)
         self.number = number
         if self._old is not None:
             self._old.release()
@@ -277,12 +295,16 @@ class GradientExchange:
         self._board.close()
 
     def _average_by_shares(
-        self, number: int, carried: Callable[[], Collection[int]], on_wait: Callable[[], None]
+        self,
+        number: int,
+        scales: list[float] | None,
+        carried: Callable[[], Collection[int]],
+        on_wait: Callable[[], None],
     ) -> None:
         def reduce() -> None:
             for rank in carried():
                 if self._board.reduced[rank] < number:
-                    self._average_share(rank)
+                    self._average_share(rank, scales)
                     self._board.reduced.publish(rank, number)
 
         def look() -> None:
@@ -294,10 +316,10 @@ class GradientExchange:
         for run, result in zip(self._runs, self._slots.result, strict=True):
             run.copy_(result)
 
-    def _average_share(self, rank: int) -> None:
+    def _average_share(self, rank: int, scales: list[float] | None) -> None:
         for place, result in enumerate(self._slots.result):
             summands = [share(runs[place], rank, self._world_size) for runs in self._slots.runs[0]]
-            average(share(result, rank, self._world_size), summands)
+            average(share(result, rank, self._world_size), summands, scales)
 
     def _wait(self, counters: Counters, number: int, on_wait: Callable[[], None]) -> None:
         if counters.reached(number) or (self._spins and _spin(counters, number)):

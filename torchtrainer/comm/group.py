@@ -145,6 +145,12 @@ class GroupCollective:
             total += row
         return [float(value) for value in total.tolist()]
 
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """The ranks' sum of a number, on its device, which nobody waits for."""
+        whole = value.to(self._device, copy=True)
+        dist.all_reduce(whole)
+        return whole.to(value.device)
+
     def broadcast_buffers(self, modules: Iterable[nn.Module], src: int = 0) -> None:
         """Give every rank the buffers (running means and the like) of rank ``src``: one broadcast per dtype.
 

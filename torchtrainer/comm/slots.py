@@ -89,14 +89,17 @@ class GradientSlots:
         by_parameter = (rows[place :: self._row_bytes] for place in range(len(self._layout.places)))
         return [place for place, marks in enumerate(by_parameter) if not any(marks)]
 
-    def average_rows(self, number: int) -> dict[int, torch.Tensor]:
-        """The means of the gradients that may be sparse, by the places of the parameters; without absent ones."""
+    def average_rows(self, number: int, scales: list[float] | None) -> dict[int, torch.Tensor]:
+        """The means of the gradients that may be sparse, by the places of the parameters; without absent ones.
+
+        ``scales``: what those of each rank are multiplied with.
+        """
         rows, slots = bytes(self._rows[number % 2]), self._slots[number % len(self.runs)]
         found = {}
         for place, where in self._layout.rows.items():
             forms = rows[place :: self._row_bytes]
             if any(forms):
-                found[place] = average_rows(slots, where, forms)
+                found[place] = average_rows(slots, where, forms, scales)
         return found
 
     def release(self) -> None:

@@ -32,24 +32,33 @@ def write_rows(slot: torch.Tensor, place: RowsPlace, gradient: torch.Tensor) -> 
     _values(slot, place, count).copy_(rows.values())
 
 
-def average_rows(slots: Sequence[torch.Tensor], place: RowsPlace, forms: Sequence[int]) -> torch.Tensor:
+def average_rows(
+    slots: Sequence[torch.Tensor], place: RowsPlace, forms: Sequence[int], scales: Sequence[float] | None = None
+) -> torch.Tensor:
     """The mean of what the ranks gave, added up in rank order; sparse unless a rank gave a dense gradient.
 
     Args:
         slots: by rank, as bytes.
         place: of the parameter in each.
         forms: by rank; at least one is not `NO_ROWS`.
+        scales: what each is multiplied with; None: nothing is.
     """
+    factors = scales or [1.0] * len(slots)
     if DENSE in forms:
         total = torch.zeros(place.shape, dtype=place.dtype)
-        for slot, form in zip(slots, forms, strict=True):
+        for slot, form, factor in zip(slots, forms, factors, strict=True):
             if form == DENSE:
-                total += _values(slot, place, place.shape[0])
+                total += _values(slot, place, place.shape[0]) * factor
             elif form == SPARSE:
-                total += _sparse(place, *_rows(slot, place))
+                total += _sparse(place, *_rows(slot, place)) * factor
         return total.div_(len(slots))
-    rows = [_rows(slot, place) for slot, form in zip(slots, forms, strict=True) if form == SPARSE]
-    numbers, values = torch.cat([one for one, _ in rows], dim=1), torch.cat([one for _, one in rows])
+    rows = [
+        (*_rows(slot, place), factor)
+        for slot, form, factor in zip(slots, forms, factors, strict=True)
+        if form == SPARSE
+    ]
+    numbers = torch.cat([one for one, _, _ in rows], dim=1)
+    values = torch.cat([one * factor if factor != 1.0 else one for _, one, factor in rows])
     return _sparse(place, numbers, values).coalesce().div_(len(slots))
 
 

@@ -21,25 +21,41 @@ def share(run: torch.Tensor, part: int, parts: int) -> torch.Tensor:
     return run[first:last]
 
 
-def average(into: torch.Tensor, summands: Sequence[torch.Tensor]) -> None:
-    """Adds up in the order given, divides by how many there are. Every element by itself: the parts do not matter."""
+def average(into: torch.Tensor, summands: Sequence[torch.Tensor], scales: Sequence[float] | None = None) -> None:
+    """Adds up in the order given, divides by how many there are. Every element by itself: the parts do not matter.
+
+    Args:
+        into: gets the average.
+        summands: by rank.
+        scales: what each is multiplied with before; by 0 it is left out, whatever is in it. None: nothing is.
+    """
     block = BLOCK_BYTES // into.element_size()
     if into.numel() <= block:  # most runs: no views are made
-        _average_block(into, summands)
+        _average_block(into, summands, scales)
         return
     for first in range(0, into.numel(), block):
-        _average_block(into[first : first + block], [summand[first : first + block] for summand in summands])
+        _average_block(into[first : first + block], [summand[first : first + block] for summand in summands], scales)
 
 
-def _average_block(into: torch.Tensor, summands: Sequence[torch.Tensor]) -> None:
-    if len(summands) == 1:
+def _average_block(into: torch.Tensor, summands: Sequence[torch.Tensor], scales: Sequence[float] | None) -> None:
+    if scales is not None:
+        _sum_scaled(into, summands, scales)
+    elif len(summands) == 1:
         into.copy_(summands[0])
         return
-    torch.add(summands[0], summands[1], out=into)
-    for summand in itertools.islice(summands, 2, None):
-        into.add_(summand)
+    else:
+        torch.add(summands[0], summands[1], out=into)
+        for summand in itertools.islice(summands, 2, None):
+            into.add_(summand)
     count = len(summands)
     if count & (count - 1):
         into.div_(count)
     else:
         into.mul_(1 / count)  # faster, and the same bits: the inverse of a power of two is exact
+
+
+def _sum_scaled(into: torch.Tensor, summands: Sequence[torch.Tensor], scales: Sequence[float]) -> None:
+    into.zero_()
+    for summand, scale in zip(summands, scales, strict=True):
+        if scale:
+            into.add_(summand * scale)  # not fused: as if each rank had multiplied its own

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from torchtrainer.comm.copies import copy_of
 from torchtrainer.errors import InvalidArgumentError
 
 
@@ -29,7 +30,7 @@ def wrap(model: nn.Module, *, device: torch.device, ddp_args: dict[str, Any], in
     if in_memory:
         return Replica(model, **ddp_args)
     ours: dict[str, Any] = {"device_ids": [device]} if device.type == "cuda" else {}
-    return DistributedDataParallel(model, **{**ours, **ddp_args})
+    return Exchanging(model, **{**ours, **ddp_args})
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -52,11 +53,23 @@ def ddp_of(model: nn.Module) -> DistributedDataParallel | None:
     return model
 
 
-class Replica(DistributedDataParallel):
+class Exchanging(DistributedDataParallel):
+    """torch's, but that copies of it, and pickles, are of the model alone: an average of weights or a teacher exchanges nothing."""
+
+    def __copy__(self) -> Any:
+        return copy.copy(self.module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy_of(self.module, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _itself, (self.module,)
+
+
+class Replica(Exchanging):
     """A ``DistributedDataParallel`` to whoever asks, for gradients that are exchanged as each backward pass ends, outside of it.
 
-    It makes no process group, no buckets and no collective. Copies of it, and pickles, are of the model alone: what has a copy
-    (an average of weights, a teacher) exchanges nothing.
+    It makes no process group, no buckets and no collective.
 
     Args:
         module: the user's model.
@@ -104,13 +117,6 @@ class Replica(DistributedDataParallel):
             "register_comm_hook: gradients go through shared memory here, not through DistributedDataParallel. Pass comm_hook= "
             "to TorchTrainer for smaller gradients"
         )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        copied: nn.Module = copy.deepcopy(self.module, memo)
-        return copied
-
-    def __reduce__(self) -> Any:
-        return _itself, (self.module,)
 
 
 def _bound(module: nn.Module, ddp_args: dict[str, Any]) -> dict[str, Any]:

@@ -217,4 +217,4 @@ def open_run_dir(run_dir: str | os.PathLike[str] | None) -> RunDirectory | Borro
     check_run_dir(run_dir)
     if run_dir is None:
         return BorrowedRunDirectory(None)
-    return RunDirectory(automatic_root(datetime.now()) if run_dir == "auto" else Path(run_dir))
+    return RunDirectory(automatic_root(datetime.now()) if run_dir == "auto" else Path(run_dir).expanduser())

@@ -192,16 +192,14 @@ class InlineGroup:
         form = value
         if isinstance(value, PassResult):
             form = {"metrics": value.metrics, "weights": value.weights}
-        buffer = io.BytesIO()
         try:
-            torch.save(form, buffer)
-            torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+            mine = _as_data(form)
         except Exception as error:
             raise InvalidArgumentTypeError(
-                f"{method}() returned a {type(value).__name__}, which cannot travel between processes that a launcher "
-                "started: return numbers, text, tensors, or lists and dicts of them"
+                f"{_what_cannot_travel(method, value)} cannot travel between processes that a launcher started: return numbers, "
+                "text, tensors, or lists and dicts of them"
             ) from error
-        blobs = self._collective.gather_tensors(buffer.getvalue())
+        blobs = self._collective.gather_tensors(mine)
         values = [torch.load(io.BytesIO(blob), weights_only=True) for blob in blobs]
         return [PassResult(**v) for v in values] if isinstance(value, PassResult) else values
 
@@ -321,6 +319,30 @@ class InlineGroup:
                 ranks=[self._collective.rank],
             )
         )
+
+
+def _as_data(value: Any) -> bytes:
+    """A value as a file that is read without opening a pickle; raises whatever says that it is none."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    return buffer.getvalue()
+
+
+def _what_cannot_travel(method: str, value: Any) -> str:
+    """Names the metrics of a pass that are not data, or the kind of another result."""
+    if not isinstance(value, PassResult) or not isinstance(value.metrics, Mapping):
+        kind = type(value.metrics if isinstance(value, PassResult) else value).__name__
+        return f"the {kind} that {method}() returned"
+    found = []
+    for name, metric in value.metrics.items():
+        try:
+            _as_data(metric)
+        except Exception:  # of pickle, of torch, or of the object: whatever it is, this metric is not data
+            found.append(f"{name} ({type(metric).__name__})")
+    return f"of the metrics that {method}() returned, {', '.join(found)}"
 
 
 def device_of(gpus: tuple[int, ...], local_rank: int) -> torch.device:

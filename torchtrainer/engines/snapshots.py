@@ -126,7 +126,7 @@ class Snapshots:
             group: its name.
             step: at which the worker was lost.
         """
-        begun = {*self._answers, *self._copied}
+        begun = {*(number for number, go in self._answers.items() if go), *self._copied}
         lost = sorted(n for n in begun if n > self.written and len(self._copied.get(n, {})) < self.world_size)
         for number in lost:
             self._copied.pop(number, None)

@@ -29,6 +29,8 @@ _TURN = struct.Struct("<QQ")
 """Which place holds the latest card, and the room for plain data in each."""
 _ENTRY = struct.Struct("<QQQ")
 """Number of the card, where its plain data begin, and how long they are."""
+_OTHERS = 1 << 63
+"""Added to the length where the plain data hold the tensors, too."""
 _HEAD_BYTES = 256
 ALIGNMENT_BYTES = 64
 SPARE_BYTES = 16 * 1024
@@ -45,6 +47,22 @@ def packed(value: Any) -> Any:
     return value
 
 
+def _as_bytes(tensor: torch.Tensor | None) -> tuple[str, tuple[int, ...], bytes] | None:
+    """A tensor as plain data."""
+    if tensor is None:
+        return None
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data.numpy().tobytes()
+
+
+def _from_bytes(data: tuple[str, tuple[int, ...], bytes] | None) -> torch.Tensor | None:
+    """What `_as_bytes` was given."""
+    if data is None:
+        return None
+    dtype, shape, content = getattr(torch, data[0]), data[1], data[2]
+    return (torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)).view(shape)
+
+
 def unpacked(value: Any) -> Any:
     """What `packed` was given."""
     return pickle.loads(value) if isinstance(value, bytes) else value  # own workers' memory, as in `CardFile.read`
@@ -56,13 +74,16 @@ class CardFile:
     Args:
         path: of the memory file; it may be empty still. None: memory of this process alone.
         rank: whose cards they are.
-        tensors: the shapes and dtypes of what a card holds besides plain data; alike for all ranks.
+        tensors: the shapes and dtypes of what a card holds besides plain data; alike for all ranks. There is a place for each. A
+            card of others, that grew for instance, has them among its plain data.
     """
 
-    def __init__(self, path: str | None, *, rank: int, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, path: str | None, *, rank: int, tensors: Sequence[torch.Tensor | None]) -> None:
         self._path = path
         self._rank = rank
-        self._templates = [(one.shape, one.dtype, one.nbytes, one.numel()) for one in tensors]
+        placed = [torch.empty(0) if one is None else one for one in tensors]
+        self._forms = [None if one is None else (one.shape, one.dtype) for one in tensors]
+        self._templates = [(one.shape, one.dtype, one.nbytes, one.numel()) for one in placed]
         offsets, end = [], 0
         for _, _, nbytes, _ in self._templates:
             offsets.append(end)
@@ -72,31 +93,35 @@ class CardFile:
         self._room = 0
         self._views: list[list[torch.Tensor]] = []
 
-    def write(self, number: int, tensors: Sequence[torch.Tensor], plain: Any) -> None:
+    def write(self, number: int, tensors: Sequence[torch.Tensor | None], plain: Any) -> None:
         """Writes a card; the one before it stays until the next one is written.
 
         Args:
             number: of the exchange after which the rank is as the card says.
-            tensors: as many as were given at first; none: the card has none.
+            tensors: of whatever shapes and types.
             plain: numbers, text, bytes, and lists, tuples and dicts of them.
 
         Raises:
             EngineError: there is no memory for it.
         """
-        data = marshal.dumps(plain)
+        fits = [None if one is None else (one.shape, one.dtype) for one in tensors] == self._forms
+        data = marshal.dumps(plain if fits else (plain, [_as_bytes(one) for one in tensors]))
         memory = self._memory(len(data))
         place = (_TURN.unpack_from(memory, 0)[0] + 1) % PLACES
         start = self._start(place) + self._tensor_bytes
         _ENTRY.pack_into(
             memory, _TURN.size + place * _ENTRY.size, number, start, 0
         )  # no card, for whoever reads it now
-        if tensors:
-            torch._foreach_copy_(self._views[place], list(tensors))
+        there = [one for one in tensors if one is not None]
+        if fits and there:
+            views = [view for view, form in zip(self._views[place], self._forms, strict=True) if form is not None]
+            torch._foreach_copy_(views, there)
         memory[start : start + len(data)] = data
-        _ENTRY.pack_into(memory, _TURN.size + place * _ENTRY.size, number, start, len(data))
+        size = len(data) if fits else len(data) | _OTHERS
+        _ENTRY.pack_into(memory, _TURN.size + place * _ENTRY.size, number, start, size)
         _TURN.pack_into(memory, 0, place, self._room)
 
-    def read(self, number: int) -> tuple[list[torch.Tensor], Any]:
+    def read(self, number: int) -> tuple[list[torch.Tensor | None], Any]:
         """The card with a number: its tensors, as for `tensors`, and its plain data.
 
         Raises:
@@ -104,19 +129,28 @@ class CardFile:
         """
         place, start, size = self._find(number)
         assert self._map is not None
-        data = self._map[start : start + size]
+        data = self._map[start : start + (size & ~_OTHERS)]
         if self._find(number) != (
             place,
             start,
             size,
         ):  # a rank that is a step ahead is writing the card after the next one
             raise EngineError(f"rank {self._rank} wrote over its state of exchange {number}")
-        return self._views[place], marshal.loads(data)  # noqa: S302  # only this group's workers can open the file
+        plain = marshal.loads(data)  # noqa: S302  # only this group's workers can open the file
+        if not size & _OTHERS:
+            return self._placed(place), plain
+        plain, others = plain
+        return [_from_bytes(one) for one in others], plain
 
-    def tensors(self, number: int) -> list[torch.Tensor]:
-        """The tensors of a card: views of the memory, valid until the card after the next one is written."""
-        place, _, _ = self._find(number)  # may map the file anew
-        return self._views[place]
+    def tensors(self, number: int) -> list[torch.Tensor | None]:
+        """The tensors of a card: most are views of the memory, valid until the card after the next one is written."""
+        place, _, size = self._find(number)  # may map the file anew
+        return self.read(number)[0] if size & _OTHERS else self._placed(place)
+
+    def _placed(self, place: int) -> list[torch.Tensor | None]:
+        """The tensors that have the shapes and types given at first."""
+        pairs = zip(self._views[place], self._forms, strict=True)
+        return [None if form is None else view for view, form in pairs]
 
     def has(self, number: int) -> bool:
         """Whether the card with a number is there."""
@@ -152,7 +186,7 @@ class CardFile:
         if self._map is None:
             self._open(data_bytes + SPARE_BYTES)
         elif data_bytes > self._room:
-            self._move(data_bytes + SPARE_BYTES)
+            self._move(data_bytes + max(SPARE_BYTES, data_bytes // 2))
         assert self._map is not None
         return self._map
 
@@ -173,7 +207,14 @@ class CardFile:
         kept = []
         for place in ((turn + 1) % PLACES, turn):
             number, start, size = _ENTRY.unpack_from(self._map, _TURN.size + place * _ENTRY.size)
-            kept.append((number, [one.clone() for one in self._views[place]], self._map[start : start + size], size))
+            kept.append(
+                (
+                    number,
+                    [one.clone() for one in self._views[place]],
+                    self._map[start : start + (size & ~_OTHERS)],
+                    size,
+                )
+            )
         self._open(room)
         assert self._map is not None
         _TURN.pack_into(self._map, 0, turn, self._room)
@@ -181,7 +222,7 @@ class CardFile:
             if tensors:
                 torch._foreach_copy_(self._views[place], tensors)
             start = self._start(place) + self._tensor_bytes
-            self._map[start : start + size] = data
+            self._map[start : start + len(data)] = data
             _ENTRY.pack_into(self._map, _TURN.size + place * _ENTRY.size, number, start, size)
         _TURN.pack_into(self._map, 0, 1, self._room)
 
@@ -190,7 +231,11 @@ class CardFile:
         self._room = (len(memory) - _HEAD_BYTES) // PLACES - self._tensor_bytes
         self._views = [
             [
-                torch.frombuffer(memory, dtype=dtype, count=count, offset=self._start(place) + offset).view(shape)
+                (
+                    torch.frombuffer(memory, dtype=dtype, count=count, offset=self._start(place) + offset)
+                    if count
+                    else torch.empty(0, dtype=dtype)
+                ).view(shape)
                 for (shape, dtype, _, count), offset in zip(self._templates, self._offsets, strict=True)
             ]
             for place in range(PLACES)

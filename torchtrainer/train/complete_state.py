@@ -18,7 +18,7 @@ from torchtrainer.train.components import Components, internals
 from torchtrainer.train.metrics import merge_meters
 from torchtrainer.train.rng import rng_from_data, rng_to_data, seed_rank
 from torchtrainer.train.sampler import derive_seed
-from torchtrainer.train.state import live_state, restore
+from torchtrainer.train.state import live_state, restore, shape_buffers
 from torchtrainer.train.trained import known_parameters, loose_parameters
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ def put_back(operator: TrainingOperator, shared: Mapping[str, Any], mine: Mappin
     restore(operator, whole)
     components = internals(operator).components
     for module, buffers in zip(components.modules if components else [], mine.get("buffers", ()), strict=False):
+        shape_buffers(module, buffers)
         here = dict(module.named_buffers())
         for name, value in buffers.items():
             here[name].copy_(value)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from torchtrainer.comm.exchange import why_no_room
 from torchtrainer.comm.group import GroupCollective
@@ -22,6 +23,7 @@ from torchtrainer.train.formats import lay_out
 from torchtrainer.train.fully_sharded import FullySharded
 from torchtrainer.train.optimizers import choose_form
 from torchtrainer.train.sharding import Unsharded
+from torchtrainer.train.weights import some
 from torchtrainer.train.zero import ShardedOptimizers
 
 if TYPE_CHECKING:
@@ -98,6 +100,10 @@ class Internals:
         steps: the iterator of the call that is running.
         meters: those of the built-in loop in this call, once it ran.
         gradient_clock: in a call that is profiled.
+        weighs: the exchange takes the weight of a rank's gradients along, so that nobody has to scale them before.
+        loss_count: what the mean of the running step's loss is over, where the loss tells that; None: the samples.
+        loss_here: the loss of the running step on this rank, where the optimizer asks for losses; None: it does not.
+        loss_of_all: that of all ranks, once they have exchanged it.
         bare_forward: the built-in step exchanges the gradients itself, and calls models without ``DistributedDataParallel``.
     """
 
@@ -108,6 +114,10 @@ class Internals:
     steps: StepIterator | None = None
     meters: AverageMeterCollection | None = None
     gradient_clock: GradientClock | None = None
+    weighs: bool = False
+    loss_count: Any = None
+    loss_here: float | None = None
+    loss_of_all: float | None = None
     bare_forward: bool = False
 
 
@@ -153,8 +163,21 @@ def in_shape_of(given: Any, members: list[Any]) -> Any:
 
 
 def check_models(value: Any, who: str) -> list[nn.Module]:
-    """The modules in ``value``, or a TypeError that shows what is not a module."""
-    return _check(value, who, "an nn.Module, or several in a tuple or list", lambda one: isinstance(one, nn.Module))
+    """The modules in ``value``, or a TypeError that shows what is not a module.
+
+    Raises:
+        InvalidArgumentError: parameters have no shape yet.
+    """
+    found = _check(value, who, "an nn.Module, or several in a tuple or list", lambda one: isinstance(one, nn.Module))
+    for model in found:
+        lazy = [name for name, one in (*model.named_parameters(), *model.named_buffers()) if is_lazy(one)]
+        if lazy:
+            raise InvalidArgumentError(
+                f"{who} must have parameters with shapes, but {some(lazy)} of {type(model).__name__} are of lazy modules and have "
+                "none yet. Call the model once on an example of a batch where it is made, before the optimizer is: "
+                "model(torch.zeros(2, ...))"
+            )
+    return found
 
 
 def check_optimizers(value: Any, who: str) -> list[Any]:

@@ -23,6 +23,7 @@ from torchtrainer.train.equality import Comparison
 from torchtrainer.train.extras import keeps_extras, packed_extras, unpacked_extras
 from torchtrainer.train.rng import StreamReader
 from torchtrainer.train.seats import Buffers, nothing
+from torchtrainer.train.step import stands_for
 from torchtrainer.train.trained import TrainedParameters
 from torchtrainer.train.updates import Updates, go_to, standing
 
@@ -147,12 +148,12 @@ class LoneRank:
         if self._buffers.followed and self._rank and self.exchange.number:
             self._buffers.load(self._cards[-1].tensors(self.exchange.number), followed=True)
 
-    def card(self) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    def card(self) -> tuple[list[torch.Tensor | None], dict[str, Any]]:
         """The card of this rank at the present exchange: values of its buffers, and the rest."""
         tensors, plain = self._cards[self._rank].read(self.exchange.number)
         return list(tensors), plain
 
-    def load_buffers(self, tensors: Sequence[torch.Tensor]) -> None:
+    def load_buffers(self, tensors: Sequence[torch.Tensor | None]) -> None:
         """Puts back the buffers of a card: the forward pass of whoever shared its state may have changed them since."""
         self._buffers.load(tensors, followed=True)
         self._buffers.load(tensors, followed=False)
@@ -174,10 +175,12 @@ class LoneRank:
         parameters = self._trained.parameters
         given = [one.grad if unit in units else None for one, unit in zip(parameters, self._trained.units, strict=True)]
         number, tag = self.exchange.number + 1, self.updates.tag(self.exchange.layout)
-        progress = internals(self._operator).context.progress
+        inside = internals(self._operator)
+        progress = inside.context.progress
         phase = progress.phase
         with self._operator.timers.record("give"):
-            self.exchange.put(self._rank, number, given)
+            batch = inside.steps.current if inside.steps is not None else None
+            self.exchange.put(self._rank, number, given, **stands_for(self._operator, batch))
         if self._rank == 0 and self._buffers.followed:
             self._cards[-1].write(number, self._buffers.tensors, None)
         self.exchange.publish(self._rank, number, tag)
@@ -194,6 +197,8 @@ class LoneRank:
         self.follow_first_rank()
         take_over(parameters, means)
         self.updates.exchanged(units)
+        if inside.loss_here is not None:
+            inside.loss_of_all = self.exchange.loss()
         progress.enter(phase)
 
 

@@ -18,7 +18,7 @@ from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, 
 from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankBatch, RankLoader
 from torchtrainer.train.hooks import batch_info, bind_hook
-from torchtrainer.train.metrics import AverageMeterCollection, plain
+from torchtrainer.train.metrics import AverageMeterCollection, is_one_number, plain
 from torchtrainer.train.progress import Keeper, Progress, StepGate
 from torchtrainer.train.schedules import SchedulerSteps
 from torchtrainer.train.step import GradientShare, UnevenWatch
@@ -371,7 +371,7 @@ def modules_of(operator: TrainingOperator) -> list[nn.Module]:
 
 
 def _measure(operator: TrainingOperator, meters: AverageMeterCollection, stats: Any, hook: str) -> None:
-    """Adds what a batch hook returned, weighted by its ``num_samples``, else by the samples of this rank in the batch."""
+    """Adds what a batch hook returned, weighted as it says by `weight_key` or ``num_samples``, else by the rank's samples."""
     if not isinstance(stats, Mapping):
         raise InvalidArgumentTypeError(
             f"{type(operator).__name__}.{hook} must return a dict of metrics, got {type(stats).__name__}: {stats!r}"
@@ -384,5 +384,5 @@ def _measure(operator: TrainingOperator, meters: AverageMeterCollection, stats: 
     metrics = {name: value for name, value in stats.items() if name not in (NUM_SAMPLES, BATCH_COUNT)}
     meters.update(metrics, plain(stats.get(NUM_SAMPLES, batch.size if batch is not None else 1)))
     loss = next((stats[name] for name in ("train_loss", "val_loss", "loss") if name in stats), None)
-    if loss is not None:
+    if is_one_number(loss):
         internals(operator).context.progress.losses[operator.world_rank] = loss

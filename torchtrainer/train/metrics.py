@@ -12,8 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES
+from torchtrainer.errors import InvalidArgumentTypeError
 
 LAST = "last_"
+SINGLE_BYTES = 4
+"""Size of a number of single precision."""
+SHOWN_RANKS = 4
+SHOWN_CHARACTERS = 80
+"""How much an error shows: of how many ranks, and of each one's value."""
+
+
+def weight_key(name: str) -> str:
+    """The key under which a batch hook says what one metric alone stands for, where that is not ``num_samples``."""
+    return f"{name}_{NUM_SAMPLES}"
 
 
 @dataclass(frozen=True)
@@ -31,11 +42,11 @@ class PassResult:
 
 
 def plain(value: Any) -> Any:
-    """A value without its graph or device: one-element scalars as Python numbers, other tensors on the CPU."""
+    """A value without its graph or device: what holds one number as a Python number, other tensors on the CPU."""
     if hasattr(value, "detach") and hasattr(value, "cpu"):
         value = value.detach()
-        return value.item() if value.dim() == 0 else value.cpu()
-    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        return value.item() if value.numel() == 1 else value.cpu()
+    if hasattr(value, "item") and getattr(value, "size", None) == 1:  # of NumPy: an array, or a scalar
         return value.item()
     return value
 
@@ -44,15 +55,36 @@ def _on_device(value: Any) -> bool:
     return hasattr(value, "detach") and str(getattr(value, "device", "cpu")) != "cpu"
 
 
-def _summable(value: Any) -> bool:
-    """Numbers, tensors and arrays can be averaged; text, containers and None cannot."""
-    if isinstance(value, bool | int | float | complex):
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | complex)
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a value is a tensor, or an array of numbers of NumPy; by what it can do, as neither is imported here."""
+    if hasattr(value, "detach"):
         return True
-    return hasattr(value, "shape") and hasattr(value, "dtype") and hasattr(value, "__mul__")
+    return hasattr(value, "__array_interface__") and value.dtype.kind in "biufc"
+
+
+def is_one_number(value: Any) -> bool:
+    """Whether a value can be shown as a number; does not read a device."""
+    return _is_number(value) or (_is_array(value) and math.prod(value.shape) == 1)
+
+
+def _wide(array: Any) -> Any:
+    """An array in which sums are exact enough: half precision is made single; a NumPy array becomes a tensor."""
+    if not hasattr(array, "detach"):
+        import torch  # who measures has it; what a checkpoint keeps of the means has to be tensors
+
+        array = torch.as_tensor(array)
+    return array.float() if array.is_floating_point() and array.element_size() < SINGLE_BYTES else array
 
 
 class AverageMeter:
     """Weighted mean of one metric over batches. NaN is not hidden.
+
+    Args:
+        name: of the metric, for errors.
 
     Attributes:
         last: the latest value as it was given.
@@ -60,45 +92,65 @@ class AverageMeter:
         last_weight: samples behind ``last``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "metric") -> None:
         self.last: Any = None
-        self.weight: float = 0
-        self.last_weight: float = 0
-        self._sum: Any = 0
+        self.weight: Any = 0
+        self.last_weight: Any = 0
+        self._name = name
+        self._sum: Any = None
         self._averaged = True
 
     def update(self, value: Any, n: float = 1) -> None:
         """Adds the value of a batch.
 
         Args:
-            value: a number, 0-d tensor or array; other things are kept, not averaged: the latest one counts.
-            n: samples behind it; with 0 it is the latest value, but does not enter the mean.
+            value: a number, or an array, which is averaged element by element; None: the batch has no value, and does not
+                enter the mean; other things are kept, not averaged: the latest one counts.
+            n: samples behind it; with 0 it is the latest value, but does not enter the mean. A tensor on a device is not read.
+
+        Raises:
+            InvalidArgumentTypeError: an array of another shape than those before.
         """
         if _on_device(value):
             value = value.detach()
-            term = value.double() if value.device.type != "mps" else value.float()
+            if value.numel() == 1:
+                value = value.reshape(())
+            term = value.double() if value.device.type != "mps" and not value.is_complex() else value
         else:
-            term = value = plain(value)
+            value = plain(value)
+            term = value = _wide(value) if _is_array(value) else value
         self.last, self.last_weight = value, n
-        self._averaged = _summable(value)
-        if self._averaged and n:
-            self._sum = self._sum + term * n
-            self.weight += n
+        if value is None:
+            return
+        self._averaged = _is_number(value) or _is_array(value)
+        if self._averaged and (_on_device(n) or n):
+            self._check_shape(term)
+            weighed = (term * n).where(n > 0, term.new_zeros(())) if _on_device(n) and _is_array(term) else term * n
+            self._sum = weighed if self._sum is None else self._sum + weighed
+            self.weight = self.weight + n
+
+    def _check_shape(self, term: Any) -> None:
+        before, now = (tuple(getattr(one, "shape", ())) for one in (self._sum, term))
+        if self._sum is not None and before != now:
+            raise InvalidArgumentTypeError(
+                f"the metric {self._name!r} has shape {now} in this batch and {before} in those before it, so that it has no mean "
+                "over the batches: return a number, or an array of one shape, for each batch"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the meter knows, as data."""
         return {
             "last": plain(self.last),
-            "weight": self.weight,
-            "last_weight": self.last_weight,
-            "sum": plain(self._sum),
+            "weight": plain(self.weight),
+            "last_weight": plain(self.last_weight),
+            "sum": 0 if self._sum is None else plain(self._sum),
             "averaged": self._averaged,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what another meter knew."""
         self.last, self.weight, self.last_weight = state["last"], state["weight"], state["last_weight"]
-        self._sum, self._averaged = state["sum"], state["averaged"]
+        self._sum, self._averaged = state["sum"] if state["weight"] else None, state["averaged"]
 
     @property
     def mean(self) -> Any:
@@ -117,11 +169,17 @@ class AverageMeterCollection:
         self._meters: dict[str, AverageMeter] = {}
 
     def update(self, metrics: Mapping[str, Any], n: float = 1) -> None:
-        """Adds what the hook returned for a batch of ``n`` samples."""
+        """Adds what the hook returned for a batch of ``n`` samples, the weights of single metrics under `weight_key` included."""
         self.batch_count += 1
         self.num_samples += n
+        weights = {key: metrics[key] for name in metrics if (key := weight_key(name)) in metrics}
+        weights = {key: one if _on_device(one) else plain(one) for key, one in weights.items()}
         for name, value in metrics.items():
-            self._meters.setdefault(name, AverageMeter()).update(value, n)
+            if name not in weights:
+                self._meter(name).update(value, weights.get(weight_key(name), n))
+
+    def _meter(self, name: str) -> AverageMeter:
+        return self._meters.setdefault(name, AverageMeter(name))
 
     def skip(self) -> None:
         """Notes a batch in which this rank had no samples of its own: its latest values are not the pass's latest."""
@@ -141,7 +199,7 @@ class AverageMeterCollection:
         """Goes on from what other meters knew."""
         self.batch_count, self.num_samples = state[BATCH_COUNT], state[NUM_SAMPLES]
         for name, known in state["meters"].items():
-            self._meters.setdefault(name, AverageMeter()).load_state_dict(known)
+            self._meter(name).load_state_dict(known)
 
     def summary(self) -> dict[str, Any]:
         """``batch_count``, ``num_samples``, then each metric's mean and ``last_<metric>``. Reads the device."""
@@ -180,50 +238,85 @@ def reduce_results(results: Sequence[PassResult]) -> dict[str, Any]:
     """Makes one dict out of the ranks' results.
 
     ``num_samples`` is the sum, ``epoch`` and ``batch_count`` are whole numbers, numbers in ``profile`` are means over the ranks,
-    every other number is the mean over the ranks that have it, weighted by the samples behind it there. A NaN on any of
-    them shows. What is not a number comes from the first rank that has it.
+    every other number or array is the mean over the ranks that have it, weighted by the samples behind it there. A NaN on any
+    of them shows. Anything else has to be alike on all ranks that have it.
 
     Args:
         results: one per rank, in rank order; each with a dict of metrics.
 
     Raises:
-        TypeError: a rank's hook returned something else than a dict.
+        InvalidArgumentTypeError: a rank's hook returned something else than a dict, or a metric differs between the ranks and
+            has no mean.
     """
     for rank, result in enumerate(results):
         if not isinstance(result.metrics, Mapping):
-            raise TypeError(
+            raise InvalidArgumentTypeError(
                 f"the results of the ranks can be reduced only if every rank returns a dict; rank {rank} returned "
                 f"{type(result.metrics).__name__}. Return a dict, or pass reduce_results=False"
             )
     names = dict.fromkeys(name for result in results for name in result.metrics)
     reduced: dict[str, Any] = {}
     for name in names:
-        having = [result for result in results if result.metrics.get(name) is not None]
-        values = [plain(result.metrics[name]) for result in having]
-        reduced[name] = _reduce(name, values, [result.weights.get(name, 1.0) for result in having])
+        having = {rank: one for rank, one in enumerate(results) if one.metrics.get(name) is not None}
+        values = {rank: plain(one.metrics[name]) for rank, one in having.items()}
+        reduced[name] = _reduce(name, values, [one.weights.get(name, 1.0) for one in having.values()])
     return reduced
 
 
-def _reduce(name: str, values: list[Any], weights: list[float]) -> Any:
+def _reduce(name: str, by_rank: Mapping[int, Any], weights: list[float]) -> Any:
+    values = list(by_rank.values())
     if not values:
         return None
     if name == "profile" and all(isinstance(value, Mapping) for value in values):
         return _mean_of_dicts(values)
-    numbers = [(value, weight) for value, weight in zip(values, weights, strict=True) if isinstance(value, int | float)]
-    if not numbers or not isinstance(values[0], int | float):
+    if all(_is_number(value) for value in values):
+        if name == NUM_SAMPLES:
+            return _whole(sum(values))
+        if name in ("epoch", BATCH_COUNT):
+            return _whole(max(values))
+        mean = _weighted_mean(values, weights)
+        return mean if isinstance(mean, complex) else float(mean)
+    if all(_is_array(value) for value in values) and len({tuple(value.shape) for value in values}) == 1:
+        return _weighted_mean(values if len(values) == 1 else [_wide(value) for value in values], weights)
+    if all(_alike(value, values[0]) for value in values[1:]):
         return values[0]
-    if name == NUM_SAMPLES:
-        return _whole(sum(value for value, _ in numbers))
-    if name in ("epoch", BATCH_COUNT):
-        return _whole(max(value for value, _ in numbers))
-    return _weighted_mean(numbers)
+    raise InvalidArgumentTypeError(_no_mean(name, by_rank))
 
 
-def _weighted_mean(numbers: list[tuple[float, float]]) -> float:
-    counted = [(value, weight) for value, weight in numbers if weight > 0] or [(value, 1.0) for value, _ in numbers]
+def _weighted_mean(values: Sequence[Any], weights: Sequence[float]) -> Any:
+    pairs = list(zip(values, weights, strict=True))
+    counted = [(value, weight) for value, weight in pairs if weight > 0] or [(value, 1.0) for value in values]
     if len(counted) == 1:
-        return float(counted[0][0])  # v * w / w need not be v
+        return counted[0][0]  # v * w / w need not be v
     return sum(value * weight for value, weight in counted) / sum(weight for _, weight in counted)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two values are equal, as far as that can be told."""
+    if type(one) is not type(other):
+        return False
+    if _is_array(one):
+        return bool(one.shape == other.shape and (one == other).all())
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_alike(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(_alike(*pair) for pair in zip(one, other, strict=True))
+    try:
+        return bool(one == other)
+    except (TypeError, ValueError):  # tables and the like compare element by element
+        return False
+
+
+def _no_mean(name: str, by_rank: Mapping[int, Any]) -> str:
+    shown = []
+    for rank, value in by_rank.items():
+        text = f"an array of shape {tuple(value.shape)}" if _is_array(value) else f"{type(value).__name__} {value!r}"
+        shown.append(f"rank {rank} {text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + ' ...'}")
+    return (
+        f"the metric {name!r} differs between the ranks and has no mean over them: {'; '.join(shown[:SHOWN_RANKS])}. Return a "
+        "number, an array of the same shape on all ranks, or something that is alike on all of them; or pass "
+        "reduce_results=False, which gives what each rank returned"
+    )
 
 
 def _mean_of_dicts(dicts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ CPU were found by trying (docs/performance.md), and the tests try them again wit
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -20,6 +22,19 @@ FOREACH_FROM_PARAMETERS = 16
 FOREACH_TO_MEAN_ELEMENTS = 16 * 1024
 """On the CPU few calls pay where there are many parameters, and lose where these are larger than the caches."""
 _EXACT_TYPES = (torch.float32, torch.float64)
+
+
+def takes_closure(optimizer: Any) -> bool:
+    """Whether an optimizer evaluates the loss itself, as LBFGS does: its ``step`` needs a function that does so."""
+    kind: Any = type(optimizer)
+    return _takes_closure(kind)
+
+
+@functools.lru_cache(maxsize=64)
+def _takes_closure(kind: Any) -> bool:
+    step = getattr(kind, "step", None)
+    given = inspect.signature(step).parameters.get("closure") if inspect.isfunction(step) else None
+    return given is not None and given.default is given.empty
 
 
 def choose_form(optimizer: Any, fused: bool | Literal["auto"], *, half: bool = False) -> str:

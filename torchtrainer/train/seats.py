@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from torchtrainer.errors import EngineError
 from torchtrainer.train.cards import CardFile
 from torchtrainer.train.components import Components, internals
 from torchtrainer.train.data import RankLoader
 from torchtrainer.train.extras import Entries
 from torchtrainer.train.metrics import AverageMeterCollection
+from torchtrainer.train.optimizers import takes_closure
 from torchtrainer.train.rng import RngState
 from torchtrainer.train.trained import known_parameters
 
@@ -60,30 +62,26 @@ class Buffers:
 
     def __init__(self, operator: TrainingOperator) -> None:
         components = internals(operator).components or _NOTHING
-        self._followed: list[tuple[dict[str, Any], str]] = []
-        self._own: list[tuple[dict[str, Any], str]] = []
-        seen: set[int] = set()
+        self._followed: list[dict[str, Any]] = []
+        self._own: list[dict[str, Any]] = []
         for raw, follows in components.followers():
-            places = self._followed if follows else self._own
-            for module in raw.modules():
-                for name, buffer in module._buffers.items():
-                    if buffer is not None and buffer.numel() and id(buffer) not in seen:
-                        seen.add(id(buffer))
-                        places.append((module._buffers, name))
+            members = [module._buffers for module in raw.modules()]
+            if any(members):
+                (self._followed if follows else self._own).extend(members)
 
     @property
-    def followed(self) -> list[torch.Tensor]:
+    def followed(self) -> list[torch.Tensor | None]:
         """Those that all ranks take over from rank 0. Looked up each time: a module may put another tensor in its place."""
-        return [members[name] for members, name in self._followed]
+        return _values_of(self._followed)
 
     @property
-    def own(self) -> list[torch.Tensor]:
+    def own(self) -> list[torch.Tensor | None]:
         """Those that each rank has."""
-        return [members[name] for members, name in self._own]
+        return _values_of(self._own)
 
     @property
-    def tensors(self) -> list[torch.Tensor]:
-        """All of them, in the order of a card."""
+    def tensors(self) -> list[torch.Tensor | None]:
+        """All of them, in the order of a card; None for one that is not there now."""
         return [*self.followed, *self.own]
 
     def load_for(self, rank: int, cards: Sequence[CardFile], number: int, *, alone: bool) -> None:
@@ -101,12 +99,34 @@ class Buffers:
             self.load(cards[rank].tensors(number), followed=False)
 
     @torch.no_grad()
-    def load(self, values: Sequence[torch.Tensor], *, followed: bool) -> None:
-        """Copies values of a card into the followed buffers, or into the others; autograd takes no notice."""
-        split = len(self._followed)
-        here, there = (self.followed, values[:split]) if followed else (self.own, values[split:])
-        if here:
-            torch._foreach_copy_([one.data for one in here], list(there))
+    def load(self, values: Sequence[torch.Tensor | None], *, followed: bool) -> None:
+        """Copies values of a card into the followed buffers, or into the others; autograd takes no notice.
+
+        A buffer of another shape or type is replaced.
+
+        Raises:
+            EngineError: there are more or fewer.
+        """
+        split = len(self.followed)
+        members, there = (self._followed, values[:split]) if followed else (self._own, values[split:])
+        places = [(one, name) for one in members for name in one]
+        if len(places) != len(there):
+            raise EngineError(
+                f"the models have {len(places)} buffers here and {len(there)} on another rank: register the same ones on all ranks"
+            )
+        alike: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for (one, name), value in zip(places, there, strict=True):
+            here = one[name]
+            if here is not None and value is not None and (here.shape, here.dtype) == (value.shape, value.dtype):
+                alike.append((here.data, value))
+            else:  # it grew, or came or went
+                one[name] = None if value is None else value.clone()
+        if alike:
+            torch._foreach_copy_([here for here, _ in alike], [value for _, value in alike])
+
+
+def _values_of(members: list[dict[str, Any]]) -> list[torch.Tensor | None]:
+    return [value for one in members for value in one.values()]
 
 
 _NOTHING = Components(raw_models=[], models=[], optimizers=[], criterion=None, schedulers=[])
@@ -125,6 +145,9 @@ def bound_reason(operator: TrainingOperator) -> str:
     for name in ("train_batch", "train_epoch"):
         if getattr(kind, name) is not getattr(Base, name):
             return f"{kind.__name__} has its own {name}, which makes the update itself"
+    for optimizer in inside.components.optimizers if inside.components else []:
+        if takes_closure(optimizer):
+            return f"{type(optimizer).__name__} evaluates the loss several times in a step"
     for name, loader in inside.loaders.items():
         if not loader.any_world_size:
             return f"the {name} loader is a stream, or used as it is: only its own rank can go on with it"

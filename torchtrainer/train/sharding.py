@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchtrainer.comm.copies import copy_of
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError
 
 _OF_EVERY_OPTIMIZER = ("param_groups", "state", "defaults")
@@ -65,7 +65,8 @@ class Unsharded:
 
     def copy_of(self, model: nn.Module) -> nn.Module:
         """A copy of the model that any process can use by itself."""
-        return copy.deepcopy(model)
+        found: nn.Module = copy_of(model)
+        return found
 
     @contextmanager
     def undivided(self) -> Iterator[None]:

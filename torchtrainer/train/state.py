@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from torchtrainer.errors import InvalidArgumentError, OperatorUseError
 from torchtrainer.train.components import Components, internals
 from torchtrainer.train.sharding import Unsharded
 from torchtrainer.train.trained import loose_parameters
+from torchtrainer.train.weights import fit, some
 
 if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
@@ -80,15 +82,9 @@ def restore(operator: TrainingOperator, state: Mapping[str, Any]) -> None:
     components = internals(operator).components or Components(
         raw_models=[], models=[], optimizers=[], criterion=None, schedulers=[]
     )
-    for index, (model, values) in enumerate(zip(components.raw_models, state["models"], strict=True)):
-        try:
-            model.load_state_dict(components.sharding.model_share(model, values))
-        except RuntimeError as error:
-            difference = first_difference(model.state_dict(), values)
-            raise OperatorUseError(
-                f"the state does not fit model {index} of {len(components.raw_models)}, {type(model).__name__}: "
-                f"{difference}. Build the model that the state was saved from. torch says: {error}"
-            ) from error
+    for model, values in zip(components.raw_models, state["models"], strict=True):
+        shape_buffers(model, values)
+    _load_models(components, state["models"])
     if state.get("criterion") and len(components.modules) > len(components.raw_models):
         components.criterion.load_state_dict(state["criterion"])
     _load_loose(operator, state.get("parameters", ()))
@@ -117,6 +113,52 @@ def _load_loose(operator: TrainingOperator, values: Sequence[torch.Tensor]) -> N
         )
     for parameter, value in zip(loose, values, strict=False):
         parameter.copy_(value)
+
+
+def restore_weights(operator: TrainingOperator, weights: Sequence[Mapping[str, Any]]) -> None:
+    """Loads the weights of the models alone; optimizers, schedulers and counters stay as they are.
+
+    Args:
+        operator: of any rank.
+        weights: by model, under the names that `torchtrainer.train.weights.fit` takes.
+
+    Raises:
+        InvalidArgumentError: there are more or fewer models.
+        RuntimeError: a model does not fit.
+    """
+    components = internals(operator).components
+    models = components.raw_models if components is not None else []
+    _check_count("models", len(models), len(weights))
+    assert components is not None
+    found = [fit(model.state_dict().keys(), one) for model, one in zip(models, weights, strict=True)]
+    _load_models(components, [mine for mine, _ in found])
+    others, say = [name for _, names in found for name in names], internals(operator).context.say
+    if others and say is not None:
+        say(f"the weights of {some(others)} are not of the model, and were left out")
+
+
+def shape_buffers(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Gives buffers the shapes and types that they have in a state: those that grow in the training have others when it begins."""
+    for path, module in model.named_modules():
+        for name, here in module._buffers.items():
+            value = state.get(f"{path}.{name}" if path else name)
+            if isinstance(value, torch.Tensor) and (
+                here is None or (here.shape, here.dtype) != (value.shape, value.dtype)
+            ):
+                kept = next((one for one in (here, *model.parameters()) if one is not None), value)
+                module._buffers[name] = torch.empty_like(value, device=kept.device)
+
+
+def _load_models(components: Components, states: Sequence[Mapping[str, Any]]) -> None:
+    for index, (model, values) in enumerate(zip(components.raw_models, states, strict=True)):
+        try:
+            model.load_state_dict(components.sharding.model_share(model, values))
+        except RuntimeError as error:
+            difference = first_difference(model.state_dict(), values)
+            raise OperatorUseError(
+                f"the state does not fit model {index} of {len(components.raw_models)}, {type(model).__name__}: "
+                f"{difference}. Build the model that the state was saved from. torch says: {error}"
+            ) from error
 
 
 def first_difference(here: Mapping[str, Any], given: Mapping[str, Any]) -> str:

@@ -11,48 +11,126 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from torchtrainer.comm.group import GroupCollective
 from torchtrainer.comm.uneven import UnevenStep, collectives_made
 from torchtrainer.errors import InvalidArgumentTypeError, OperatorUseError
+from torchtrainer.train.batches import holds_classes, parameters_of, samples_in, split_batch, to_device
 from torchtrainer.train.components import internals
 from torchtrainer.train.data_passes import MicroBatches, RankBatch
 from torchtrainer.train.formats import follow
+from torchtrainer.train.losses import count, counted_classes, tells_count
+from torchtrainer.train.metrics import weight_key
+from torchtrainer.train.optimizers import takes_closure
 
 if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
 
-TARGET_KEYS = ("target", "targets", "label", "labels", "y")
-"""Where the built-in step looks for the target in a batch that is a dict, in this order."""
-
 
 def train_batch(operator: TrainingOperator, batch: Any, info: Mapping[str, Any] | None) -> dict[str, Any]:
     """The built-in training step; see `TrainingOperator.train_batch`."""
+    if takes_closure(getattr(operator, "optimizer", None)):
+        stats = _step_by_closure(operator, batch)
+        operator.after_step(dict(info or {}))
+        return stats
     stats = forward_backward(operator, batch)
     internals(operator).context.progress.enter("step")
     update(operator, info or {})
     return stats
 
 
+def _step_by_closure(operator: TrainingOperator, batch: Any) -> dict[str, Any]:
+    """A step whose optimizer evaluates the loss of the batch as often as it likes; all ranks get the same loss, and do alike."""
+    inside, found = internals(operator), list[dict[str, Any]]()
+    if inside.amp.scaler.is_enabled():
+        raise InvalidArgumentTypeError(
+            f'{type(operator.optimizer).__name__} evaluates the loss itself, which precision="fp16" does not allow, as it scales '
+            'the loss: use precision="bf16" or "fp32"'
+        )
+
+    def closure() -> torch.Tensor:
+        inside.loss_here, inside.loss_of_all = 0.0, None
+        found.append(forward_backward(operator, batch))
+        operator.clip_gradients()
+        return _loss_of_all(operator, found[-1])
+
+    try:
+        with operator.timers.record("apply"):
+            operator.optimizer.step(closure)
+    finally:
+        inside.loss_here = None
+    return found[0]
+
+
+def _loss_of_all(operator: TrainingOperator, stats: dict[str, Any]) -> torch.Tensor:
+    """The loss of a step over all ranks; where gradients go through a process group, a collective call."""
+    inside = internals(operator)
+    loss, collective = torch.as_tensor(stats["train_loss"], device=operator.device).double(), inside.context.collective
+    if inside.loss_of_all is not None:
+        return torch.as_tensor(inside.loss_of_all, dtype=torch.float64)
+    if not isinstance(collective, GroupCollective) or collective.world_size == 1:
+        return loss
+    batch = inside.steps.current if inside.steps is not None else None
+    stands = stats.get(weight_key("train_loss"), stats["num_samples"]) if batch is None or batch.size else 0.0
+    whole = collective.total(torch.stack([loss * stands, torch.ones_like(loss) * stands]))
+    return whole[0] / whole[1]
+
+
 def forward_backward(operator: TrainingOperator, batch: Any) -> dict[str, Any]:
     """The first part of a step: the gradients of a batch; returns its loss and how many samples are behind it."""
+    internals(operator).loss_count = None
     if not isinstance(batch, MicroBatches):
         return _gradients(operator, batch)
     return _accumulated(operator, batch.parts)
 
 
 def _accumulated(operator: TrainingOperator, parts: Sequence[RankBatch]) -> dict[str, Any]:
-    """The gradients of several batches, each by its share of the samples; what was only lent to this rank weighs nothing."""
-    components = internals(operator).components
+    """The gradients of several batches, each by what its loss counts; what was only lent to this rank weighs nothing."""
+    components, criterion = internals(operator).components, required(operator, "criterion", "train_batch")
     if components is None or not components.sharding.in_step:
         parts = [part for part in parts if part.size] or parts[-1:]
-    whole, loss, samples = sum(part.size for part in parts), 0.0, 0
-    for place, part in enumerate(parts):
-        weight = part.size / whole if whole else 1.0
+    counts: list[Any] = [part.size for part in parts]
+    if told := tells_count(criterion):
+        found = [count(criterion, to_device(split_batch(part.data)[2], operator.device)) for part in parts]
+        told = all(one is not None for one in found)
+        counts = [float(one) if part.size else 0.0 for one, part in zip(found, parts, strict=True)] if told else counts
+    whole, loss, samples = sum(counts), 0.0, 0
+    scale = _share_of_loss(operator, whole if told else None)
+    for place, (part, counted) in enumerate(zip(parts, counts, strict=True)):
+        weight = counted / whole if whole else 1.0
         with _exchanging(operator, last=place + 1 == len(parts)):
-            stats = _gradients(operator, part.data, weight=weight, clear=place == 0)
+            stats = _gradients(operator, part.data, weight=weight * scale, clear=place == 0)
         if weight:
             loss = loss + weight * stats["train_loss"]
             samples += stats["num_samples"]
-    return {"train_loss": loss, "num_samples": samples}
+    return _stats("train_loss", loss, samples, whole if told else None)
+
+
+def _stats(name: str, loss: Any, samples: int, counted: Any) -> dict[str, Any]:
+    """A loss and what is behind it: samples, and what it counts if that is something else."""
+    stats = {name: loss, "num_samples": samples}
+    if counted is not None and (isinstance(counted, torch.Tensor) or counted != samples):
+        stats[weight_key(name)] = counted
+    return stats
+
+
+def _share_of_loss(operator: TrainingOperator, counted: Any) -> Any:
+    """What the loss of a step is multiplied with, so that ranks weigh by what their losses count, not by their samples.
+
+    One where an exchange through memory takes the weight along (`Internals.weighs`), and where ranks count alike. Else the counts
+    of all ranks are added up here: a collective call, in which the number stays on the device.
+
+    Args:
+        operator: of this rank.
+        counted: by the loss of this rank's step; None: samples.
+    """
+    inside = internals(operator)
+    inside.loss_count, collective = counted, inside.context.collective
+    if counted is None or inside.weighs or not isinstance(collective, GroupCollective) or collective.world_size == 1:
+        return 1.0
+    batch = inside.steps.current if inside.steps is not None else None
+    size, global_size = (batch.size, batch.global_size) if batch is not None else (1, collective.world_size)
+    whole = reading(collective.total(torch.as_tensor(counted if size else 0.0, device=operator.device).double()))
+    return counted * global_size / (size * whole) if size and (isinstance(whole, torch.Tensor) or whole) else 1.0
 
 
 @contextmanager
@@ -66,8 +144,11 @@ def _exchanging(operator: TrainingOperator, *, last: bool) -> Iterator[None]:
         yield
 
 
-def _gradients(operator: TrainingOperator, batch: Any, *, weight: float = 1.0, clear: bool = True) -> dict[str, Any]:
-    """Forward and backward of one batch, whose gradients count by a weight; ``clear``: those that were there are gone."""
+def _gradients(operator: TrainingOperator, batch: Any, *, weight: Any = None, clear: bool = True) -> dict[str, Any]:
+    """Forward and backward of one batch, whose gradients count by a weight; ``clear``: those that were there are gone.
+
+    ``weight``: of one of several batches; None: it is the only one of its step.
+    """
     model, optimizer = required(operator, "model", "train_batch"), required(operator, "optimizer", "train_batch")
     criterion = required(operator, "criterion", "train_batch")
     inside, timers = internals(operator), operator.timers
@@ -77,21 +158,70 @@ def _gradients(operator: TrainingOperator, batch: Any, *, weight: float = 1.0, c
     with timers.record("copy"):
         positional, named, target = _inputs(operator, batch)
     progress.enter("forward")
+    scale, counted = weight, None
+    if weight is None:  # the batch is all of the step
+        counted = count(criterion, target)
+        scale = _share_of_loss(operator, counted)
     with timers.record("fwd"), inside.amp.autocast():
-        loss = criterion(model(*positional, **named), target)
+        loss = _one_number(criterion(model(*positional, **named), target), criterion)
+    if inside.loss_here is not None:
+        inside.loss_here += float(loss.detach()) * (1.0 if weight is None else float(weight))
     progress.enter("backward")
     with timers.record("grad"):
         if clear:
             optimizer.zero_grad()
-        scaler.scale(loss if weight == 1.0 else loss * weight).backward()
+        scaler.scale(_scaled(loss, scale)).backward()  # type: ignore[no-untyped-call]  # torch has no types here
         if inside.gradient_clock is not None and not inside.bare_forward:
             timers.push("sync", inside.gradient_clock.since_last())
-    return {"train_loss": reading(loss), "num_samples": samples_in(target)}
+    return _stats("train_loss", reading(loss), samples_in(target), counted)
+
+
+def stands_for(operator: TrainingOperator, batch: RankBatch | None) -> dict[str, float]:
+    """What the gradients of a step stand for on this rank: arguments of `torchtrainer.comm.exchange.GradientExchange.put`.
+
+    A sample weighs what the loss counts in it on average, if the loss tells that.
+
+    Args:
+        operator: of this rank, after its backward pass.
+        batch: of the step; None: nobody knows.
+    """
+    counted, internals(operator).loss_count = internals(operator).loss_count, None
+    samples = 1 if batch is None else batch.size
+    return {
+        "weight": 1.0 if counted is None or not samples else counted / samples,
+        "samples": float(samples),
+        "loss": internals(operator).loss_here or 0.0,
+    }
+
+
+def _scaled(loss: torch.Tensor, scale: Any) -> torch.Tensor:
+    if isinstance(scale, torch.Tensor):
+        return loss * scale.to(loss.dtype)
+    return loss if scale == 1.0 else loss * scale
+
+
+def _one_number(loss: Any, criterion: Any) -> torch.Tensor:
+    """The loss, which has to be one number.
+
+    Raises:
+        InvalidArgumentTypeError: it is not.
+    """
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        return loss
+    found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+    name = criterion if isinstance(criterion, nn.Module) else getattr(criterion, "__qualname__", criterion)
+    raise InvalidArgumentTypeError(
+        f"the built-in step needs a loss that is one number, and {name} returned {found}: use reduction='mean', take the mean "
+        "in loss_creator's function, or override train_batch and validate_batch"
+    )
 
 
 def _inputs(operator: TrainingOperator, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """Positional inputs, named inputs and target of a batch, on the device and in the memory format of the models."""
-    positional, named, target = split_batch(to_device(batch, operator.device))
+    positional, named, target = split_batch(
+        to_device(batch, operator.device),
+        parameters_of(getattr(operator, "model", None)) if isinstance(batch, Mapping) else (),
+    )
     components = internals(operator).components
     if components is not None and components.channels_last:
         positional = tuple(follow(one) for one in positional)
@@ -123,11 +253,16 @@ def validate_batch(operator: TrainingOperator, batch: Any) -> dict[str, Any]:
     internals(operator).context.progress.enter("forward")
     with operator.timers.record("eval_fwd"), internals(operator).amp.autocast():
         output = model(*positional, **named)
-        loss = criterion(output, target)
-    stats = {"val_loss": reading(loss), "num_samples": samples_in(target)}
-    if _classes(output, target):
-        correct = output.argmax(dim=1) == target
-        stats["val_accuracy"] = reading(correct.sum()) / max(correct.numel(), 1)
+        loss = _one_number(criterion(output, target), criterion)
+    stats = _stats("val_loss", reading(loss), samples_in(target), count(criterion, target))
+    if holds_classes(output, target):
+        counts = counted_classes(criterion, target)
+        correct, counted = reading(((output.argmax(dim=1) == target) & counts).sum()), reading(counts.sum())
+        stats["val_accuracy"] = correct / (
+            max(counted, 1) if not isinstance(counted, torch.Tensor) else counted.clamp(min=1)
+        )
+        if isinstance(counted, torch.Tensor) or counted != target.numel():
+            stats[weight_key("val_accuracy")] = counted
     return stats
 
 
@@ -143,74 +278,9 @@ def required(operator: TrainingOperator, name: str, hook: str) -> Any:
     return value
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor on the device; tuples, lists and dicts keep their shape, other things stay as they are.
-
-    Copies to a GPU are queued behind the work there; from pinned memory they do not make the host wait.
-    """
-    if device.type == "cpu":
-        return batch
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=device.type == "cuda")
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
-
-
-def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Positional inputs, named inputs and target of a batch.
-
-    ``(*features, target)`` gives positional inputs. A dict gives its target by one of `TARGET_KEYS`; the one other entry
-    is the input, and several other entries are named inputs.
-
-    Raises:
-        InvalidArgumentTypeError: the batch has another form.
-    """
-    if isinstance(batch, Mapping):
-        key = next((name for name in TARGET_KEYS if name in batch), None)
-        features = {name: value for name, value in batch.items() if name != key}
-        if key is not None and features:
-            if len(features) == 1:
-                return tuple(features.values()), {}, batch[key]
-            return (), features, batch[key]
-        found = f"a dict with the keys {list(batch)}"
-    elif isinstance(batch, list | tuple) and len(batch) >= 2:
-        return tuple(batch[:-1]), {}, batch[-1]
-    else:
-        found = (
-            f"{type(batch).__name__} of length {len(batch)}"
-            if isinstance(batch, list | tuple)
-            else type(batch).__name__
-        )
-    raise InvalidArgumentTypeError(
-        f"the built-in step takes batches (*features, target), or dicts with the target under one of "
-        f"{', '.join(TARGET_KEYS)}; the loader gave {found}. Override train_batch and validate_batch for other batches"
-    )
-
-
-def samples_in(target: Any) -> int:
-    """Number of samples of a batch: the first dimension of the first tensor in its target."""
-    while isinstance(target, Mapping | list | tuple) and target:
-        target = next(iter(target.values())) if isinstance(target, Mapping) else target[0]
-    shape: tuple[int, ...] = tuple(getattr(target, "shape", ()))
-    return shape[0] if shape else 1
-
-
 def reading(value: torch.Tensor) -> Any:
     """A 0-d tensor as a number on the CPU; on other devices detached, so that nobody waits for the device now."""
     return value.item() if value.device.type == "cpu" else value.detach()
-
-
-def _classes(output: Any, target: Any) -> bool:
-    """Whether outputs are scores (N, C, ...) of the classes in the target (N, ...)."""
-    if not isinstance(output, torch.Tensor) or not isinstance(target, torch.Tensor):
-        return False
-    whole = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
-    return whole and output.dim() >= 2 and output.shape[:1] + output.shape[2:] == target.shape
 
 
 class GradientShare:

@@ -39,7 +39,7 @@ from torchtrainer.train.seats import (
     trainable_of,
 )
 from torchtrainer.train.state import detached
-from torchtrainer.train.step import GradientShare, UnevenWatch, forward_backward, update
+from torchtrainer.train.step import GradientShare, UnevenWatch, forward_backward, stands_for, update
 from torchtrainer.train.trained import TrainedParameters
 from torchtrainer.train.updates import Updates, go_to, standing
 
@@ -397,6 +397,7 @@ class Team:
             seat.meters.skip()
         seat.samples += part.size
         with self._operator.timers.record("give"):
-            self.exchange.put(seat.rank, number, [parameter.grad for parameter in self._trained.parameters])
+            gradients = [parameter.grad for parameter in self._trained.parameters]
+            self.exchange.put(seat.rank, number, gradients, **stands_for(self._operator, part))
         self.write_card(seat, number)
         self.exchange.publish(seat.rank, number, self._tag)

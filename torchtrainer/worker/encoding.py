@@ -14,6 +14,7 @@ import torch
 
 from torchtrainer.errors import NotSerializableError
 from torchtrainer.train.metrics import PassResult
+from torchtrainer.worker.models import pickled
 
 JSON_TYPES = (str, int, float, bool, type(None))
 
@@ -36,6 +37,8 @@ def encode_result(method: str, value: Any) -> tuple[str, bytes]:
             return "pass", json.dumps(plain).encode()
     elif value is None or isinstance(value, JSON_TYPES):
         return "json", json.dumps(value).encode()
+    if method == "get_model":
+        return "pickle", pickled(value)
     try:
         return "pickle", bytes(cloudpickle.dumps(value))
     except Exception as error:

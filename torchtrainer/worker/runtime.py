@@ -11,7 +11,7 @@ from torch import nn
 
 from torchtrainer.comm.group import Collective
 from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES
-from torchtrainer.errors import InvalidArgumentTypeError, OperatorUseError
+from torchtrainer.errors import InvalidArgumentTypeError
 from torchtrainer.observe.notices import notice
 from torchtrainer.operator import OperatorContext, TrainingOperator
 from torchtrainer.spec import BuildSpec, rank_config
@@ -25,11 +25,13 @@ from torchtrainer.train.metrics import PassResult, plain
 from torchtrainer.train.progress import Progress, StepGate
 from torchtrainer.train.schedules import step_by_metric
 from torchtrainer.train.seats import trainable_of
-from torchtrainer.train.state import capture, restore
+from torchtrainer.train.state import capture, restore, restore_weights
 from torchtrainer.train.step import GradientShare, UnevenWatch
 from torchtrainer.train.team_loop import TeamLoader
+from torchtrainer.train.weights import WEIGHTS
 from torchtrainer.worker.digests import step_iterator
 from torchtrainer.worker.keeper import RankKeeper, Saver
+from torchtrainer.worker.models import copies
 from torchtrainer.worker.profiling import PassObserver
 
 _NO_LOADER = (
@@ -222,14 +224,8 @@ class RankRuntime:
         Args:
             to_cpu: put the copy on the CPU; else it is on this rank's device.
         """
-        components = internals(self.operator).components
-        if components is None:
-            raise OperatorUseError(_not_registered(self.operator))
         self._follow_first_rank()
-        models = [components.sharding.copy_of(model) for model in components.raw_models]
-        if to_cpu:
-            models = [model.cpu() for model in models]
-        return models[0] if len(models) == 1 else models
+        return copies(self.operator, to_cpu=to_cpu)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the training, on the CPU, sharing no memory with it. Alike on all ranks."""
@@ -238,7 +234,13 @@ class RankRuntime:
         return capture(self.operator, loader.passes_started if loader is not None else 0)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned. A pass that was running is given up: the next call starts a new one."""
+        """Loads what `state_dict` returned. A pass that was running is given up: the next call starts a new one.
+
+        Weights alone, under `WEIGHTS`, change nothing but the models.
+        """
+        if WEIGHTS in state:
+            restore_weights(self.operator, state[WEIGHTS])
+            return
         restore(self.operator, state)
         epoch = int(state.get("epoch", 0))
         for name, loader in internals(self.operator).loaders.items():
@@ -390,10 +392,3 @@ class RankRuntime:
         if (profile := self._observer.result(steps)) is not None:
             metrics["profile"] = profile
         return PassResult(metrics, {name: weights[name] for name in values if name not in (NUM_SAMPLES, BATCH_COUNT)})
-
-
-def _not_registered(operator: TrainingOperator) -> str:
-    return (
-        f"no models are registered; call self.register(models=..., optimizers=...) in the setup function of "
-        f"{type(operator).__name__}"
-    )

@@ -334,6 +334,7 @@ def _carrier(
 ) -> Team | LoneRank:
     """What carries the ranks of this process; ``paths``: None if they are all ranks."""
     trained = TrainedParameters(operator)
+    internals(operator).weighs = True
     exchange = GradientExchange(
         None if paths is None else paths.gradients,
         world_size=world_size,

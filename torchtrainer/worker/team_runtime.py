@@ -19,6 +19,7 @@ from torchtrainer.train.rng import set_rng_state, streams_from_plain
 from torchtrainer.train.state import restore
 from torchtrainer.train.team import Team
 from torchtrainer.train.team_loop import TeamLoader, train_epoch
+from torchtrainer.train.weights import WEIGHTS
 from torchtrainer.worker.runtime import RankRuntime
 
 
@@ -131,6 +132,9 @@ class TeamRuntime(RankRuntime):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads a state; see `RankRuntime.load_state_dict`."""
         super().load_state_dict(state)
+        if WEIGHTS in state:
+            self.team.take_in()
+            return
         now = {name: one.state_dict() for name, one in internals(self.operator).loaders.items()}
         for seat in self.team.seats.values():
             for name, loader in seat.loaders.items():
