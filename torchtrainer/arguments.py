@@ -168,6 +168,18 @@ def check_not_yet(
         raise NotAvailableError(f'the Ray engine {NOT_YET}: use engine="local", or start the script with torchrun')
 
 
+def check_may_change(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of what may change in a run, as a tuple.
+
+    Raises:
+        InvalidArgumentTypeError: they are no names.
+    """
+    given = (names,) if isinstance(names, str) else tuple(names)
+    if not all(isinstance(one, str) for one in given):
+        raise InvalidArgumentTypeError(f'may_change must be names such as ("epochs",), got {names!r}')
+    return given
+
+
 def settings_from(
     *,
     precision: str,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from torchtrainer.engines.snapshots import CheckpointOrders
 from torchtrainer.errors import InvalidArgumentError, ResumeError
 from torchtrainer.observe.devices import gpu_count
 from torchtrainer.observe.notices import notice
-from torchtrainer.resume import OpenRun, borrowed, known, open_run
+from torchtrainer.resume import OpenRun, borrowed, known, open_run, reached_by
 from torchtrainer.spec import BuildSpec
 from torchtrainer.topology import WORKER_MARK, Topology
 from torchtrainer.topology import current as current_topology
@@ -122,7 +122,14 @@ class RunPlan:
             environ={COMPILE_CACHE: str(compiled)} if keeps else {},
         )
 
-    def open_run(self, run_dir: str | os.PathLike[str] | None, resume: bool | str) -> OpenRun:
+    def open_run(
+        self,
+        run_dir: str | os.PathLike[str] | None,
+        resume: bool | str,
+        *,
+        callbacks: Sequence[object],
+        may_change: Sequence[str],
+    ) -> OpenRun:
         """Opens the directory of the run; under a launcher rank 0 does so, and the other ranks learn what it found.
 
         Raises:
@@ -132,7 +139,12 @@ class RunPlan:
 
         def open_here() -> OpenRun:
             opened = open_run(
-                run_dir, resume=resume, config=self.checkpoint, spec=self.spec, world_size=self.world_size
+                run_dir,
+                resume=resume,
+                config=self.checkpoint,
+                reached=reached_by(self.spec, callbacks),
+                world_size=self.world_size,
+                may_change=may_change,
             )
             self._check_preemptions(opened)
             return opened

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torchtrainer.checkpoint.remote import RemoteStore
 from torchtrainer.checkpoint.store import CheckpointStore, newest_in, next_generation
 from torchtrainer.checkpoint.verified import Checkpoint, verify
 from torchtrainer.config import CheckpointConfig, Timeouts
+from torchtrainer.driver.fingerprint import differences, fingerprint, script_arguments
 from torchtrainer.driver.run_dir import (
     RUNS,
     BorrowedRunDirectory,
@@ -31,10 +32,9 @@ from torchtrainer.driver.run_record import (
     RESUMABLE,
     RunRecord,
     RunState,
-    digests,
+    find_beside,
     find_previous,
     others_unfinished,
-    readable_config,
     this_script_run,
 )
 from torchtrainer.engines.snapshots import CheckpointOrders
@@ -145,15 +145,15 @@ def open_run(
     *,
     resume: bool | str,
     config: CheckpointConfig,
-    spec: BuildSpec,
+    reached: Mapping[str, Any],
     world_size: int,
+    may_change: Sequence[str] = (),
 ) -> OpenRun:
     """Finds or makes the directory of a run, and reads what is there to go on with.
 
     Args:
         run_dir, resume, config: as `TorchTrainer` takes them.
-        spec: what the ranks are built from.
-        world_size: ranks.
+        reached, world_size, may_change: as `wanted_run` takes them.
 
     Raises:
         RunDirectoryError: the directory cannot be used.
@@ -164,15 +164,16 @@ def open_run(
         if resume is True:
             raise ResumeError("resume=True needs a run_dir, got run_dir=None")
         return OpenRun(directory=open_run_dir(None), records=[])
-    wanted = _wanted(spec, world_size)
-    path, previous = _choose(run_dir, resume, wanted)
+    wanted = wanted_run(reached, world_size=world_size, may_change=may_change)
+    path, previous = choose(run_dir, resume, wanted)
     if previous is None and resume is not False:
         path, previous = _choose_remote(config, run_dir, path, wanted)
     directory = open_run_dir(path)
     assert isinstance(directory, RunDirectory)
     try:
+        asked = "" if run_dir == "auto" else Path(run_dir).name
         opened = OpenRun(
-            directory=directory, record=wanted, records=[], checkpoints=checkpoints_of(config, directory.root)
+            directory=directory, record=replace(wanted, asked=asked), records=[], checkpoints=checkpoints_of(config, directory.root)
         )
         _find_generation(opened, config)
         if previous is not None:
@@ -184,24 +185,35 @@ def open_run(
     return opened
 
 
-def _wanted(spec: BuildSpec, world_size: int) -> RunRecord:
+def wanted_run(reached: Mapping[str, Any], *, world_size: int, may_change: Sequence[str]) -> RunRecord:
+    """The record of a run that begins now.
+
+    Args:
+        reached: what the training depends on, by name: the user's functions, classes and values.
+        world_size: ranks.
+        may_change: names of what a run that is gone on with need not have alike.
+    """
     run = this_script_run()
-    parts = {
-        name: value for name, value in vars(spec).items() if value is not None and name not in ("config", "settings")
-    }
-    parts |= spec.settings.deciding_bits()
+    notebook = in_notebook()
     return RunRecord(
         script_run=run.name,
         ordinal=run.next_ordinal(),
         state="running",
         pid=os.getpid(),
         started_s=time.time(),
-        notebook=in_notebook(),
-        parts=digests(parts),
-        config=readable_config(spec.config),
+        notebook=notebook,
+        parts={**({} if notebook else script_arguments(sys.argv[1:])), **fingerprint(reached)},
         world_size=world_size,
         version=__version__,
+        may_change=list(may_change),
     )
+
+
+def reached_by(spec: BuildSpec, callbacks: Sequence[object]) -> dict[str, Any]:
+    """What a training depends on that is built from ``spec``, by the names that the user has for it."""
+    given = {name: value for name, value in vars(spec).items() if value is not None and name != "settings"}
+    told = {"callbacks": list(callbacks)} if callbacks else {}
+    return {"config": given.pop("config"), **spec.settings.deciding_bits(), **given, **told}
 
 
 def in_notebook() -> bool:
@@ -209,8 +221,13 @@ def in_notebook() -> bool:
     return "ipykernel" in sys.modules
 
 
-def _choose(run_dir: str | os.PathLike[str], resume: bool | str, wanted: RunRecord) -> tuple[Path, RunRecord | None]:
-    """Where the run lives, and the record of the run that it goes on with."""
+def choose(run_dir: str | os.PathLike[str], resume: bool | str, wanted: RunRecord) -> tuple[Path, RunRecord | None]:
+    """Where the run lives, and the record of the run that it goes on with.
+
+    Raises:
+        ResumeError: ``resume=True``, and there is nothing to go on with, or something else.
+        RunDirectoryError: what is there was made by a newer version, or is no record.
+    """
     if run_dir == "auto":
         found = None
         if resume is not False and not (wanted.notebook and resume == "auto"):
@@ -219,11 +236,12 @@ def _choose(run_dir: str | os.PathLike[str], resume: bool | str, wanted: RunReco
         fresh = kept_below(automatic_root(datetime.now()))  # which looked for a free name in ./runs only
         return _judge(found, resume, wanted, beside(fresh) if fresh.exists() else fresh)
     path = kept_below(Path(run_dir))
-    if is_live(path):  # opening it says by whom
-        return path, None
-    record = RunRecord.read(path)
-    found = None if record is None else (path, record)
-    return _judge(found, resume, wanted, path if record is None else beside(path))
+    RunRecord.read(path)
+    found = find_beside(path)
+    live = path if is_live(path) else found[0] if found is not None and is_live(found[0]) else None
+    if live is not None:  # opening it says by whom
+        return live, None
+    return _judge(found, resume, wanted, path if RunRecord.read(path) is None else beside(path))
 
 
 def _judge(
@@ -239,12 +257,18 @@ def _judge(
     difference = record.difference(wanted)
     if resume is True:
         if difference is not None:
-            raise ResumeError(f"the run in {path} cannot be gone on with: {difference}. Put it back, or {FRESH}")
+            raise ResumeError(
+                f"the run in {path} cannot be gone on with: {difference}. Put it back, name it in may_change, or {FRESH}"
+            )
         return path, record
     why = _why_not(path, record, wanted, difference)
     if why is None:
         return path, record
-    how = "resume=True goes on with the old one" if difference is None else "put that back to go on with the old one"
+    how = (
+        "resume=True goes on with the old one"
+        if difference is None
+        else "to go on with the old one, put that back, or name it in may_change"
+    )
     notice(f"{path} is left as it is, as {why}; this run goes to {fresh} ({how})")
     return fresh, None
 
@@ -310,6 +334,7 @@ def _take_over(opened: OpenRun, previous: RunRecord, config: CheckpointConfig) -
     root = opened.directory.root
     opened.records = Journal.read(root)
     this_script_run().name = previous.script_run
+    changed = differences(previous.parts, opened.record.parts)
     opened.record = opened.record.after(previous)
     if opened.checkpoints.is_dir() or opened.remote is not None:
         store = CheckpointStore(opened.checkpoints, keep=config.keep, generation=opened.generation, on_problem=notice)
@@ -320,7 +345,7 @@ def _take_over(opened: OpenRun, previous: RunRecord, config: CheckpointConfig) -
             f"the run in {root} has a checkpoint of call {opened.checkpoint.meta['index'] + 1}, but only "
             f"{len(opened.records)} recorded calls: calls.jsonl was cut or replaced; {FRESH}"
         )
-    _tell(opened)
+    _tell(opened, changed)
 
 
 def _take_copy(opened: OpenRun, store: CheckpointStore) -> None:
@@ -340,7 +365,7 @@ def _take_copy(opened: OpenRun, store: CheckpointStore) -> None:
         return
 
 
-def _tell(opened: OpenRun) -> None:
+def _tell(opened: OpenRun, changed: Sequence[str]) -> None:
     checkpoint, calls = opened.checkpoint, len(opened.records)
     if checkpoint is None and not calls:
         return
@@ -348,7 +373,8 @@ def _tell(opened: OpenRun) -> None:
     if checkpoint is not None:
         age_s = time.time() - checkpoint.path.stat().st_mtime
         where += f", state after step {checkpoint.step} saved {_ago(age_s)} ago"
-    notice(f"resuming {opened.directory.root} ({where}); {FRESH}")
+    allowed = f"; {', '.join(changed)}, as may_change allows" if changed else ""
+    notice(f"resuming {opened.directory.root} ({where}){allowed}; {FRESH}")
 
 
 def _ago(seconds: float) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchtrainer.arguments import unknown_argument
+from torchtrainer.arguments import check_may_change, unknown_argument
 from torchtrainer.calls import Calls, first, load_models, models_of, nothing, spell, spell_function, watch_notices
 from torchtrainer.checkpoint.journal import Journal, Recorded
 from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES, CheckpointConfig, FailureConfig, PreemptionConfig, Timeouts
@@ -90,6 +90,8 @@ class TorchTrainer:
         seed: everything random derives from it.
         run_dir: directory of the run; "auto": ``./runs/<script>/<time>``; None: nothing is kept.
         resume: go on with a run that was cut off: "auto", True (it must be there and fit) or False.
+        may_change: names of what may have changed in a run that is gone on with: of arguments of the script, globals and other values,
+            and functions. A word of such a name is enough: ``epochs`` stands for ``--epochs`` and ``args.epochs``.
         checkpoint: how often the state is saved, where, and how many states stay.
         preemption: where warnings come from that the machine or the job will be taken away.
         failure: what is done about processes that die or hang.
@@ -139,6 +141,7 @@ class TorchTrainer:
         seed: int = 0,
         run_dir: str | os.PathLike[str] | None = "auto",
         resume: bool | str = "auto",
+        may_change: Iterable[str] = (),
         checkpoint: CheckpointConfig | None = None,
         preemption: PreemptionConfig | None = None,
         failure: FailureConfig | None = None,
@@ -153,11 +156,12 @@ class TorchTrainer:
             raise unknown_argument(name, given)
         forget_interrupted_calls()
         run = plan_run(given)
+        callbacks = tuple(callbacks)
         self._callbacks = Callbacks(callbacks if run.is_main else ())
         self.config = run.spec.config
         self._is_main = run.is_main
         self._epoch = self._step = 0
-        self._run = run.open_run(run_dir, resume)
+        self._run = run.open_run(run_dir, resume, callbacks=callbacks, may_change=check_may_change(may_change))
         self._run_dir = self._run.directory
         self._history = HistoryFile(self._run_dir.history)
         self._notices = watch_notices(run, self._run)
