@@ -165,7 +165,15 @@ if __name__ == "__main__":
     from torchtrainer.driver.fingerprint import fingerprint
     print(json.dumps(fingerprint(dict(creator=creator))))
 """
-USUAL = {"top": "VALUE = 1", "wrapped": "1", "cached": "1", "inherited": "1", "in_property": "1", "inner": "1", "unrelated": "1"}
+USUAL = {
+    "top": "VALUE = 1",
+    "wrapped": "1",
+    "cached": "1",
+    "inherited": "1",
+    "in_property": "1",
+    "inner": "1",
+    "unrelated": "1",
+}
 
 
 def of_module(place: Path, other: str = "IMPORTED = 1", **changes: str) -> dict[str, str]:
@@ -266,4 +274,8 @@ def test_arguments_are_told_by_option() -> None:
 def test_what_may_change_does_not_count_by_any_word_of_its_name() -> None:
     then = {"--num-epochs": "'3'", "args.num_epochs": "3", "args.lr": "0.1"}
     now = {"--num-epochs": "'4'", "args.num_epochs": "4", "args.lr": "0.2"}
-    assert differences(then, now, ["num_epochs"]) == differences(then, now, ["--num-epochs"]) == ["args.lr was 0.1 and is 0.2"]
+    assert (
+        differences(then, now, ["num_epochs"])
+        == differences(then, now, ["--num-epochs"])
+        == ["args.lr was 0.1 and is 0.2"]
+    )

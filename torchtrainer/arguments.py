@@ -162,10 +162,15 @@ def check_not_yet(
         raise InvalidArgumentTypeError(
             f'engine must be "auto", "local", "spmd" or an engine object such as LocalEngine(), got {engine!r}'
         )
-    if resume not in ("auto", True, False):
-        raise InvalidArgumentError(f'resume must be "auto", True or False, got {resume!r}')
+    check_resume(resume)
     if engine == "ray":
         raise NotAvailableError(f'the Ray engine {NOT_YET}: use engine="local", or start the script with torchrun')
+
+
+def check_resume(resume: object) -> None:
+    """Raises an InvalidArgumentError if this cannot be meant as ``resume``."""
+    if resume not in ("auto", True, False):
+        raise InvalidArgumentError(f'resume must be "auto", True or False, got {resume!r}')
 
 
 def check_may_change(names: Iterable[str]) -> tuple[str, ...]:

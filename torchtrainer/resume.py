@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,12 +11,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from torchtrainer.checkpoint.copies import remove_copies
 from torchtrainer.checkpoint.journal import Journal, put_call_files
 from torchtrainer.checkpoint.remote import RemoteStore
 from torchtrainer.checkpoint.store import CheckpointStore, newest_in, next_generation
 from torchtrainer.checkpoint.verified import Checkpoint, verify
 from torchtrainer.config import CheckpointConfig, Timeouts
-from torchtrainer.driver.fingerprint import differences, fingerprint, script_arguments
+from torchtrainer.driver.fingerprint import differences
 from torchtrainer.driver.run_dir import (
     RUNS,
     BorrowedRunDirectory,
@@ -34,17 +35,28 @@ from torchtrainer.driver.run_record import (
     RunState,
     find_beside,
     find_previous,
+    how_it_ends,
     others_unfinished,
     this_script_run,
+    wanted_run,
 )
 from torchtrainer.engines.snapshots import CheckpointOrders
 from torchtrainer.errors import CheckpointDamagedError, CheckpointError, ResumeError
 from torchtrainer.observe.notices import notice
 from torchtrainer.run_places import beside, checkpoints_of, kept_below, remote_url
-from torchtrainer.spec import BuildSpec
-from torchtrainer.version import __version__
 
 FRESH = "pass resume=False to start anew"
+
+
+_opened: list[OpenRun] = []
+
+
+@atexit.register
+def _remove_copies() -> None:
+    """At the end of the script, when nobody will ask any more for the states that its runs returned."""
+    for run in _opened:
+        if run.record is not None and run.record.state in ("finished", "running") and how_it_ends() == "finished":
+            remove_copies(run.directory.root)
 
 
 @dataclass(kw_only=True)
@@ -117,7 +129,7 @@ class OpenRun:
     def note_end(self) -> None:
         """The run is over; if nobody said how, it came to its end."""
         if self.record is not None and self.record.state == "running":
-            self.note(_how_it_ends(), step=self.record.step, epoch=self.record.epoch)
+            self.note(how_it_ends(), step=self.record.step, epoch=self.record.epoch)
 
     def note(self, state: RunState, *, step: int, epoch: int) -> None:
         """Writes how the run stands. A disk that does not take it does not end the run."""
@@ -130,14 +142,6 @@ class OpenRun:
             self.tell_trouble(
                 f"{self.directory.root} cannot be written to ({error}): the run may not be found again by resume"
             )
-
-
-def _how_it_ends() -> RunState:
-    """How a script ends that said nothing: by an exception that nobody caught, or by coming to its end."""
-    uncaught: type[BaseException] | None = getattr(sys, "last_type", None)
-    if uncaught is None:
-        return "finished"
-    return "interrupted" if issubclass(uncaught, KeyboardInterrupt) else "failed"
 
 
 def open_run(
@@ -173,7 +177,10 @@ def open_run(
     try:
         asked = "" if run_dir == "auto" else Path(run_dir).name
         opened = OpenRun(
-            directory=directory, record=replace(wanted, asked=asked), records=[], checkpoints=checkpoints_of(config, directory.root)
+            directory=directory,
+            record=replace(wanted, asked=asked),
+            records=[],
+            checkpoints=checkpoints_of(config, directory.root),
         )
         _find_generation(opened, config)
         if previous is not None:
@@ -182,43 +189,8 @@ def open_run(
     except BaseException:
         directory.close()
         raise
+    _opened.append(opened)
     return opened
-
-
-def wanted_run(reached: Mapping[str, Any], *, world_size: int, may_change: Sequence[str]) -> RunRecord:
-    """The record of a run that begins now.
-
-    Args:
-        reached: what the training depends on, by name: the user's functions, classes and values.
-        world_size: ranks.
-        may_change: names of what a run that is gone on with need not have alike.
-    """
-    run = this_script_run()
-    notebook = in_notebook()
-    return RunRecord(
-        script_run=run.name,
-        ordinal=run.next_ordinal(),
-        state="running",
-        pid=os.getpid(),
-        started_s=time.time(),
-        notebook=notebook,
-        parts={**({} if notebook else script_arguments(sys.argv[1:])), **fingerprint(reached)},
-        world_size=world_size,
-        version=__version__,
-        may_change=list(may_change),
-    )
-
-
-def reached_by(spec: BuildSpec, callbacks: Sequence[object]) -> dict[str, Any]:
-    """What a training depends on that is built from ``spec``, by the names that the user has for it."""
-    given = {name: value for name, value in vars(spec).items() if value is not None and name != "settings"}
-    told = {"callbacks": list(callbacks)} if callbacks else {}
-    return {"config": given.pop("config"), **spec.settings.deciding_bits(), **given, **told}
-
-
-def in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook."""
-    return "ipykernel" in sys.modules
 
 
 def choose(run_dir: str | os.PathLike[str], resume: bool | str, wanted: RunRecord) -> tuple[Path, RunRecord | None]:
@@ -237,7 +209,7 @@ def choose(run_dir: str | os.PathLike[str], resume: bool | str, wanted: RunRecor
         return _judge(found, resume, wanted, beside(fresh) if fresh.exists() else fresh)
     path = kept_below(Path(run_dir))
     RunRecord.read(path)
-    found = find_beside(path)
+    found = find_beside(path, wanted)
     live = path if is_live(path) else found[0] if found is not None and is_live(found[0]) else None
     if live is not None:  # opening it says by whom
         return live, None

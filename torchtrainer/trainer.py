@@ -15,8 +15,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from torchtrainer.arguments import check_may_change, unknown_argument
-from torchtrainer.calls import Calls, first, load_models, models_of, nothing, spell, spell_function, watch_notices
-from torchtrainer.checkpoint.journal import Journal, Recorded
+from torchtrainer.calls import Calls, nothing
+from torchtrainer.checkpoint.copies import Remade, load_models, made, models_of
+from torchtrainer.checkpoint.journal import Journal, Recorded, spell, spell_function
 from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES, CheckpointConfig, FailureConfig, PreemptionConfig, Timeouts
 from torchtrainer.driver.interrupts import forget_interrupted_calls
 from torchtrainer.driver.run_dir import BorrowedRunDirectory, RunDirectory
@@ -164,9 +165,9 @@ class TorchTrainer:
         self._run = run.open_run(run_dir, resume, callbacks=callbacks, may_change=check_may_change(may_change))
         self._run_dir = self._run.directory
         self._history = HistoryFile(self._run_dir.history)
-        self._notices = watch_notices(run, self._run)
+        self._notices = run.watch_notices(self._run)
         self._calls = Calls(
-            journal=Journal(self._run_dir.root, self._run.records, writes=self._run.keeps),
+            journal=Journal(self._run_dir.root, self._run.records, writes=self._run.keeps, keep=run.checkpoint.keep),
             checkpoint=self._run.checkpoint,
             notices=self._notices,
             timeouts=Timeouts(),
@@ -411,11 +412,19 @@ class TorchTrainer:
         """
         call = spell("get_model", to_cpu=None if to_cpu else False)
         known = self._calls.recorded(call, "state_dict")
-        model = self._call("get_model", to_cpu=to_cpu)[0]
+
+        def ask() -> Any:
+            return self._call("get_model", to_cpu=to_cpu)[0]
+
+        if known is not None and known.gone:
+            self._take(known)
+            return Remade(lambda: self._calls.make_again(known.index, ask))
+        model = ask()
         if known is not None:
             load_models(model, self._take(known)["models"])
+            self._calls.handed_out(known, models_of(model))
         else:
-            self._done(call, {"models": models_of(model)})
+            self._done(call, {"models": models_of(model)}, is_state=True)
         return model
 
     def get_local_operator(self) -> TrainingOperator:
@@ -439,7 +448,17 @@ class TorchTrainer:
 
         States of any number of ranks interchange: models are without DDP, so without a ``module.`` prefix.
         """
-        state: dict[str, Any] = self._remembered("state_dict()", "state_dict", first)
+        self._living_group()
+        known = self._calls.recorded("state_dict()", "state_dict")
+        if known is not None and known.gone:
+            self._take(known)
+            remade: Any = Remade(lambda: self._calls.make_again(known.index, lambda: self._call("state_dict")[0]))
+            return remade  # type: ignore[no-any-return]  # it behaves as the dict that it stands for
+        state: dict[str, Any] = self._take(known) if known is not None else self._call("state_dict")[0]
+        if known is not None:
+            self._calls.handed_out(known, state)
+        else:
+            self._done("state_dict()", state, is_state=True)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -448,8 +467,15 @@ class TorchTrainer:
         Raises:
             ValueError: the state belongs to other models, optimizers or schedulers; the first difference is named.
         """
-        self._remembered("load_state_dict(state)", "load_state_dict", nothing, state=state)
+        self._living_group()
+        known = self._calls.recorded("load_state_dict(state)", "load_state_dict", state=state)
+        if known is not None:
+            self._take(known)
+            return
+        state = made(state)
+        self._call("load_state_dict", state=state)
         self._epoch = int(state.get("epoch", 0))
+        self._done("load_state_dict(state)", None)
 
     def save(self, path: str | os.PathLike[str]) -> str:
         """Saves `state_dict` by ``torch.save``; returns the path. Under a launcher rank 0 writes."""
@@ -593,8 +619,8 @@ class TorchTrainer:
         self._step, self._epoch = known.step, known.epoch
         return known.result
 
-    def _done(self, call: str, result: Any) -> None:
-        self._calls.done(call, result, step=self._step, epoch=self._epoch)
+    def _done(self, call: str, result: Any, *, is_state: bool = False) -> None:
+        self._calls.done(call, result, step=self._step, epoch=self._epoch, is_state=is_state)
 
     def _note_error(self, kind: type[BaseException]) -> None:
         self._note(_reason(kind))

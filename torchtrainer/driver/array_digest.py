@@ -11,10 +11,13 @@ _WHOLE_BYTES = 32 * 1024**2
 """Up to this size every byte counts; of a larger array, as many bytes that lie evenly over it."""
 
 
+def _is_a(value: Any, module: str, kind: str) -> bool:
+    return isinstance(value, getattr(sys.modules.get(module), kind, ()))
+
+
 def is_initial(value: Any) -> bool:
     """Whether this is a parameter of a model, which begins as random numbers."""
-    torch = sys.modules.get("torch.nn.parameter")
-    return torch is not None and isinstance(value, getattr(torch, "Parameter", ()))
+    return _is_a(value, "torch.nn.parameter", "Parameter")
 
 
 def array_text(value: Any, *, whole: bool = True) -> str | None:
@@ -24,22 +27,19 @@ def array_text(value: Any, *, whole: bool = True) -> str | None:
         value: anything.
         whole: with a digest of its numbers; False: its type and shape alone.
     """
-    torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
-    if torch is not None and isinstance(value, getattr(torch, "Tensor", ())):
+    if _is_a(value, "torch", "Tensor"):
         text = f"tensor of {value.dtype} {tuple(value.shape)}"
         if not whole:
             return text
         try:
             flat = value.detach().reshape(-1)
             kept = flat[:: _stride(flat.numel() * flat.element_size())]
-            return f"{text} #{short_digest(kept.contiguous().cpu().view(torch.uint8).numpy().tobytes())}"
+            return f"{text} #{short_digest(kept.contiguous().cpu().view(sys.modules['torch'].uint8).numpy().tobytes())}"
         except (RuntimeError, TypeError, NotImplementedError):  # sparse, quantized, on no device: by its form alone
             return text
-    if numpy is None:
-        return None
-    if isinstance(value, getattr(numpy, "generic", ())):
+    if _is_a(value, "numpy", "generic"):
         return f"{value.dtype} {value!r}"
-    if not isinstance(value, getattr(numpy, "ndarray", ())) or value.dtype.hasobject:
+    if not _is_a(value, "numpy", "ndarray") or value.dtype.hasobject:
         return None
     flat = value.reshape(-1)
     return f"array of {value.dtype} {value.shape} #{short_digest(flat[:: _stride(value.nbytes)].tobytes())}"

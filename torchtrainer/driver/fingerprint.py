@@ -259,7 +259,11 @@ class _Walk:
         self._reached.add((module, first))
         name = first if module == "__main__" else f"{module}.{first}"
         if _is_users(value):
-            name = _said_name(value.__qualname__) if value.__module__ == "__main__" else f"{value.__module__}.{value.__qualname__}"
+            name = (
+                _said_name(value.__qualname__)
+                if value.__module__ == "__main__"
+                else f"{value.__module__}.{value.__qualname__}"
+            )
         self.later.append((name, (first,), module, value))
 
     def _class(self, name: str, names: tuple[str, ...], value: type) -> None:

@@ -41,7 +41,9 @@ _MAX_DEPTH = 12
 
 
 _NOT_USERS = tuple(
-    os.path.realpath(one) + os.sep for one in (sysconfig.get_path("stdlib"), Path(__file__).parents[1]) if one is not None
+    os.path.realpath(one) + os.sep
+    for one in (sysconfig.get_path("stdlib"), Path(__file__).parents[1])
+    if one is not None
 )
 
 
@@ -82,6 +84,20 @@ class Source:
         return made
 
     def _read(self, node: ast.AST) -> None:
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                    self._assign(key.value, value)
+        elif isinstance(node, ast.Call):
+            self._read_call(node)
+        elif isinstance(node, ast.FunctionDef):
+            self._read_function(node, node.name, skip=0)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            self._read_import(node)
+        else:
+            self._read_assignment(node)
+
+    def _read_assignment(self, node: ast.AST) -> None:
         if isinstance(node, ast.Assign):
             for target in node.targets:
                 self._take(target, node.value)
@@ -91,23 +107,19 @@ class Source:
             self._take(node.target, node.iter)
         elif isinstance(node, ast.withitem) and node.optional_vars is not None:
             self._take(node.optional_vars, node.context_expr)
-        elif isinstance(node, ast.Dict):
-            for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant) and isinstance(key.value, str):
-                    self._assign(key.value, value)
-        elif isinstance(node, ast.Call):
-            self._read_call(node)
-        elif isinstance(node, ast.FunctionDef):
-            self._read_function(node, node.name, skip=0)
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                self.imported[alias.asname or alias.name.split(".")[0]] = alias.name if alias.asname else alias.name.split(".")[0]
-        elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
-            for alias in node.names:
+
+    def _read_import(self, node: ast.Import | ast.ImportFrom) -> None:
+        for alias in node.names:
+            if isinstance(node, ast.ImportFrom):
                 self.imported[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+            else:
+                first = alias.name.partition(".")[0]
+                self.imported[alias.asname or first] = alias.name if alias.asname else first
 
     def _read_class(self, node: ast.ClassDef) -> None:
-        fields = [one.target.id for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)]
+        fields = [
+            one.target.id for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
+        ]
         self.functions[node.name] = ([], fields)  # of a dataclass
         for one in node.body:
             if isinstance(one, ast.FunctionDef) and one.name == "__init__":

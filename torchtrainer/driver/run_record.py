@@ -7,15 +7,20 @@ on with the first of theirs, and so forth. The record is JSON, replaced as a who
 from __future__ import annotations
 
 import json
+import os
 import secrets
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torchtrainer.driver.fingerprint import differences
+from torchtrainer.driver.fingerprint import differences, fingerprint, script_arguments
 from torchtrainer.errors import RunDirectoryError
 from torchtrainer.process.whole_file import replace_file
+from torchtrainer.spec import BuildSpec
+from torchtrainer.version import __version__
 
 FORMAT = 2
 """Of the record; a run with a higher one was made by a newer version, and one with a lower says less of what it depends on."""
@@ -171,8 +176,52 @@ def this_script_run() -> ScriptRun:
     return _script_runs[0]
 
 
+def wanted_run(reached: Mapping[str, Any], *, world_size: int, may_change: Sequence[str]) -> RunRecord:
+    """The record of a run that begins now.
+
+    Args:
+        reached: what the training depends on, by name: the user's functions, classes and values.
+        world_size: ranks.
+        may_change: names of what a run that is gone on with need not have alike.
+    """
+    run = this_script_run()
+    notebook = in_notebook()
+    return RunRecord(
+        script_run=run.name,
+        ordinal=run.next_ordinal(),
+        state="running",
+        pid=os.getpid(),
+        started_s=time.time(),
+        notebook=notebook,
+        parts={**({} if notebook else script_arguments(sys.argv[1:])), **fingerprint(reached)},
+        world_size=world_size,
+        version=__version__,
+        may_change=list(may_change),
+    )
+
+
+def reached_by(spec: BuildSpec, callbacks: Sequence[object]) -> dict[str, Any]:
+    """What a training depends on that is built from ``spec``, by the names that the user has for it."""
+    given = {name: value for name, value in vars(spec).items() if value is not None and name != "settings"}
+    told = {"callbacks": list(callbacks)} if callbacks else {}
+    return {"config": given.pop("config"), **spec.settings.deciding_bits(), **given, **told}
+
+
+def how_it_ends() -> RunState:
+    """How a script ends that said nothing: by an exception that nobody caught, or by coming to its end."""
+    uncaught: type[BaseException] | None = getattr(sys, "last_type", None)
+    if uncaught is None:
+        return "finished"
+    return "interrupted" if issubclass(uncaught, KeyboardInterrupt) else "failed"
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    return "ipykernel" in sys.modules
+
+
 def find_previous(runs: Path, wanted: RunRecord, *, live: Callable[[Path], bool]) -> tuple[Path, RunRecord] | None:
-    """The run that a trainer would go on with, among those of its script: of the latest start, however it ended.
+    """The run that a trainer would go on with, among those of its script: the latest one that fits, else the latest, however it ended.
 
     Args:
         runs: directory with one directory per run.
@@ -186,21 +235,29 @@ def find_previous(runs: Path, wanted: RunRecord, *, live: Callable[[Path], bool]
     if not found:
         return None
     latest = max(found, key=lambda pair: pair[1].started_s)[1].script_run
-    together = [pair for pair in found if pair[1].script_run == latest]
-    if any(live(path) for path, record in together if record.pid != wanted.pid):
+    if any(live(path) for path, record in found if record.script_run == latest and record.pid != wanted.pid):
         return None
-    mine = [pair for pair in together if pair[1].ordinal == wanted.ordinal]
-    return max(mine, key=lambda pair: pair[1].started_s, default=None)
+    mine = [pair for pair in found if pair[1].ordinal == wanted.ordinal]
+    together = [
+        pair for pair in mine if pair[1].script_run == wanted.script_run
+    ]  # an earlier trainer went on with that start
+    return _best(together or mine, wanted)
 
 
-def find_beside(path: Path) -> tuple[Path, RunRecord] | None:
-    """The run of the latest start that asked for a directory: there, or beside it where something else was there already."""
+def find_beside(path: Path, wanted: RunRecord) -> tuple[Path, RunRecord] | None:
+    """The same among the runs that asked for a directory: those there, and beside it where something else was there already."""
     found = [
         (place, record)
         for place, record in _records(path.parent, prefix=path.name)
         if place.name == path.name or (record.asked == path.name and place.name.startswith(f"{path.name}-"))
     ]
-    return max(found, key=lambda pair: pair[1].started_s, default=None)
+    return _best([pair for pair in found if pair[1].script_run == wanted.script_run] or found, wanted)
+
+
+def _best(found: list[tuple[Path, RunRecord]], wanted: RunRecord) -> tuple[Path, RunRecord] | None:
+    """The latest run that fits what is wanted, or else the latest."""
+    fitting = [pair for pair in found if pair[1].difference(wanted) is None]
+    return max(fitting or found, key=lambda pair: pair[1].started_s, default=None)
 
 
 def others_unfinished(path: Path, record: RunRecord) -> bool:
