@@ -195,6 +195,22 @@ def test_what_may_change_goes_on_and_is_told(place) -> None:
     assert program.output.split()[-1] == "4"
 
 
+def test_the_learning_rate_can_be_set_for_the_passes_that_have_not_begun(place) -> None:
+    lower = """
+def lower(operator):
+    for group in operator.optimizer.param_groups:
+        group["lr"] /= 2
+    return group["lr"]
+
+for number in range(args.epochs):
+    if number == 2:
+        print("rates", trainer.apply_all_operators(lower))
+"""
+    program = start(place, script=SCRIPT.replace("\nfor _ in range(args.epochs):\n", lower))
+    assert_goes_on(program)
+    assert "rates [0.05]" in program.output
+
+
 def test_a_directory_of_the_users_has_one_beside_it_for_each_that_differs(tmp_path) -> None:
     script = SCRIPT.replace("**CREATORS, callbacks", '**CREATORS, run_dir="mine", callbacks')
     write_settings(tmp_path, 0.1)

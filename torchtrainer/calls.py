@@ -17,6 +17,7 @@ from torchtrainer.checkpoint.journal import Journal, Recorded
 from torchtrainer.checkpoint.verified import Checkpoint
 from torchtrainer.config import Timeouts
 from torchtrainer.driver.policies import STEPPING_METHODS
+from torchtrainer.driver.run_record import check_function, function_of_call
 from torchtrainer.engines.base import CallResult, Group
 from torchtrainer.errors import EngineError, Preempted, ResumeError
 from torchtrainer.observe.notices import notice as tell
@@ -132,6 +133,7 @@ class Calls:
         with self._noting_errors():
             known = self.journal.expect(text, expected)
             if known is not None:
+                check_function(text, known.function, function_of_call(keywords))
                 self._made.append(Made(text, method, keywords))
                 return known
             self._asked = Made(text, method, keywords)
@@ -216,19 +218,16 @@ class Calls:
 
     def done(self, text: str, result: Any, *, step: int, epoch: int, is_state: bool = False) -> None:
         """Remembers a call that has been completed; ``is_state``: it returned the state of the training."""
+        function = None
         if self._asked is not None:
+            function = function_of_call(self._asked.keywords)
             self._made.append(self._asked)
             self._asked = None
         if self._caught_up:
             self._reached = len(self._made)
-        lost = self.journal.add(text, result, step=step, epoch=epoch, is_state=is_state)
+        lost = self.journal.add(text, result, step=step, epoch=epoch, is_state=is_state, function=function)
         if lost is not None:
             tell(f"the result of {text} is not recorded, as {lost}. This run could not be resumed beyond it")
-
-    def handed_out(self, known: Recorded, state: Any) -> None:
-        """The script has got a copy of the state that was recorded."""
-        if known.copy is not None:
-            self.journal.copies.handed_out(known.copy, state)
 
     def catch_up(self) -> None:
         """Brings the ranks to where the script is: by the checkpoint, and by the calls after it."""

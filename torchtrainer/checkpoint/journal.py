@@ -31,6 +31,7 @@ class Recorded:
         result: what it returned.
         step, epoch: progress after it.
         copy: digest of the copy of the state that it returned; None: it returned something else.
+        function: what the function depends on that it was given; None: it was given none, or that is not known.
     """
 
     index: int
@@ -39,6 +40,7 @@ class Recorded:
     step: int
     epoch: int
     copy: str | None = None
+    function: dict[str, str] | None = None
 
     @property
     def gone(self) -> bool:
@@ -114,22 +116,35 @@ class Journal:
             step=record["step"],
             epoch=record["epoch"],
             copy=record.get("copy"),
+            function=record.get("function"),
         )
         self._index += 1
         return recorded
 
-    def add(self, call: str, result: Any, *, step: int, epoch: int, is_state: bool = False) -> str | None:
+    def add(
+        self,
+        call: str,
+        result: Any,
+        *,
+        step: int,
+        epoch: int,
+        is_state: bool = False,
+        function: dict[str, str] | None = None,
+    ) -> str | None:
         """Appends a call that has just been completed; in a copy it only counts.
 
         Args:
             call, result, step, epoch: as in `Recorded`.
             is_state: the result is the state of the training, of which not every copy has to stay.
+            function: as in `Recorded`.
 
         Returns:
             Why the result could not be kept, so that the script cannot be resumed beyond this call; None if it was.
         """
         index, self._index = self._index, self._index + 1
         record: dict[str, Any] = {"call": call, "step": step, "epoch": epoch}
+        if function is not None:
+            record["function"] = function
         reason: str | None = None
         if self._writes:
             try:

@@ -129,7 +129,10 @@ class _Walk:
         """Looks at everything."""
         while self.later:
             name, names, module, value = self.later.popleft()
-            self._value(name, names, module, value)
+            try:
+                self._value(name, names, module, value)
+            except Exception:  # an object of the user's that does not let itself be looked at, or goes too deep
+                self._put(name, f"{type(value).__qualname__}, not compared")
 
     def _put(self, name: str, text: str) -> None:
         number, free = 1, name

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchtrainer.driver.fingerprint import differences, fingerprint, script_arguments
-from torchtrainer.errors import RunDirectoryError
+from torchtrainer.errors import CallMismatchError, RunDirectoryError
 from torchtrainer.process.whole_file import replace_file
 from torchtrainer.spec import BuildSpec
 from torchtrainer.version import __version__
@@ -200,11 +200,45 @@ def wanted_run(reached: Mapping[str, Any], *, world_size: int, may_change: Seque
     )
 
 
+_REACHES = (
+    *(
+        "training_operator_cls",
+        "model_creator",
+        "data_creator",
+        "optimizer_creator",
+        "loss_creator",
+        "scheduler_creator",
+    ),
+    "initialization_hook",
+)
+"""Of a `BuildSpec`, what is the user's code."""
+
+
 def reached_by(spec: BuildSpec, callbacks: Sequence[object]) -> dict[str, Any]:
     """What a training depends on that is built from ``spec``, by the names that the user has for it."""
-    given = {name: value for name, value in vars(spec).items() if value is not None and name != "settings"}
+    code = {name: getattr(spec, name) for name in _REACHES if getattr(spec, name) is not None}
     told = {"callbacks": list(callbacks)} if callbacks else {}
-    return {"config": given.pop("config"), **spec.settings.deciding_bits(), **given, **told}
+    return {"config": spec.config, **spec.settings.deciding_bits(), **code, **told}
+
+
+def function_of_call(keywords: Mapping[str, Any]) -> dict[str, str] | None:
+    """What the function depends on that a call is given; None: it is given none."""
+    function = keywords.get("fn")
+    return None if function is None else fingerprint({getattr(function, "__name__", "fn"): function})
+
+
+def check_function(call: str, then: Mapping[str, str] | None, now: Mapping[str, str] | None) -> None:
+    """Compares the function that a call was given with that of the call that was made before.
+
+    Raises:
+        CallMismatchError: it is another one; names what has changed.
+    """
+    found = differences(then, now) if then is not None and now is not None else []
+    if found:
+        raise CallMismatchError(
+            f"the script asks for {call}, which it did before, but {', '.join(found[:_NAMED])}: put that back, or pass "
+            "resume=False to start anew"
+        )
 
 
 def how_it_ends() -> RunState:
