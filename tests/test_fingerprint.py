@@ -127,7 +127,6 @@ def test_code_counts_by_what_it_does() -> None:
 MODULE = """
 import abc, dataclasses, datetime, functools, os, random, time, uuid
 from contextlib import contextmanager
-import torch
 {top}
 @contextmanager
 def wrapped():

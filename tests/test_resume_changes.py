@@ -36,10 +36,11 @@ LAYER = torch.nn.Linear(20, 5)
 
 @dataclasses.dataclass
 class Parameters:
-    lr: float = 0.1
+    lr: float
     started: float = dataclasses.field(default_factory=time.time)
 
-PARAMETERS = Parameters()
+dataclass_lr = 0.1
+PARAMETERS = Parameters(dataclass_lr)
 
 class Base(TrainingOperator):
     rate = 0.1
@@ -90,17 +91,22 @@ trainer.shutdown()
 )
 """Its values are reached by the optimizer's creator, the operator or the callback, in each of the ways that scripts have."""
 
-CHANGES = {
-    "global": ("GLOBAL = 0.1", "GLOBAL = 0.9", "GLOBAL was 0.1 and is 0.9"),
-    "dictionary": ('{"model": {"lr": 0.1}', '{"model": {"lr": 0.9}', "DICTIONARY['model']['lr'] was 0.1 and is 0.9"),
-    "dataclass": ("    lr: float = 0.1", "    lr: float = 0.9", "PARAMETERS.lr was 0.1 and is 0.9"),
-    "closure": ("make(0.1)", "make(0.9)", "closure of optimizer_creator was 0.1 and is 0.9"),
-    "default": ("default=0.1):", "default=0.9):", "default of optimizer_creator was 0.1 and is 0.9"),
-    "class attribute": ("rate = 0.1", "rate = 0.9", "Base.rate was 0.1 and is 0.9"),
-    "callback": ("time.time(), 3)", "time.time(), 5)", "callbacks[0].patience was 3 and is 5"),
-    "helper": ("value * 1.0", "value * 2.0", "helper has changed"),
-    "how it is made": ('f"run-{time.time_ns()}"', 'f"test-{time.time_ns()}"', "args.name has changed"),
-}
+GLOBALS = (
+    ("GLOBAL = 0.1", "GLOBAL = 0.9", "GLOBAL was 0.1 and is 0.9"),
+    ('{"model": {"lr": 0.1}', '{"model": {"lr": 0.9}', "DICTIONARY['model']['lr'] was 0.1 and is 0.9"),
+    ("dataclass_lr = 0.1", "dataclass_lr = 0.9", "PARAMETERS.lr was 0.1 and is 0.9"),
+)
+OF_FUNCTIONS = (
+    ("make(0.1)", "make(0.9)", "closure of optimizer_creator was 0.1 and is 0.9"),
+    ("default=0.1):", "default=0.9):", "default of optimizer_creator was 0.1 and is 0.9"),
+    ("rate = 0.1", "rate = 0.9", "Base.rate was 0.1 and is 0.9"),
+)
+CODE = (
+    ("time.time(), 3)", "time.time(), 5)", "callbacks[0].patience was 3 and is 5"),
+    ("value * 1.0", "value * 2.0", "helper has changed"),
+    ('f"run-{time.time_ns()}"', 'f"test-{time.time_ns()}"', "args.name has changed"),
+)
+"""What is put in place of what, and what is said of it."""
 
 
 def write_settings(place: Path, rate: float) -> None:
@@ -154,20 +160,27 @@ def assert_starts_anew(program: Program, difference: str) -> None:
     assert "resuming" not in program.errors
 
 
-def test_what_changed_is_named_wherever_it_stands(place) -> None:
-    for old, new, difference in CHANGES.values():
-        assert SCRIPT.count(old) == 1, old
-        program = start(place, script=SCRIPT.replace(old, new), RESUME="True")
-        assert program.process.returncode == 1, difference
+@pytest.mark.parametrize("together", [GLOBALS, OF_FUNCTIONS, CODE], ids=["globals", "of functions", "code"])
+def test_what_changed_is_named_wherever_it_stands(place, together) -> None:
+    script = SCRIPT
+    for old, new, _ in together:
+        assert script.count(old) == 1, old
+        script = script.replace(old, new)
+    program = start(place, script=script, RESUME="True")
+    assert program.process.returncode == 1
+    for _, _, difference in together:
         assert difference in program.errors.splitlines()[-1], program.errors
-    assert (
-        "--lr was not there and is '0.9', args.lr was 0.1 and is 0.9"
-        in start(place, "--lr", "0.9", RESUME="True").errors
-    )
-    assert "BY_ENVIRONMENT was 0.1 and is 0.9" in start(place, MY_LR="0.9", RESUME="True").errors
-    write_settings(place, 0.9)
-    assert "settings.LR was 0.1 and is 0.9" in start(place, RESUME="True").errors
+    assert "more" not in program.errors.splitlines()[-1]
     assert len(runs_of(place)) == 1
+
+
+def test_changed_arguments_variables_and_modules_are_named(place) -> None:
+    write_settings(place, 0.9)
+    said = start(place, MY_LR="0.9", RESUME="True").errors
+    assert "BY_ENVIRONMENT was 0.1 and is 0.9, settings.LR was 0.1 and is 0.9." in said, said
+    write_settings(place, 0.1)
+    said = start(place, "--lr", "0.9", RESUME="True").errors
+    assert "--lr was not there and is '0.9', args.lr was 0.1 and is 0.9." in said, said
 
 
 def test_an_unchanged_script_goes_on_whatever_is_made_anew_at_each_start(place) -> None:
@@ -186,6 +199,19 @@ def test_a_changed_argument_is_never_mixed_in(tmp_path, how) -> None:
     assert len(runs_of(tmp_path)) == 2
     assert_goes_on(start(tmp_path, "--lr", "0.1"))
     assert len(runs_of(tmp_path)) == 2
+
+
+def test_a_function_that_a_call_was_given_is_compared_as_well(tmp_path) -> None:
+    call = "def look(operator, factor=0.1):\n    return GLOBAL * factor\nprint(trainer.apply_all_operators(look))\n"
+    first, loop, last = SCRIPT.partition("for _ in range(args.epochs)")
+    script = f"{first}{call}{loop}{last}"
+    write_settings(tmp_path, 0.1)
+    assert start(tmp_path, script=script, HOW="SIGKILL").process.returncode == -9
+    (tmp_path / "again").touch()
+    changed = start(tmp_path, script=script.replace("factor=0.1", "factor=0.9"))
+    assert "CallMismatchError: the script asks for apply_all_operators(look)" in changed.errors, changed.errors
+    assert "factor of look was 0.1 and is 0.9" in changed.errors
+    assert_goes_on(start(tmp_path, script=script))
 
 
 def test_what_may_change_goes_on_and_is_told(place) -> None:

@@ -422,7 +422,7 @@ class TorchTrainer:
         model = ask()
         if known is not None:
             load_models(model, self._take(known)["models"])
-            self._calls.handed_out(known, models_of(model))
+            self._calls.journal.handed_out(known, models_of(model))
         else:
             self._done(call, {"models": models_of(model)}, is_state=True)
         return model
@@ -456,7 +456,7 @@ class TorchTrainer:
             return remade  # type: ignore[no-any-return]  # it behaves as the dict that it stands for
         state: dict[str, Any] = self._take(known) if known is not None else self._call("state_dict")[0]
         if known is not None:
-            self._calls.handed_out(known, state)
+            self._calls.journal.handed_out(known, state)
         else:
             self._done("state_dict()", state, is_state=True)
         return state

@@ -121,6 +121,11 @@ class Journal:
         self._index += 1
         return recorded
 
+    def handed_out(self, known: Recorded, state: Any) -> None:
+        """The script has got a copy of the state that was recorded."""
+        if known.copy is not None:
+            self.copies.handed_out(known.copy, state)
+
     def add(
         self,
         call: str,
