@@ -48,11 +48,10 @@ class Base(TrainingOperator):
 class Operator(Base):
     def train_batch(self, batch, batch_info):
         how = os.environ.get("HOW")  # read here, it is not compared
-        step = batch_info["global_step"] + batch_info["batch_idx"]
-        if how and not os.path.exists("again") and step >= AT:
+        if how and not os.path.exists("again") and self.global_step >= AT:
             if how == "crash":
                 raise OSError("the disk went away")
-            if step > AT:
+            if self.global_step > AT:
                 time.sleep(0.05)  # a step that the driver has time to look during
             else:
                 os.kill(int(os.environ["DRIVER"]), getattr(signal, how))
