@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -255,13 +256,14 @@ def put_call_files(root: Path, checkpoint: Checkpoint) -> None:
         head, dash, tail = name.partition("-")
         if name == _journal(root).name:
             replace_file(_journal(root), checkpoint.file(name).read_bytes())
-        elif dash and head == _kept(root, 0).parent.name:
+        elif dash and head == DIRECTORY and checkpoint.file(name).stat().st_size:
             path = private_directory(root / head) / tail
             replace_file(path, checkpoint.file(name).read_bytes())
 
 
 def _copy(path: Path, file: BinaryIO) -> None:
-    file.write(path.read_bytes())
+    with suppress(FileNotFoundError):  # removed meanwhile; then it is empty, and not put back
+        file.write(path.read_bytes())
 
 
 def _journal(root: Path) -> Path:
