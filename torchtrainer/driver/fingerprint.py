@@ -273,9 +273,10 @@ class _Walk:
         if not _is_users(value):
             self._put(name, f"{value.__module__}.{value.__qualname__}")
             return
-        if len(names) == 1 and names[0] == name and name != value.__name__:  # an argument of the trainer
-            self._put(name, _said_name(value.__qualname__))
-            name = _said_name(value.__qualname__)
+        said = _said_name(value.__qualname__)
+        if name != said and not name.endswith(f".{said}"):  # such as an argument of the trainer
+            self._put(name, said)
+            name = said
         self._put(name, f"class of {', '.join(f'{one.__module__}.{one.__qualname__}' for one in value.__bases__)}")
         for member, one in vars(value).items():
             inner = getattr(one, "__func__", None) or getattr(one, "func", None) or one
