@@ -207,6 +207,7 @@ def test_code_and_values_are_followed_to_where_they_are_used(tmp_path) -> None:
         ("os.path.join('runs', str(os.getpid()))", ""),
         ("uuid.uuid4().hex[:8]", ""),
         ("random.random()", ""),
+        ("os.pipe()[0]", ""),
         ("torch.randn(3)", ""),
         ("name()", "def name():\n    stamp = time.time_ns()\n    return f'run-{stamp}'"),
         ("float(os.environ.get('MASTER_PORT', '0'))", ""),

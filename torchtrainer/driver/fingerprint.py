@@ -50,7 +50,6 @@ _MAX_NAMED = 64
 _MAX_DEPTH = 5
 """The same for containers in containers."""
 _DIGEST = re.compile(r" ?#[0-9a-f]{16}$")
-_SKIPPED_MEMBERS = frozenset({"_abc_impl"})
 _Value = tuple[str, tuple[str, ...], str, Any]
 """A value that is still to be looked at: its name, the names that lead to it, the module where it was found, and itself."""
 
@@ -281,7 +280,7 @@ class _Walk:
         for member, one in vars(value).items():
             inner = getattr(one, "__func__", None) or getattr(one, "func", None) or one
             is_code = isinstance(inner, types.FunctionType | property)
-            if member in _SKIPPED_MEMBERS or (member.startswith("__") and not is_code):
+            if member == "_abc_impl" or (member.startswith("__") and not is_code):
                 continue
             if isinstance(one, types.MemberDescriptorType | types.GetSetDescriptorType):
                 continue
