@@ -63,3 +63,12 @@ def global_names(code: types.CodeType) -> Iterator[tuple[str, ...]]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from global_names(constant)
+
+
+def is_set(cell: types.CellType) -> bool:
+    """Whether the name of a surrounding function was ever given a value."""
+    try:
+        cell.cell_contents  # noqa: B018  # raises if a name was never given a value
+    except ValueError:
+        return False
+    return True

@@ -24,7 +24,7 @@ from pathlib import PurePath
 from typing import Any
 
 from torchtrainer.driver.array_digest import array_text, is_initial
-from torchtrainer.driver.code_names import code_digest, global_names, short_digest
+from torchtrainer.driver.code_names import code_digest, global_names, is_set, short_digest
 from torchtrainer.driver.made_anew import how_made_anew, is_seeded, is_users_file
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
@@ -42,6 +42,7 @@ _READABLE = (
     re.Pattern,
 )
 """Other types whose ``repr`` says all."""
+_NAMESPACES = ("argparse", "types", "torchtrainer")
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque, types.MappingProxyType)
 _MAX_SHOWN = 120
 """Longest text of a value that is kept as it is."""
@@ -229,15 +230,16 @@ class _Walk:
         if ours or not hasattr(function, "__wrapped__"):
             self._put(name, f"#{code_digest(code)}" if ours else f"{function.__module__}.{function.__qualname__}")
         cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
-        around = {free: cell.cell_contents for free, cell in cells if _is_set(cell)}
+        around = {free: cell.cell_contents for free, cell in cells if is_set(cell)}
         positional = code.co_varnames[: code.co_argcount]
         defaults = function.__defaults__ or ()
         around |= dict(zip(positional[len(positional) - len(defaults) :], defaults, strict=True))
         around |= function.__kwdefaults__ or {}
         around |= {key: one for key, one in vars(function).items() if key != "__wrapped__"}
+        called = name if name.isidentifier() else _said_name(function.__qualname__)
         for free, value in around.items():
             if ours or _is_users(value):  # a wrapper of a library leads to the user's function
-                inner = value.__qualname__ if _is_users(value) else f"{free} of {name}"
+                inner = value.__qualname__ if _is_users(value) else f"{free} of {called}"
                 self.later.append((_said_name(inner), (*names, free), module, value))
         if ours:
             for chain in global_names(code):
@@ -309,7 +311,7 @@ class _Walk:
             self._value(name, names, module, inner)
         elif _is_users(kind):
             self._users_object(name, names, value)
-        elif kind.__module__ in ("argparse", "types") and hasattr(value, "__dict__"):
+        elif kind.__module__.partition(".")[0] in _NAMESPACES and hasattr(value, "__dict__"):
             self._attributes(name, names, module, value)
         elif isinstance(value, Mapping) and value is not os.environ and _pickles(value):
             self._container(name, names, module, value)
@@ -370,14 +372,6 @@ def _pickles(value: Any) -> bool:
 def _slots(kind: type) -> Sequence[str]:
     slots = vars(kind).get("__slots__", ())
     return [slots] if isinstance(slots, str) else [one for one in slots if not one.startswith("__")]
-
-
-def _is_set(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018  # raises if a name was never given a value
-    except ValueError:
-        return False
-    return True
 
 
 def _is_users(value: Any) -> bool:
