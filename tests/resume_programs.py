@@ -35,13 +35,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchtrainer import BATCH_SIZE, CheckpointConfig, TorchTrainer, TrainingOperator
 
-OPTIONS = json.loads(sys.argv[1])
-EVENTS = os.environ["EVENTS"]
+OPTIONS = json.loads(os.environ["OPTIONS"])
 os.environ["DRIVER"] = str(os.getpid())
 SLOW_S = 0.05  # a step that the driver has time to look during
 
 def note(file, **fields):
-    fd = os.open(f"{EVENTS}/{file}", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    fd = os.open(f"{os.environ['EVENTS']}/{file}", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.write(fd, (json.dumps({"start": os.environ["START"], **fields}) + "\\n").encode())
     os.close(fd)
 
@@ -56,7 +55,7 @@ def point(where, at):
     driver = int(os.environ["DRIVER"])
     how = plan["how"]
     if how == "WORKERS":
-        pids = [int(Path(EVENTS, f"pid{rank}").read_text()) for rank in range(int(os.environ["WORLD_SIZE"]))]
+        pids = [int(Path(os.environ["EVENTS"], f"pid{rank}").read_text()) for rank in range(int(os.environ["WORLD_SIZE"]))]
         for pid in sorted(pids, key=lambda pid: pid == os.getpid()):  # this one last
             os.kill(pid, signal.SIGKILL)
     elif how == "TWICE":
@@ -132,7 +131,7 @@ class Samples(Dataset):
 
 def model_creator(config):
     rank = int(os.environ.get("RANK", 0))
-    Path(EVENTS, f"pid{rank}").write_text(str(os.getpid()))
+    Path(os.environ["EVENTS"], f"pid{rank}").write_text(str(os.getpid()))
     if rank == 0:
         point("setup", 0)
     return Net(config["name"], rank, int(os.environ.get("HIDDEN", config["hidden"])))  # no digest sees the environment
@@ -255,7 +254,7 @@ class Callback:
         note("callbacks.jsonl", name=self.name, kind="step", epoch=e.epoch, step=e.step, batch=e.batch, batches=e.batches)
     def on_checkpoint(self, e):
         note("callbacks.jsonl", name=self.name, kind="checkpoint", epoch=e.epoch, step=e.step)
-        point("saved", sum(1 for line in open(f"{EVENTS}/callbacks.jsonl") if '"checkpoint"' in line))
+        point("saved", sum(1 for line in open(f"{os.environ['EVENTS']}/callbacks.jsonl") if '"checkpoint"' in line))
     def on_epoch_end(self, e):
         note("callbacks.jsonl", name=self.name, kind="epoch", epoch=e.epoch, step=e.step)
         point("epoch_end", e.epoch)
@@ -407,11 +406,12 @@ class Run:
         plan = {} if interruption is None else dict(zip(("in", "at", "how"), interruption, strict=True))
         environ = {
             "EVENTS": str(self.events),
+            "OPTIONS": json.dumps(self.options),
             "START": str(len(self.programs)),
             "INTERRUPT": json.dumps(plan),
             **environ,
         }
-        program = start_program(self.place, self.script, json.dumps(self.options), **environ)
+        program = start_program(self.place, self.script, **environ)
         self.programs.append(program)
         return program
 

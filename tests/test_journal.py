@@ -11,14 +11,13 @@ import torch
 
 from torchtrainer import CallMismatchError, RunDirectoryError
 from torchtrainer.checkpoint.journal import Journal, is_json
+from torchtrainer.driver.fingerprint import fingerprint
 from torchtrainer.driver.run_record import (
     RunRecord,
     RunState,
     ScriptRun,
-    digests,
     find_previous,
     others_unfinished,
-    readable_config,
 )
 
 
@@ -114,8 +113,7 @@ def record(
         pid=1,
         started_s=started_s,
         notebook=False,
-        parts=digests({"model_creator": lambda config: config}),
-        config=readable_config(config),
+        parts=fingerprint({"config": config, "model_creator": lambda config: config}),
         world_size=2,
     )
 
@@ -172,9 +170,9 @@ def test_a_trainer_of_this_process_is_not_a_live_run_of_another(tmp_path) -> Non
 def test_a_record_of_a_newer_version_is_named(tmp_path) -> None:
     one = record()
     one.write(tmp_path)
-    text = (tmp_path / "run.json").read_text().replace('"format": 1', '"format": 2')
+    text = (tmp_path / "run.json").read_text().replace('"format": 2', '"format": 3')
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(RunDirectoryError, match=r"format 2.*up to 1"):
+    with pytest.raises(RunDirectoryError, match=r"format 3.*up to 2"):
         RunRecord.read(tmp_path)
 
 
@@ -189,40 +187,6 @@ def test_a_difference_is_named_with_both_values() -> None:
     assert record(lr=0.1).difference(record(lr=0.1)) is None
     assert record(lr=0.1).difference(record(lr=0.2)) == "config['lr'] was 0.1 and is 0.2"
     assert record(lr=0.1).difference(record()) == "config['lr'] was 0.1 and is not there"
-
-
-def test_code_counts_by_what_it_does() -> None:
-    def one(config):
-        # a comment
-        return config["a"] + 1
-
-    first = digests({"f": one})
-    factor = 2
-
-    def one(config):  # type: ignore[no-redef]  # the same again, elsewhere
-        return config["a"] + 1
-
-    def other(config):
-        return config["a"] + factor
-
-    assert digests({"f": one}) == first
-    before = digests({"f": other})
-    assert before != first
-    factor = 3
-    assert digests({"f": other}) != before, "what it takes from around it counts"
-
-    class Operator:
-        def setup(self, config):
-            return 1
-
-    seen = digests({"c": Operator})
-
-    class Operator:  # type: ignore[no-redef]  # changed
-        def setup(self, config):
-            return 2
-
-    assert digests({"c": Operator}) != seen
-    assert digests({"c": torch.nn.Linear}) == digests({"c": torch.nn.Linear})
 
 
 def test_trainers_are_counted() -> None:

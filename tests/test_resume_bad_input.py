@@ -138,7 +138,7 @@ def test_a_link_to_a_run_is_refused_and_the_run_left_as_it_is(preempted) -> None
 
 def test_a_record_of_a_newer_version_is_refused_and_left_as_it_is(preempted) -> None:
     path = preempted.directory / "run.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2, "version": "9.9"}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 3, "version": "9.9"}))
     before = contents(preempted.directory)
     for resume in ("auto", True):
         with pytest.raises(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 from programs import Program, run_program, start_program
@@ -21,12 +22,12 @@ from torchtrainer import session
 
 asked, ask = os.pipe()
 signal.signal(signal.SIGTERM, lambda number, frame: os.write(ask, b"!"))
-HOW = os.environ.get("HOW", "")
 
 def say(*words):  # one write, which lines of other ranks do not get into
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 
 def disturb(step):
+    HOW = os.environ.get("HOW", "")  # not a setting, which would be compared
     if HOW and os.path.exists("disturbed"):
         time.sleep(0.1)  # steps as long as those of a large model
     if not HOW or step != 21 or os.path.exists("disturbed"):
@@ -150,6 +151,75 @@ def test_a_single_process_stops_and_goes_on_with_the_same_bits(tmp_path, tmp_pat
     second = run_program(tmp_path, SCRIPT, **ENVIRON)
     assert second.process.returncode == 0, second.errors
     assert second.output == expected.output
+
+
+ENDS = """
+import os, signal, sys, time
+import torch
+from torchtrainer import session
+
+if "RANK" in os.environ:
+    torch.distributed.init_process_group("gloo")
+LR = 0.1
+DEVICES = {"started": time.time(), "lr": float(os.environ.get("MY_LR", "0.1"))}
+session.configure(may_change=os.environ.get("MAY", "").split(), resume={"True": True}.get(os.environ.get("RESUME"), "auto"))
+state = session.latest_checkpoint() or {"step": 0}
+print("from", state["step"], flush=True)
+for step in range(state["step"] + 1, 5):
+    session.save_checkpoint({"step": step}, step)
+    if os.environ.get("END") == "kill" and step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ.get("END") == "crash" and step == 2:
+        raise OSError("the disk went away")
+if os.environ.get("END") == "finish":
+    session.finish()
+    raise OSError("later")
+"""
+
+
+def ends(place: Path, *arguments: str, script: str = ENDS, **environ: str) -> Program:
+    return run_program(place, script, *arguments, **ENVIRON, **environ)
+
+
+def test_a_session_that_has_ended_is_not_gone_on_with(tmp_path) -> None:
+    assert "from 0" in ends(tmp_path, "--lr", "0.1").output
+    for number, end in ((2, "finish"), (3, "")):
+        again = ends(tmp_path, "--lr", "0.1", END=end)
+        assert "from 0" in again.output
+        assert f"is left as it is, as it has finished; this run goes to runs/program-{number} " in again.errors, (
+            again.errors
+        )
+    asked = ends(tmp_path, "--lr", "0.1", RESUME="True")
+    assert "from 4" in asked.output, asked.errors
+
+
+@pytest.mark.parametrize("end", ["kill", pytest.param("crash", marks=pytest.mark.soak)])
+def test_a_session_that_was_cut_off_is_gone_on_with_by_the_same_arguments_and_settings(tmp_path, end) -> None:
+    assert ends(tmp_path, "--lr", "0.1", END=end).process.returncode != 0
+    refused = ends(tmp_path, "--lr", "0.9", script=ENDS.replace("LR = 0.1", "LR = 0.9"), MY_LR="0.9", RESUME="True")
+    said = "--lr was '0.1' and is '0.9', LR was 0.1 and is 0.9, DEVICES['lr'] was 0.1 and is 0.9"
+    assert said in refused.errors, refused.errors
+    assert "from 2" in ends(tmp_path, "--lr", "0.1", script=f"# a comment\n{ENDS}", END=end).output
+    changed = ends(tmp_path, "--lr", "0.9", END=end)
+    assert "from 0" in changed.output
+    assert "as --lr was '0.1' and is '0.9'; this run goes to runs/program-2" in changed.errors
+    allowed = ends(tmp_path, "--lr", "0.5", MAY="lr")
+    assert "from 2" in allowed.output
+    assert "--lr was '0.9' and is '0.5', as may_change allows" in allowed.errors
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("python", [RUN, pytest.param(TORCHRUN, marks=pytest.mark.soak)])
+def test_ranks_of_a_launch_end_a_session_together(tmp_path, python) -> None:
+    script = ENDS.replace("os.kill(os.getpid()", "os._exit(7) if 'RANK' in os.environ else os.kill(os.getpid()")
+    cut = run_program(tmp_path, script, python=python, END="kill", **ENVIRON)
+    assert cut.process.returncode != 0
+    changed = run_program(tmp_path, script, "--lr", "0.9", python=python, **ENVIRON)
+    assert changed.output.count("from 0") == 2, changed.errors
+    done = run_program(tmp_path, script, "--lr", "0.9", python=python, **ENVIRON)
+    assert done.output.count("from 0") == 2
+    assert done.errors.count("as it has finished") == 1
 
 
 ERRORS = """

@@ -32,9 +32,9 @@ from torchtrainer import CheckpointConfig, session
 
 asked, ask = os.pipe()
 signal.signal(signal.SIGTERM, lambda number, frame: os.write(ask, b"!"))
-HOW, WHERE, AT = os.environ.get("HOW", ""), os.environ.get("WHERE", ""), int(os.environ.get("AT", "-1"))
 
 def disturb(where, count):
+    HOW, WHERE, AT = os.environ.get("HOW", ""), os.environ.get("WHERE", ""), int(os.environ.get("AT", "-1"))
     if not HOW or where != WHERE or count != AT or os.path.exists("disturbed"):
         return
     if HOW == "launcher" and session.rank() == 0:
@@ -60,7 +60,7 @@ class Disturbed(TrainingOperator):
 
     def train_batch(self, batch, batch_info):
         disturb("train", self.global_step)
-        if HOW and os.path.exists("disturbed"):
+        if os.environ.get("HOW") and os.path.exists("disturbed"):
             time.sleep(0.1)  # steps as long as those of a large model: the pass does not end before the ranks agree
         return super().train_batch(batch, batch_info)
 

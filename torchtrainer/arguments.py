@@ -183,10 +183,27 @@ def check_not_yet(
         raise InvalidArgumentTypeError(
             f'engine must be "auto", "local", "spmd" or an engine object such as LocalEngine(), got {engine!r}'
         )
-    if resume not in ("auto", True, False):
-        raise InvalidArgumentError(f'resume must be "auto", True or False, got {resume!r}')
+    check_resume(resume)
     if engine == "ray":
         raise NotAvailableError(f'the Ray engine {NOT_YET}: use engine="local", or start the script with torchrun')
+
+
+def check_resume(resume: object) -> None:
+    """Raises an InvalidArgumentError if this cannot be meant as ``resume``."""
+    if resume not in ("auto", True, False):
+        raise InvalidArgumentError(f'resume must be "auto", True or False, got {resume!r}')
+
+
+def check_may_change(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of what may change in a run, as a tuple.
+
+    Raises:
+        InvalidArgumentTypeError: they are no names.
+    """
+    given = (names,) if isinstance(names, str) else tuple(names)
+    if not all(isinstance(one, str) for one in given):
+        raise InvalidArgumentTypeError(f'may_change must be names such as ("epochs",), got {names!r}')
+    return given
 
 
 def settings_from(

@@ -10,23 +10,22 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
+from torchtrainer.checkpoint.copies import made
 from torchtrainer.checkpoint.journal import Journal, Recorded
 from torchtrainer.checkpoint.verified import Checkpoint
 from torchtrainer.config import Timeouts
 from torchtrainer.driver.policies import STEPPING_METHODS, LostSteps
+from torchtrainer.driver.run_record import check_function, function_of_call
 from torchtrainer.engines.base import CallResult, Group
-from torchtrainer.errors import Preempted
+from torchtrainer.errors import EngineError, Preempted, ResumeError
 from torchtrainer.observe.notices import notice as tell
-from torchtrainer.planning import RunPlan
 from torchtrainer.preempt.notice import Notice
 from torchtrainer.preempt.slurm import requeue
 from torchtrainer.preempt.watch import NoticeWatch
 from torchtrainer.process.leaving import keep_exit_code
 from torchtrainer.process.signals import EXIT_PREEMPTED
-from torchtrainer.resume import OpenRun, in_notebook
 from torchtrainer.topology import current
 
 T = TypeVar("T")
@@ -39,48 +38,8 @@ SETTING_METHODS = frozenset({"apply_worker", "apply_operator"})
 """Calls that may change what is in no state, such as which parameters are trained: made again when a run is gone on with."""
 
 
-def spell(method: str, **arguments: Any) -> str:
-    """A call as the user would write it; arguments that are None are left out."""
-    given = (f"{name}={value!r}" for name, value in arguments.items() if value is not None)
-    return f"{method}({', '.join(given)})"
-
-
-def spell_function(method: str, fn: Callable[..., Any]) -> str:
-    """The same for a call that takes a function."""
-    return f"{method}({getattr(fn, '__qualname__', type(fn).__name__)})"
-
-
-def first(values: list[Any]) -> Any:
-    """What rank 0 returned."""
-    return values[0]
-
-
 def nothing(values: list[Any]) -> None:  # the ranks return None
     """For calls without a result."""
-
-
-def models_of(model: Any) -> list[dict[str, Any]]:
-    """State dicts of a model, or of a list of models."""
-    return [one.state_dict() for one in (model if isinstance(model, list) else [model])]
-
-
-def load_models(model: Any, states: list[dict[str, Any]]) -> None:
-    """Loads what `models_of` gave."""
-    for one, state in zip(model if isinstance(model, list) else [model], states, strict=True):
-        one.load_state_dict(state)
-
-
-def watch_notices(run: RunPlan, opened: OpenRun) -> NoticeWatch | None:
-    """Begins to watch for warnings of a preemption; None for a run that keeps nothing, which could not be saved.
-
-    In a notebook signals are left alone: they are the kernel's.
-    """
-    if opened.checkpoints is None:
-        return None
-    config = replace(run.preemption, signals=()) if in_notebook() else run.preemption
-    notices = NoticeWatch(config, os.environ, metadata=run.watches_machine, say=tell)
-    notices.start()
-    return notices
 
 
 class Made(NamedTuple):
@@ -135,6 +94,7 @@ class Calls:
         self._losses, self._lost_at = 0, -1
         self._lost_steps = LostSteps()
         self._caught_up = checkpoint is None and not journal.replaying
+        self._reached = 0  # calls that the ranks have made, or that the state they restored came after
         self._notices = notices
         self._timeouts = timeouts
         self._requeue = requeue
@@ -174,6 +134,7 @@ class Calls:
         with self._noting_errors():
             known = self.journal.expect(text, expected)
             if known is not None:
+                check_function(text, known.function, function_of_call(keywords))
                 self._made.append(Made(text, method, keywords))
                 return known
             self._asked = Made(text, method, keywords)
@@ -221,7 +182,7 @@ class Calls:
         self._living().restart()
         self._checkpoint = self._newest()
         self._from = int(self._checkpoint.meta["index"]) if self._checkpoint is not None else 0
-        self._caught_up = False
+        self._caught_up, self._reached = False, 0
         reached = self._checkpoint.step if self._checkpoint is not None else 0
         self._lost_steps.go_on_from(reached)
         self.catch_up()
@@ -258,12 +219,16 @@ class Calls:
             self._leave(found, result.snapshot)
         return result
 
-    def done(self, text: str, result: Any, *, step: int, epoch: int) -> None:
-        """Remembers a call that has been completed."""
+    def done(self, text: str, result: Any, *, step: int, epoch: int, is_state: bool = False) -> None:
+        """Remembers a call that has been completed; ``is_state``: it returned the state of the training."""
+        function = None
         if self._asked is not None:
+            function = function_of_call(self._asked.keywords)
             self._made.append(self._asked)
             self._asked = None
-        lost = self.journal.add(text, result, step=step, epoch=epoch)
+        if self._caught_up:
+            self._reached = len(self._made)
+        lost = self.journal.add(text, result, step=step, epoch=epoch, is_state=is_state, function=function)
         if lost is not None:
             tell(f"the result of {text} is not recorded, as {lost}. This run could not be resumed beyond it")
 
@@ -272,13 +237,50 @@ class Calls:
         if self._caught_up:
             return
         self._caught_up = True
-        for index, made in enumerate(self._made):
+        self._advance(len(self._made))
+
+    def _advance(self, end: int) -> None:
+        """Brings the ranks to where they were before a call, by the checkpoint if it is of an earlier one, and by the calls since."""
+        for one in self._made[self._reached : end]:
+            for given in one.keywords.values():
+                made(given)  # a state that has to be made again first
+        for index in range(self._reached, end):
             if index == self._from:
                 self._restore()
-            if made.method in SETTING_METHODS or (index >= self._from and made.method in MOVING_METHODS):
-                self._make(index, made.text, made.method, made.keywords)
-        if len(self._made) <= self._from:
+            one = self._made[index]
+            if one.method in SETTING_METHODS or (index >= self._from and one.method in MOVING_METHODS):
+                self._make(index, one.text, one.method, one.keywords)
+        if end <= self._from:
             self._restore()
+        self._reached = end
+
+    def make_again(self, index: int, make: Callable[[], T]) -> T:
+        """The result of an earlier call that returned the state, of which no copy is kept: the ranks are trained again up to there.
+
+        Args:
+            index: place of the call.
+            make: asks the ranks for it.
+
+        Raises:
+            ResumeError: this process does not start the ranks.
+        """
+        why = f"the script looks at what {self._made[index].text} returned as call {index + 1}, of which {self.journal.copies.rule}"
+        if self._caught_up or not 0 < self._reached <= index:
+            try:
+                self._living().restart()
+            except EngineError as error:
+                raise ResumeError(
+                    f"{why}. trainer.save(path) needs no copy; pass resume=False to start anew"
+                ) from error
+            tell(f"{why}: it is trained again up to there. trainer.save(path) needs no copy")
+            self._reached = 0
+        if self._from > index:
+            self._checkpoint, self._from = None, 0
+        self._advance(index)
+        result = make()
+        if self._caught_up:
+            self._advance(len(self._made))
+        return result
 
     def _restore(self) -> None:
         if self._checkpoint is not None:

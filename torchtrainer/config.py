@@ -222,7 +222,10 @@ class TrainSettings:
     def deciding_bits(self) -> dict[str, Any]:
         """The settings on which the bits of a training depend; of those that came later, the ones that are not as usual."""
         usual = TrainSettings()
-        later = ("accumulate", "memory_format", "fused", "comm_hook", "compile", "even_batches", "min_batch_size")
+        later = (
+            *("accumulate", "memory_format", "fused", "comm_hook", "compile", "even_batches", "min_batch_size"),
+            *("scheduler_step_freq", "add_dist_sampler", "wrap_ddp", "ddp_args"),
+        )
         unusual = {name: getattr(self, name) for name in later if getattr(self, name) != getattr(usual, name)}
         return {"seed": self.seed, "precision": self.precision, **unusual}
 

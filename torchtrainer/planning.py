@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torchtrainer.arguments import (
@@ -18,6 +18,7 @@ from torchtrainer.arguments import (
     settings_from,
 )
 from torchtrainer.config import CheckpointConfig, FailureConfig, PreemptionConfig, Timeouts, TrainSettings
+from torchtrainer.driver.run_record import in_notebook, reached_by
 from torchtrainer.engines.base import Engine, GroupPlan
 from torchtrainer.engines.inline import LocalModeEngine, SpmdEngine, spmd_engine
 from torchtrainer.engines.local import shared_engine
@@ -25,6 +26,7 @@ from torchtrainer.engines.snapshots import CheckpointOrders
 from torchtrainer.errors import InvalidArgumentError, ResumeError
 from torchtrainer.observe.devices import gpu_count
 from torchtrainer.observe.notices import notice, notice_once
+from torchtrainer.preempt.watch import NoticeWatch
 from torchtrainer.resume import OpenRun, borrowed, known, open_run
 from torchtrainer.spec import BuildSpec
 from torchtrainer.topology import WORKER_MARK, Topology
@@ -124,7 +126,14 @@ class RunPlan:
             environ={COMPILE_CACHE: str(compiled)} if keeps else {},
         )
 
-    def open_run(self, run_dir: str | os.PathLike[str] | None, resume: bool | str) -> OpenRun:
+    def open_run(
+        self,
+        run_dir: str | os.PathLike[str] | None,
+        resume: bool | str,
+        *,
+        callbacks: Sequence[object],
+        may_change: Sequence[str],
+    ) -> OpenRun:
         """Opens the directory of the run; under a launcher rank 0 does so, and the other ranks learn what it found.
 
         Raises:
@@ -134,7 +143,12 @@ class RunPlan:
 
         def open_here() -> OpenRun:
             opened = open_run(
-                run_dir, resume=resume, config=self.checkpoint, spec=self.spec, world_size=self.world_size
+                run_dir,
+                resume=resume,
+                config=self.checkpoint,
+                reached=reached_by(self.spec, callbacks),
+                world_size=self.world_size,
+                may_change=may_change,
             )
             self._check_preemptions(opened)
             return opened
@@ -142,6 +156,18 @@ class RunPlan:
         if isinstance(self.engine, SpmdEngine):
             return self.engine.share(open_here, known, borrowed, self.spec.settings, self.gpus)
         return open_here()
+
+    def watch_notices(self, opened: OpenRun) -> NoticeWatch | None:
+        """Begins to watch for warnings of a preemption; None for a run that keeps nothing, which could not be saved.
+
+        In a notebook signals are left alone: they are the kernel's.
+        """
+        if opened.checkpoints is None:
+            return None
+        config = replace(self.preemption, signals=()) if in_notebook() else self.preemption
+        notices = NoticeWatch(config, os.environ, metadata=self.watches_machine, say=notice)
+        notices.start()
+        return notices
 
     def _check_preemptions(self, opened: OpenRun) -> None:
         record, allowed = opened.record, self.failure.max_preemptions

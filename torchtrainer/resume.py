@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from torchtrainer.checkpoint.copies import remove_copies
 from torchtrainer.checkpoint.journal import Journal, put_call_files
 from torchtrainer.checkpoint.remote import RemoteStore
 from torchtrainer.checkpoint.store import CheckpointStore, newest_in, next_generation
 from torchtrainer.checkpoint.verified import Checkpoint, verify
 from torchtrainer.config import CheckpointConfig, Timeouts
+from torchtrainer.driver.fingerprint import differences
 from torchtrainer.driver.run_dir import (
     RUNS,
     BorrowedRunDirectory,
@@ -31,20 +33,30 @@ from torchtrainer.driver.run_record import (
     RESUMABLE,
     RunRecord,
     RunState,
-    digests,
+    find_beside,
     find_previous,
+    how_it_ends,
     others_unfinished,
-    readable_config,
     this_script_run,
+    wanted_run,
 )
 from torchtrainer.engines.snapshots import CheckpointOrders
 from torchtrainer.errors import CheckpointDamagedError, CheckpointError, ResumeError
 from torchtrainer.observe.notices import notice
 from torchtrainer.run_places import beside, checkpoints_of, kept_below, remote_url
-from torchtrainer.spec import BuildSpec
-from torchtrainer.version import __version__
 
 FRESH = "pass resume=False to start anew"
+
+
+_opened: list[OpenRun] = []
+
+
+@atexit.register
+def _remove_copies() -> None:
+    """At the end of the script, when nobody will ask any more for the states that its runs returned."""
+    for run in _opened:
+        if run.record is not None and run.record.state in ("finished", "running") and how_it_ends() == "finished":
+            remove_copies(run.directory.root)
 
 
 @dataclass(kw_only=True)
@@ -117,7 +129,7 @@ class OpenRun:
     def note_end(self) -> None:
         """The run is over; if nobody said how, it came to its end."""
         if self.record is not None and self.record.state == "running":
-            self.note(_how_it_ends(), step=self.record.step, epoch=self.record.epoch)
+            self.note(how_it_ends(), step=self.record.step, epoch=self.record.epoch)
 
     def note(self, state: RunState, *, step: int, epoch: int) -> None:
         """Writes how the run stands. A disk that does not take it does not end the run."""
@@ -132,28 +144,20 @@ class OpenRun:
             )
 
 
-def _how_it_ends() -> RunState:
-    """How a script ends that said nothing: by an exception that nobody caught, or by coming to its end."""
-    uncaught: type[BaseException] | None = getattr(sys, "last_type", None)
-    if uncaught is None:
-        return "finished"
-    return "interrupted" if issubclass(uncaught, KeyboardInterrupt) else "failed"
-
-
 def open_run(
     run_dir: str | os.PathLike[str] | None,
     *,
     resume: bool | str,
     config: CheckpointConfig,
-    spec: BuildSpec,
+    reached: Mapping[str, Any],
     world_size: int,
+    may_change: Sequence[str] = (),
 ) -> OpenRun:
     """Finds or makes the directory of a run, and reads what is there to go on with.
 
     Args:
         run_dir, resume, config: as `TorchTrainer` takes them.
-        spec: what the ranks are built from.
-        world_size: ranks.
+        reached, world_size, may_change: as `wanted_run` takes them.
 
     Raises:
         RunDirectoryError: the directory cannot be used.
@@ -164,15 +168,19 @@ def open_run(
         if resume is True:
             raise ResumeError("resume=True needs a run_dir, got run_dir=None")
         return OpenRun(directory=open_run_dir(None), records=[])
-    wanted = _wanted(spec, world_size)
-    path, previous = _choose(run_dir, resume, wanted)
+    wanted = wanted_run(reached, world_size=world_size, may_change=may_change)
+    path, previous = choose(run_dir, resume, wanted)
     if previous is None and resume is not False:
         path, previous = _choose_remote(config, run_dir, path, wanted)
     directory = open_run_dir(path)
     assert isinstance(directory, RunDirectory)
     try:
+        asked = "" if run_dir == "auto" else Path(run_dir).name
         opened = OpenRun(
-            directory=directory, record=wanted, records=[], checkpoints=checkpoints_of(config, directory.root)
+            directory=directory,
+            record=replace(wanted, asked=asked),
+            records=[],
+            checkpoints=checkpoints_of(config, directory.root),
         )
         _find_generation(opened, config)
         if previous is not None:
@@ -181,36 +189,17 @@ def open_run(
     except BaseException:
         directory.close()
         raise
+    _opened.append(opened)
     return opened
 
 
-def _wanted(spec: BuildSpec, world_size: int) -> RunRecord:
-    run = this_script_run()
-    parts = {
-        name: value for name, value in vars(spec).items() if value is not None and name not in ("config", "settings")
-    }
-    parts |= spec.settings.deciding_bits()
-    return RunRecord(
-        script_run=run.name,
-        ordinal=run.next_ordinal(),
-        state="running",
-        pid=os.getpid(),
-        started_s=time.time(),
-        notebook=in_notebook(),
-        parts=digests(parts),
-        config=readable_config(spec.config),
-        world_size=world_size,
-        version=__version__,
-    )
+def choose(run_dir: str | os.PathLike[str], resume: bool | str, wanted: RunRecord) -> tuple[Path, RunRecord | None]:
+    """Where the run lives, and the record of the run that it goes on with.
 
-
-def in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook."""
-    return "ipykernel" in sys.modules
-
-
-def _choose(run_dir: str | os.PathLike[str], resume: bool | str, wanted: RunRecord) -> tuple[Path, RunRecord | None]:
-    """Where the run lives, and the record of the run that it goes on with."""
+    Raises:
+        ResumeError: ``resume=True``, and there is nothing to go on with, or something else.
+        RunDirectoryError: what is there was made by a newer version, or is no record.
+    """
     if run_dir == "auto":
         found = None
         if resume is not False and not (wanted.notebook and resume == "auto"):
@@ -219,11 +208,12 @@ def _choose(run_dir: str | os.PathLike[str], resume: bool | str, wanted: RunReco
         fresh = kept_below(automatic_root(datetime.now()))  # which looked for a free name in ./runs only
         return _judge(found, resume, wanted, beside(fresh) if fresh.exists() else fresh)
     path = kept_below(Path(run_dir))
-    if is_live(path):  # opening it says by whom
-        return path, None
-    record = RunRecord.read(path)
-    found = None if record is None else (path, record)
-    return _judge(found, resume, wanted, path if record is None else beside(path))
+    RunRecord.read(path)
+    found = find_beside(path, wanted)
+    live = path if is_live(path) else found[0] if found is not None and is_live(found[0]) else None
+    if live is not None:  # opening it says by whom
+        return live, None
+    return _judge(found, resume, wanted, path if RunRecord.read(path) is None else beside(path))
 
 
 def _judge(
@@ -239,12 +229,18 @@ def _judge(
     difference = record.difference(wanted)
     if resume is True:
         if difference is not None:
-            raise ResumeError(f"the run in {path} cannot be gone on with: {difference}. Put it back, or {FRESH}")
+            raise ResumeError(
+                f"the run in {path} cannot be gone on with: {difference}. Put it back, name it in may_change, or {FRESH}"
+            )
         return path, record
     why = _why_not(path, record, wanted, difference)
     if why is None:
         return path, record
-    how = "resume=True goes on with the old one" if difference is None else "put that back to go on with the old one"
+    how = (
+        "resume=True goes on with the old one"
+        if difference is None
+        else "to go on with the old one, put that back, or name it in may_change"
+    )
     notice(f"{path} is left as it is, as {why}; this run goes to {fresh} ({how})")
     return fresh, None
 
@@ -310,6 +306,7 @@ def _take_over(opened: OpenRun, previous: RunRecord, config: CheckpointConfig) -
     root = opened.directory.root
     opened.records = Journal.read(root)
     this_script_run().name = previous.script_run
+    changed = differences(previous.parts, opened.record.parts)
     opened.record = opened.record.after(previous)
     if opened.checkpoints.is_dir() or opened.remote is not None:
         store = CheckpointStore(opened.checkpoints, keep=config.keep, generation=opened.generation, on_problem=notice)
@@ -320,7 +317,7 @@ def _take_over(opened: OpenRun, previous: RunRecord, config: CheckpointConfig) -
             f"the run in {root} has a checkpoint of call {opened.checkpoint.meta['index'] + 1}, but only "
             f"{len(opened.records)} recorded calls: calls.jsonl was cut or replaced; {FRESH}"
         )
-    _tell(opened)
+    _tell(opened, changed)
 
 
 def _take_copy(opened: OpenRun, store: CheckpointStore) -> None:
@@ -340,7 +337,7 @@ def _take_copy(opened: OpenRun, store: CheckpointStore) -> None:
         return
 
 
-def _tell(opened: OpenRun) -> None:
+def _tell(opened: OpenRun, changed: Sequence[str]) -> None:
     checkpoint, calls = opened.checkpoint, len(opened.records)
     if checkpoint is None and not calls:
         return
@@ -348,7 +345,8 @@ def _tell(opened: OpenRun) -> None:
     if checkpoint is not None:
         age_s = time.time() - checkpoint.path.stat().st_mtime
         where += f", state after step {checkpoint.step} saved {_ago(age_s)} ago"
-    notice(f"resuming {opened.directory.root} ({where}); {FRESH}")
+    allowed = f"; {', '.join(changed)}, as may_change allows" if changed else ""
+    notice(f"resuming {opened.directory.root} ({where}){allowed}; {FRESH}")
 
 
 def _ago(seconds: float) -> str:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torchtrainer import topology
+from torchtrainer.arguments import check_may_change, check_resume
 from torchtrainer.config import PreemptionConfig
-from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError
+from torchtrainer.errors import EngineError, InvalidArgumentError, InvalidArgumentTypeError
 
 if TYPE_CHECKING:
     from torchtrainer.own_loop.loader import OwnLoader
@@ -23,7 +25,13 @@ EXIT_PREEMPTED = 75
 KEEP = 3
 """How many checkpoints stay."""
 
-_settings: dict[str, Any] = {"run_dir": None, "keep": KEEP, "preemption": PreemptionConfig()}
+_settings: dict[str, Any] = {
+    "run_dir": None,
+    "keep": KEEP,
+    "preemption": PreemptionConfig(),
+    "resume": "auto",
+    "may_change": (),
+}
 _loops: list[OwnLoop] = []
 """The loop of this process, made when it is first needed."""
 
@@ -53,6 +61,8 @@ def configure(
     run_dir: str | os.PathLike[str] | None = None,
     keep: int = KEEP,
     preemption: PreemptionConfig | None = None,
+    resume: bool | str = "auto",
+    may_change: Iterable[str] = (),
 ) -> None:
     """Says where checkpoints go and what counts as a warning; before anything below is used, alike on all ranks.
 
@@ -61,9 +71,12 @@ def configure(
             on several machines it has to be on a file system that they share.
         keep: how many checkpoints stay.
         preemption: where warnings come from that the machine or the job will be taken away.
+        resume: "auto": go on with a session that was cut off, if the script's arguments and settings are what they were; True: also with
+            one that has finished, and it has to be there and fit; False: start anew. A new session goes to a directory beside the old one.
+        may_change: names of arguments and settings that need not be what they were: ``epochs`` stands for ``--epochs`` and ``args.epochs``.
 
     Raises:
-        InvalidArgumentError: ``keep`` is below 1, or the session is in use already.
+        InvalidArgumentError: ``keep`` is below 1, ``resume`` is something else, or the session is in use already.
     """
     if _loops:
         raise InvalidArgumentError("session.configure comes first: the session of this script is in use already")
@@ -73,7 +86,14 @@ def configure(
         raise InvalidArgumentTypeError(f"run_dir must be a path or None, got {run_dir!r}")
     if preemption is not None and not isinstance(preemption, PreemptionConfig):
         raise InvalidArgumentTypeError(f"preemption must be a PreemptionConfig or None, got {preemption!r}")
-    _settings.update(run_dir=run_dir, keep=keep, preemption=preemption or PreemptionConfig())
+    check_resume(resume)
+    _settings.update(
+        run_dir=run_dir,
+        keep=keep,
+        preemption=preemption or PreemptionConfig(),
+        resume=resume,
+        may_change=check_may_change(may_change),
+    )
 
 
 def should_stop() -> bool:
@@ -154,11 +174,23 @@ def loader(
     )
 
 
+def finish() -> None:
+    """Says that the work of this script is done: when it is started again, it begins a new session.
+
+    A script that comes to its end without an exception need not call it; one that goes on with other things should. Every rank calls
+    it. After a stop it changes nothing: the session is gone on with.
+    """
+    if _loops:
+        _loops[0].finish()
+
+
 def _loop() -> OwnLoop:
     if not _loops:
         from torchtrainer.own_loop.loop import OwnLoop
 
         _loops.append(OwnLoop(**_settings))
+    if _loops[0].finished:
+        raise EngineError("the session of this script has ended: session.finish() comes after everything else")
     return _loops[0]
 
 

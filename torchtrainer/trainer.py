@@ -14,9 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from torchtrainer.arguments import refuse_unknown
-from torchtrainer.calls import Calls, first, load_models, models_of, nothing, spell, spell_function, watch_notices
-from torchtrainer.checkpoint.journal import Journal, Recorded
+from torchtrainer.arguments import check_may_change, refuse_unknown
+from torchtrainer.calls import Calls, nothing
+from torchtrainer.checkpoint.copies import Remade, load_models, made, models_of
+from torchtrainer.checkpoint.journal import Journal, Recorded, spell, spell_function
 from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES, CheckpointConfig, FailureConfig, PreemptionConfig, Timeouts
 from torchtrainer.driver.interrupts import forget_interrupted_calls
 from torchtrainer.driver.run_dir import BorrowedRunDirectory, RunDirectory
@@ -95,6 +96,8 @@ class TorchTrainer:
         seed: everything random derives from it.
         run_dir: directory of the run; "auto": ``./runs/<script>/<time>``; None: nothing is kept.
         resume: go on with a run that was cut off: "auto", True (it must be there and fit) or False.
+        may_change: names of what may have changed in a run that is gone on with: of arguments of the script, globals and other values,
+            and functions. A word of such a name is enough: ``epochs`` stands for ``--epochs`` and ``args.epochs``.
         checkpoint: how often the state is saved, where, and how many states stay.
         preemption: where warnings come from that the machine or the job will be taken away.
         failure: what is done about processes that die or hang.
@@ -146,6 +149,7 @@ class TorchTrainer:
         seed: int = 0,
         run_dir: str | os.PathLike[str] | None = "auto",
         resume: bool | str = "auto",
+        may_change: Iterable[str] = (),
         checkpoint: CheckpointConfig | None = None,
         preemption: PreemptionConfig | None = None,
         failure: FailureConfig | None = None,
@@ -160,17 +164,18 @@ class TorchTrainer:
         forget_interrupted_calls()
         open_standard_descriptors()
         run = plan_run(given)
+        callbacks = tuple(callbacks)
         self._callbacks = Callbacks(callbacks if run.is_main else ())
         self.config = run.spec.config
         self._made_from = run.spec, run.world_size
         self._is_main = run.is_main
         self._epoch = self._step = 0
-        self._run = run.open_run(run_dir, resume)
+        self._run = run.open_run(run_dir, resume, callbacks=callbacks, may_change=check_may_change(may_change))
         self._run_dir = self._run.directory
         self._history = HistoryFile(self._run_dir.history)
-        self._notices = watch_notices(run, self._run)
+        self._notices = run.watch_notices(self._run)
         self._calls = Calls(
-            journal=Journal(self._run_dir.root, self._run.records, writes=self._run.keeps),
+            journal=Journal(self._run_dir.root, self._run.records, writes=self._run.keeps, keep=run.checkpoint.keep),
             checkpoint=self._run.checkpoint,
             notices=self._notices,
             timeouts=Timeouts(),
@@ -429,13 +434,20 @@ class TorchTrainer:
 
         call = spell("get_model", to_cpu=None if to_cpu else False)
         known = self._calls.recorded(call, "state_dict")
-        model = self._call("get_model", to_cpu=to_cpu)[0]
-        if isinstance(model, ModelStates):
-            model = rebuilt(model, *self._made_from)
+
+        def ask() -> Any:
+            model = self._call("get_model", to_cpu=to_cpu)[0]
+            return rebuilt(model, *self._made_from) if isinstance(model, ModelStates) else model
+
+        if known is not None and known.gone:
+            self._take(known)
+            return Remade(lambda: self._calls.make_again(known.index, ask))
+        model = ask()
         if known is not None:
             load_models(model, self._take(known)["models"])
+            self._calls.journal.handed_out(known, models_of(model))
         else:
-            self._done(call, {"models": models_of(model)})
+            self._done(call, {"models": models_of(model)}, is_state=True)
         return model
 
     def get_local_operator(self) -> TrainingOperator:
@@ -464,7 +476,17 @@ class TorchTrainer:
 
         States of any number of ranks interchange: models are without DDP, so without a ``module.`` prefix.
         """
-        state: dict[str, Any] = self._remembered("state_dict()", "state_dict", first)
+        self._living_group()
+        known = self._calls.recorded("state_dict()", "state_dict")
+        if known is not None and known.gone:
+            self._take(known)
+            remade: Any = Remade(lambda: self._calls.make_again(known.index, lambda: self._call("state_dict")[0]))
+            return remade  # type: ignore[no-any-return]  # it behaves as the dict that it stands for
+        state: dict[str, Any] = self._take(known) if known is not None else self._call("state_dict")[0]
+        if known is not None:
+            self._calls.journal.handed_out(known, state)
+        else:
+            self._done("state_dict()", state, is_state=True)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -484,10 +506,15 @@ class TorchTrainer:
         from torchtrainer.train.weights import WEIGHTS, as_state
 
         self._living_group()
-        state = as_state(given, what)
-        self._remembered("load_state_dict(state)", "load_state_dict", nothing, state=state)
+        known = self._calls.recorded("load_state_dict(state)", "load_state_dict", state=given)
+        if known is not None:
+            self._take(known)
+            return
+        state = as_state(made(given), what)
+        self._call("load_state_dict", state=state)
         if WEIGHTS not in state:
             self._epoch = int(state.get("epoch", 0))
+        self._done("load_state_dict(state)", None)
 
     def save(self, path: str | os.PathLike[str]) -> str:
         """Saves `state_dict` by ``torch.save``; returns the path. Under a launcher rank 0 writes.
@@ -644,8 +671,8 @@ class TorchTrainer:
         self._step, self._epoch = known.step, known.epoch
         return known.result
 
-    def _done(self, call: str, result: Any) -> None:
-        self._calls.done(call, result, step=self._step, epoch=self._epoch)
+    def _done(self, call: str, result: Any, *, is_state: bool = False) -> None:
+        self._calls.done(call, result, step=self._step, epoch=self._epoch, is_state=is_state)
 
     def _note_error(self, kind: type[BaseException]) -> None:
         self._note(_reason(kind))

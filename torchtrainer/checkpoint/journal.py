@@ -9,11 +9,13 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from torchtrainer.checkpoint.copies import DIRECTORY, Copies
 from torchtrainer.checkpoint.verified import Checkpoint
 from torchtrainer.errors import CallMismatchError, RunDirectoryError
 from torchtrainer.process.paths import private_directory
@@ -29,6 +31,8 @@ class Recorded:
         call: as the user would write it, such as ``train(num_steps=3)``.
         result: what it returned.
         step, epoch: progress after it.
+        copy: digest of the copy of the state that it returned; None: it returned something else.
+        function: what the function depends on that it was given; None: it was given none, or that is not known.
     """
 
     index: int
@@ -36,6 +40,13 @@ class Recorded:
     result: Any
     step: int
     epoch: int
+    copy: str | None = None
+    function: dict[str, str] | None = None
+
+    @property
+    def gone(self) -> bool:
+        """Whether the copy is not kept any more."""
+        return self.copy is not None and self.result is None
 
 
 class Journal:
@@ -45,9 +56,11 @@ class Journal:
         root: directory of the run.
         records: what is known already, as `read` gives it.
         writes: this process keeps the journal; else it only follows it.
+        keep: copies of the state that stay, apart from those that the script holds.
     """
 
-    def __init__(self, root: Path, records: list[dict[str, Any]], *, writes: bool) -> None:
+    def __init__(self, root: Path, records: list[dict[str, Any]], *, writes: bool, keep: int = 3) -> None:
+        self.copies = Copies(root, keep)
         self._root = root
         self._records = records
         self._writes = writes
@@ -103,38 +116,68 @@ class Journal:
             result=self._result_of(record),
             step=record["step"],
             epoch=record["epoch"],
+            copy=record.get("copy"),
+            function=record.get("function"),
         )
         self._index += 1
         return recorded
 
-    def add(self, call: str, result: Any, *, step: int, epoch: int) -> str | None:
+    def handed_out(self, known: Recorded, state: Any) -> None:
+        """The script has got a copy of the state that was recorded."""
+        if known.copy is not None:
+            self.copies.handed_out(known.copy, state)
+
+    def add(
+        self,
+        call: str,
+        result: Any,
+        *,
+        step: int,
+        epoch: int,
+        is_state: bool = False,
+        function: dict[str, str] | None = None,
+    ) -> str | None:
         """Appends a call that has just been completed; in a copy it only counts.
+
+        Args:
+            call, result, step, epoch: as in `Recorded`.
+            is_state: the result is the state of the training, of which not every copy has to stay.
+            function: as in `Recorded`.
 
         Returns:
             Why the result could not be kept, so that the script cannot be resumed beyond this call; None if it was.
         """
         index, self._index = self._index, self._index + 1
         record: dict[str, Any] = {"call": call, "step": step, "epoch": epoch}
+        if function is not None:
+            record["function"] = function
         reason: str | None = None
         if self._writes:
             try:
-                reason = self._write(record, result, index)
+                reason = self._write(record, result, index, is_state)
             except OSError as error:
                 self._writes = False  # calls after a gap would be taken for others
                 reason = f"it could not be written to {self._root}: {error}"
         self._records.append(record)
         return reason
 
-    def _write(self, record: dict[str, Any], result: Any, index: int) -> str | None:
-        reason = None
-        if is_json(result):
+    def _write(self, record: dict[str, Any], result: Any, index: int, is_state: bool) -> str | None:
+        content, lost = (None, None) if is_json(result) else _bytes_of(result)
+        if lost is not None:
+            record["lost"] = lost
+        elif content is None:
             record["result"] = result
+        elif is_state:
+            record["copy"] = self.copies.write(content)
+            self.copies.handed_out(record["copy"], result)
         else:
-            lost = self._keep(result, index)
-            record["kept" if lost is None else "lost"] = lost or True
-            reason = None if lost is None else f"it is {lost}"
+            record["kept"] = True
+            path = _kept(self._root, index)
+            private_directory(path.parent)
+            replace_file(path, content)
         append_line(_journal(self._root), json.dumps(record).encode() + b"\n", durable=True)
-        return reason
+        self.copies.prune()
+        return None if lost is None else f"it is {lost}"
 
     def _compare(self, asked: str, recorded: str | None) -> None:
         if recorded is not None and asked != recorded:
@@ -143,31 +186,19 @@ class Journal:
                 f"had {recorded}: put the script back as it was, or pass resume=False to start anew (the run is in {self._root})"
             )
 
-    def _keep(self, result: Any, index: int) -> str | None:
-        import torch
-
-        buffer = io.BytesIO()
-        try:
-            torch.save(result, buffer)
-            torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-        except Exception as error:
-            return f"a {type(result).__name__} ({str(error).splitlines()[0]})"
-        path = _kept(self._root, index)
-        private_directory(path.parent)
-        replace_file(path, buffer.getvalue())
-        return None
-
     def _result_of(self, record: dict[str, Any]) -> Any:
         if "lost" in record:
             raise RunDirectoryError(
                 f"the run cannot be resumed: {record['call']} returned {record['lost']}, which could not be recorded. Return "
                 "numbers, text, tensors, or lists and dicts of them, and pass resume=False to start anew"
             )
-        if "kept" not in record:
+        if "kept" not in record and "copy" not in record:
             return record.get("result")
         import torch
 
-        path = _kept(self._root, self._index)
+        path = self.copies.path(record["copy"]) if "copy" in record else _kept(self._root, self._index)
+        if "copy" in record and not path.exists():
+            return None
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
@@ -177,6 +208,19 @@ class Journal:
             ) from error
 
 
+def _bytes_of(result: Any) -> tuple[bytes | None, str | None]:
+    """A result in the form of ``torch.save``, or why it has none that could be read again."""
+    import torch
+
+    buffer = io.BytesIO()
+    try:
+        torch.save(result, buffer)
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except Exception as error:
+        return None, f"a {type(result).__name__} ({str(error).splitlines()[0]})"
+    return buffer.getvalue(), None
+
+
 def is_json(value: Any) -> bool:
     """Whether JSON brings a value back as it is: floats keep their bits, NaN and infinities included."""
     if value is None or type(value) in (bool, int, float, str):
@@ -184,6 +228,17 @@ def is_json(value: Any) -> bool:
     if type(value) is list:
         return all(is_json(one) for one in value)
     return type(value) is dict and all(type(key) is str and is_json(one) for key, one in value.items())
+
+
+def spell(method: str, **arguments: Any) -> str:
+    """A call as the user would write it; arguments that are None are left out."""
+    given = (f"{name}={value!r}" for name, value in arguments.items() if value is not None)
+    return f"{method}({', '.join(given)})"
+
+
+def spell_function(method: str, fn: Callable[..., Any]) -> str:
+    """The same for a call that takes a function."""
+    return f"{method}({getattr(fn, '__qualname__', type(fn).__name__)})"
 
 
 def call_files(root: Path) -> dict[str, Callable[[BinaryIO], object]]:
@@ -201,13 +256,14 @@ def put_call_files(root: Path, checkpoint: Checkpoint) -> None:
         head, dash, tail = name.partition("-")
         if name == _journal(root).name:
             replace_file(_journal(root), checkpoint.file(name).read_bytes())
-        elif dash and head == _kept(root, 0).parent.name:
+        elif dash and head == DIRECTORY and checkpoint.file(name).stat().st_size:
             path = private_directory(root / head) / tail
             replace_file(path, checkpoint.file(name).read_bytes())
 
 
 def _copy(path: Path, file: BinaryIO) -> None:
-    file.write(path.read_bytes())
+    with suppress(FileNotFoundError):  # removed meanwhile; then it is empty, and not put back
+        file.write(path.read_bytes())
 
 
 def _journal(root: Path) -> Path:
@@ -215,4 +271,4 @@ def _journal(root: Path) -> Path:
 
 
 def _kept(root: Path, index: int) -> Path:
-    return root / "calls" / f"{index}.pt"
+    return root / DIRECTORY / f"{index}.pt"

@@ -6,20 +6,24 @@ on with the first of theirs, and so forth. The record is JSON, replaced as a who
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import secrets
-import types
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torchtrainer.errors import RunDirectoryError
+from torchtrainer.driver.fingerprint import differences, fingerprint, script_arguments
+from torchtrainer.errors import CallMismatchError, RunDirectoryError
 from torchtrainer.process.whole_file import replace_file
+from torchtrainer.spec import BuildSpec
+from torchtrainer.version import __version__
 
-FORMAT = 1
-"""Of the record; a run with a higher one was made by a newer version."""
+FORMAT = 2
+"""Of the record; a run with a higher one was made by a newer version, and one with a lower says less of what it depends on."""
 RECORD = "run.json"
 
 RunState = Literal["running", "finished", "interrupted", "failed", "preempted"]
@@ -38,14 +42,15 @@ class RunRecord:
         pid: of the driver.
         started_s: seconds since 1970.
         notebook: it was made in a notebook, whose cells run in any order.
-        parts: digests of what defines the training, by argument.
-        config: readable form of ``config``, by key.
+        parts: what the training depends on, by name; see `torchtrainer.driver.fingerprint`.
         world_size: ranks.
         step, epoch: progress, when it was written.
         version: of torchtrainer.
         format: of this record.
         preemptions: how often in a row it was preempted without a new step between.
         preempted_at: step at the latest of them.
+        may_change: names of parts that a run which is gone on with need not have alike.
+        asked: name of the directory that the user asked for; the run's own may be another, beside it.
     """
 
     script_run: str
@@ -55,7 +60,6 @@ class RunRecord:
     started_s: float
     notebook: bool
     parts: dict[str, str]
-    config: dict[str, str]
     world_size: int
     step: int = 0
     epoch: int = 0
@@ -63,6 +67,8 @@ class RunRecord:
     format: int = FORMAT
     preemptions: int = 0
     preempted_at: int = -1
+    may_change: list[str] = field(default_factory=list)
+    asked: str = ""
 
     def noted(self, state: RunState, *, step: int, epoch: int) -> RunRecord:
         """The record of the run as it stands now."""
@@ -120,7 +126,8 @@ class RunRecord:
                     f"run_dir {root} was made by torchtrainer {told.get('version')}, whose records (format {told['format']}) "
                     f"this version does not know (up to {FORMAT}): use that version, or pass another run_dir"
                 )
-            return cls(**{one.name: told[one.name] for one in fields(cls)})
+            later = {} if told["format"] == FORMAT else {"may_change": [], "asked": ""}
+            return cls(**{one.name: {**later, **told}[one.name] for one in fields(cls)})
         except (ValueError, KeyError, TypeError) as error:
             raise RunDirectoryError(
                 f"{root}/{RECORD} is not what was written ({type(error).__name__}: {error}): remove the directory, or pass "
@@ -128,15 +135,16 @@ class RunRecord:
             ) from error
 
     def difference(self, wanted: RunRecord) -> str | None:
-        """The first thing in which the training that is wanted is not the one that was recorded; None: it is the same."""
-        for key in sorted({*self.config, *wanted.config}):
-            then, now = self.config.get(key, "not there"), wanted.config.get(key, "not there")
-            if then != now:
-                return f"config[{key!r}] was {then} and is {now}"
-        for name in sorted({*self.parts, *wanted.parts}):
-            if self.parts.get(name) != wanted.parts.get(name):
-                return f"{name} has changed"
-        return None
+        """In what the training that is wanted is not the one that was recorded; None: it is the same."""
+        if self.format != wanted.format:
+            return f"torchtrainer {self.version} made it, which did not record enough to compare"
+        found = differences(self.parts, wanted.parts, wanted.may_change)
+        more = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        return ", ".join(found[:_NAMED]) + more if found else None
+
+
+_NAMED = 3
+"""How many differences are named."""
 
 
 @dataclass
@@ -168,87 +176,86 @@ def this_script_run() -> ScriptRun:
     return _script_runs[0]
 
 
-def digests(parts: Mapping[str, Any]) -> dict[str, str]:
-    """What defines a training, each part as a short digest that a change of its code or value changes.
+def wanted_run(reached: Mapping[str, Any], *, world_size: int, may_change: Sequence[str]) -> RunRecord:
+    """The record of a run that begins now.
 
-    Functions and classes count by what they do, not by where they stand: comments and line numbers do not matter. What they
-    call in turn does not count either.
+    Args:
+        reached: what the training depends on, by name: the user's functions, classes and values.
+        world_size: ranks.
+        may_change: names of what a run that is gone on with need not have alike.
     """
-    return {
-        name: hashlib.blake2b(_described(one, 0).encode(), digest_size=8).hexdigest() for name, one in parts.items()
-    }
+    run = this_script_run()
+    notebook = in_notebook()
+    return RunRecord(
+        script_run=run.name,
+        ordinal=run.next_ordinal(),
+        state="running",
+        pid=os.getpid(),
+        started_s=time.time(),
+        notebook=notebook,
+        parts={**({} if notebook else script_arguments(sys.argv[1:])), **fingerprint(reached)},
+        world_size=world_size,
+        version=__version__,
+        may_change=list(may_change),
+    )
 
 
-_DEPTH = 6
-"""How deep functions within functions and members of containers are looked into."""
+_REACHES = (
+    *(
+        "training_operator_cls",
+        "model_creator",
+        "data_creator",
+        "optimizer_creator",
+        "loss_creator",
+        "scheduler_creator",
+    ),
+    "initialization_hook",
+)
+"""Of a `BuildSpec`, what is the user's code."""
 
 
-def _described(value: Any, depth: int) -> str:  # noqa: PLR0911  # one return per kind of value
-    if depth > _DEPTH:
-        return type(value).__qualname__
-    if isinstance(value, types.CodeType):
-        constants = ",".join(_described(one, depth + 1) for one in value.co_consts)
-        return f"{value.co_code.hex()} {value.co_names} {value.co_varnames} {constants}"
-    if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_set(cell)]
-        around = [_described(one, depth + 1) for one in (value.__defaults__, value.__kwdefaults__, cells)]
-        return f"function {_described(value.__code__, depth + 1)} {around}"
-    if isinstance(value, type):
-        if value.__module__ == "builtins" or not _from_script(value):
-            return f"{value.__module__}.{value.__qualname__}"
-        members = {name: one for name, one in vars(value).items() if callable(one) or _is_plain(one)}
-        return f"class {value.__qualname__} {_described(members, depth + 1)}"
-    if isinstance(value, Mapping):
-        return (
-            "{" + ",".join(f"{key}:{_described(one, depth + 1)}" for key, one in sorted(value.items(), key=str)) + "}"
+def reached_by(spec: BuildSpec, callbacks: Sequence[object]) -> dict[str, Any]:
+    """What a training depends on that is built from ``spec``, by the names that the user has for it."""
+    code = {name: getattr(spec, name) for name in _REACHES if getattr(spec, name) is not None}
+    told = {"callbacks": list(callbacks)} if callbacks else {}
+    return {"config": spec.config, **spec.settings.deciding_bits(), **code, **told}
+
+
+def function_of_call(keywords: Mapping[str, Any]) -> dict[str, str] | None:
+    """What the function depends on that a call is given; None: it is given none."""
+    function = keywords.get("fn")
+    return None if function is None else fingerprint({getattr(function, "__name__", "fn"): function})
+
+
+def check_function(call: str, then: Mapping[str, str] | None, now: Mapping[str, str] | None) -> None:
+    """Compares the function that a call was given with that of the call that was made before.
+
+    Raises:
+        CallMismatchError: it is another one; names what has changed.
+    """
+    found = differences(then, now) if then is not None and now is not None else []
+    if found:
+        raise CallMismatchError(
+            f"the script asks for {call}, which it did before, but {', '.join(found[:_NAMED])}: put that back, or pass "
+            "resume=False to start anew"
         )
-    if isinstance(value, list | tuple | set | frozenset):
-        members_text = [_described(one, depth + 1) for one in value]
-        return str(sorted(members_text) if isinstance(value, set | frozenset) else members_text)
-    if _is_plain(value):
-        return repr(value)
-    inner = getattr(value, "func", None) or getattr(value, "__func__", None)
-    rest = [getattr(value, name, None) for name in ("args", "keywords")]
-    return f"{type(value).__qualname__} {_described(inner, depth + 1) if inner else ''} {_described(rest, depth + 1)}"
 
 
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | complex | str | bytes)
+def how_it_ends() -> RunState:
+    """How a script ends that said nothing: by an exception that nobody caught, or by coming to its end."""
+    uncaught: type[BaseException] | None = getattr(sys, "last_type", None)
+    if uncaught is None:
+        return "finished"
+    return "interrupted" if issubclass(uncaught, KeyboardInterrupt) else "failed"
 
 
-def _is_set(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018  # raises if a name was never given a value
-    except ValueError:
-        return False
-    return True
-
-
-def _from_script(value: type) -> bool:
-    """Whether a class is of the user's own code, not of an installed package."""
-    import sys
-
-    file = getattr(sys.modules.get(value.__module__), "__file__", None) or ""
-    return "site-packages" not in file and "dist-packages" not in file
-
-
-def readable_config(config: Mapping[Any, Any]) -> dict[str, str]:
-    """``config`` as text by key, short, and the same for the same values in another process."""
-    return {str(key): _short(value) for key, value in config.items()}
-
-
-def _short(value: Any) -> str:
-    if _is_plain(value) or (isinstance(value, list | tuple) and all(_is_plain(one) for one in value)):
-        return repr(value)[:_SHORT]
-    return f"{type(value).__name__} {digests({'': value})['']}"
-
-
-_SHORT = 200
-"""Characters of a config value that are kept."""
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    return "ipykernel" in sys.modules
 
 
 def find_previous(runs: Path, wanted: RunRecord, *, live: Callable[[Path], bool]) -> tuple[Path, RunRecord] | None:
-    """The run that a trainer would go on with, among those of its script: of the latest start, however it ended.
+    """The run that a trainer would go on with, among those of its script: the latest one that fits, else the latest, however it ended.
 
     Args:
         runs: directory with one directory per run.
@@ -262,11 +269,29 @@ def find_previous(runs: Path, wanted: RunRecord, *, live: Callable[[Path], bool]
     if not found:
         return None
     latest = max(found, key=lambda pair: pair[1].started_s)[1].script_run
-    together = [pair for pair in found if pair[1].script_run == latest]
-    if any(live(path) for path, record in together if record.pid != wanted.pid):
+    if any(live(path) for path, record in found if record.script_run == latest and record.pid != wanted.pid):
         return None
-    mine = [pair for pair in together if pair[1].ordinal == wanted.ordinal]
-    return max(mine, key=lambda pair: pair[1].started_s, default=None)
+    mine = [pair for pair in found if pair[1].ordinal == wanted.ordinal]
+    together = [
+        pair for pair in mine if pair[1].script_run == wanted.script_run
+    ]  # an earlier trainer went on with that start
+    return _best(together or mine, wanted)
+
+
+def find_beside(path: Path, wanted: RunRecord) -> tuple[Path, RunRecord] | None:
+    """The same among the runs that asked for a directory: those there, and beside it where something else was there already."""
+    found = [
+        (place, record)
+        for place, record in _records(path.parent, prefix=path.name)
+        if place.name == path.name or (record.asked == path.name and place.name.startswith(f"{path.name}-"))
+    ]
+    return _best([pair for pair in found if pair[1].script_run == wanted.script_run] or found, wanted)
+
+
+def _best(found: list[tuple[Path, RunRecord]], wanted: RunRecord) -> tuple[Path, RunRecord] | None:
+    """The latest run that fits what is wanted, or else the latest."""
+    fitting = [pair for pair in found if pair[1].difference(wanted) is None]
+    return max(fitting or found, key=lambda pair: pair[1].started_s, default=None)
 
 
 def others_unfinished(path: Path, record: RunRecord) -> bool:
@@ -278,8 +303,10 @@ def others_unfinished(path: Path, record: RunRecord) -> bool:
     )
 
 
-def _records(runs: Path) -> Iterator[tuple[Path, RunRecord]]:
+def _records(runs: Path, prefix: str = "") -> Iterator[tuple[Path, RunRecord]]:
     for path in runs.iterdir() if runs.is_dir() else ():
+        if not path.name.startswith(prefix):
+            continue
         try:
             record = RunRecord.read(path)
         except (RunDirectoryError, OSError):

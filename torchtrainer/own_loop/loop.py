@@ -9,9 +9,13 @@ import atexit
 import hashlib
 import io
 import os
+import sys
 import time
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +26,9 @@ from torchtrainer.checkpoint.verified import verify
 from torchtrainer.checkpoint.writer import read_state
 from torchtrainer.comm.talk import attached, open_talk
 from torchtrainer.config import PreemptionConfig, Timeouts, check_shares
+from torchtrainer.driver.fingerprint import differences
 from torchtrainer.driver.run_dir import RUNS, RunDirectory, program_name
+from torchtrainer.driver.run_record import RunState, find_beside, wanted_run
 from torchtrainer.engines.inline_agreement import Agreement
 from torchtrainer.engines.inline_gate import StepCounter
 from torchtrainer.engines.inline_saver import GatheringSaver, why_unsafe
@@ -41,7 +47,8 @@ from torchtrainer.own_loop.loader import OwnLoader
 from torchtrainer.preempt.watch import NoticeWatch
 from torchtrainer.process.leaving import keep_exit_code
 from torchtrainer.process.signals import EXIT_PREEMPTED
-from torchtrainer.resume import seen_here
+from torchtrainer.resume import OpenRun, choose, seen_here
+from torchtrainer.run_places import kept_below
 from torchtrainer.topology import WORKER_MARK, current
 from torchtrainer.train.data_order import Dealing, even_of
 from torchtrainer.train.rng import rng_from_data, rng_to_data
@@ -59,13 +66,23 @@ class OwnLoop:
         run_dir: directory of the run; None: that of the environment, else ``./runs/<script>``.
         keep: how many checkpoints stay.
         preemption: where warnings come from.
+        resume, may_change: what is gone on with.
 
     Raises:
+        ResumeError: ``resume=True``, and there is nothing to go on with, or something else.
         RunDirectoryError: the directory cannot be used.
         EngineError: the ranks have formed no process group, or this is a worker of a trainer.
     """
 
-    def __init__(self, *, run_dir: str | os.PathLike[str] | None, keep: int, preemption: PreemptionConfig) -> None:
+    def __init__(
+        self,
+        *,
+        run_dir: str | os.PathLike[str] | None,
+        keep: int,
+        preemption: PreemptionConfig,
+        resume: bool | str,
+        may_change: Sequence[str],
+    ) -> None:
         if WORKER_MARK in os.environ:
             raise EngineError(
                 "torchtrainer.session saves and stops scripts with a loop of their own; this is a worker of a TorchTrainer, "
@@ -73,9 +90,13 @@ class OwnLoop:
             )
         self._collective = attached()
         self._first = self._collective.rank == 0
-        self._directory: RunDirectory | None = None
+        self._run: OpenRun | None = None
+        self.finished = False
         root = Path(run_dir or os.environ.get(RUN_DIR) or Path(RUNS) / program_name())
-        opened = share_from_first(self._collective, lambda: self._open(root, keep), dict, _seen_here)
+        opened = share_from_first(
+            self._collective, lambda: self._open(root, keep, resume, may_change), dict, _seen_here
+        )
+        self._changed: list[str] = opened["changed"]
         self._checkpoint = verify(Path(opened["checkpoint"])) if opened["checkpoint"] else None
         self._write_s = Timeouts().write_s
         self._saver = GatheringSaver(
@@ -116,18 +137,27 @@ class OwnLoop:
         self._notices.start()
         self._agreement.begin()
 
-    def _open(self, root: Path, keep: int) -> dict[str, Any]:
+    def _open(self, root: Path, keep: int, resume: bool | str, may_change: Sequence[str]) -> dict[str, Any]:
         """On rank 0: takes the directory, and finds what is there to go on with. JSON data."""
-        self._directory = RunDirectory(root)
-        checkpoints = self._directory.root / "checkpoints"
+        wanted = wanted_run(settings_of_script(), world_size=self._collective.world_size, may_change=may_change)
+        wanted = replace(wanted, asked=root.name, script_run=_launch_of(os.environ) or wanted.script_run)
+        found = find_beside(kept_below(root), wanted)
+        if resume == "auto" and found is not None and found[1].script_run == wanted.script_run:
+            resume = True  # the launcher has started the ranks anew: it is the same session, even if rank 0 was done
+        path, previous = choose(root, resume, wanted)
+        directory = RunDirectory(path)
+        self._run = OpenRun(directory=directory, record=wanted, records=[])
+        self._run.write_record()
+        checkpoints = directory.root / "checkpoints"
         generation = next_generation(checkpoints)
         newest = None
-        if checkpoints.is_dir():
+        if checkpoints.is_dir() and resume is not False:
             newest = CheckpointStore(checkpoints, keep=keep, generation=generation, on_problem=notice).newest()
         return {
             "root": str(checkpoints),
             "generation": generation,
             "checkpoint": None if newest is None else str(newest.path),
+            "changed": [] if previous is None else differences(previous.parts, wanted.parts),
         }
 
     # Stopping
@@ -188,6 +218,7 @@ class OwnLoop:
         for text in ended.problems if self._first else ():
             notice(text)
         if self._stopping:
+            self._note("preempted")
             keep_exit_code(EXIT_PREEMPTED)
         return ended.path
 
@@ -213,7 +244,11 @@ class OwnLoop:
             rng_from_data(detached(mine["rng"]))
         if self._first:
             age_s = max(0.0, time.time() - checkpoint.path.stat().st_mtime)
-            notice(f"resuming {checkpoint.path.parents[1]} (state of step {checkpoint.step}, saved {age_s:.0f} s ago)")
+            allowed = f"; {', '.join(self._changed)}, as may_change allows" if self._changed else ""
+            notice(
+                f"resuming {checkpoint.path.parents[1]} (state of step {checkpoint.step}, saved {age_s:.0f} s ago){allowed}; "
+                "session.configure(resume=False) starts anew"
+            )
         return detached(mine["own"] if "own" in mine else saved["shared"]["state"])
 
     def _check_ranks(self, ranks: list[Any]) -> None:
@@ -252,16 +287,46 @@ class OwnLoop:
         if order is not None:
             loader.put_order(order)
 
+    def finish(self) -> None:
+        """The script's work is done; see `torchtrainer.session.finish`. Idempotent."""
+        if not self.finished:
+            self.close()
+
+    def _note(self, state: RunState) -> None:
+        if self._run is not None:
+            self._run.note(state, step=self._steps_before + self._asked, epoch=0)
+
     def close(self) -> None:
-        """Finishes what is being written, and lets go of the directory and of signals. Idempotent."""
+        """Finishes what is being written, notes how the script ends, and lets go of the directory and of signals."""
         atexit.unregister(self.close)
+        self.finished = True
+        if self._stopping:  # whether or not the state was saved, the work is not done
+            self._note("preempted")
         self._agreement.close()
         self._saver.close()
         self._notices.close()
         for one in self._loaders:
             one.of_rank.close()
-        if self._directory is not None:
-            self._directory.close()
+        if self._run is not None:
+            self._run.note_end()
+            self._run.directory.close()
+
+
+def settings_of_script() -> dict[str, Any]:
+    """The values of the script's own names, as far as they can be settings: numbers, text, and what is made of them."""
+    kinds = (bool, int, float, complex, str, bytes, dict, list, tuple, set, frozenset, Path, Namespace, SimpleNamespace)
+    return {
+        name: value
+        for name, value in vars(sys.modules["__main__"]).items()
+        if not name.startswith("_")
+        and (isinstance(value, kinds) or (is_dataclass(value) and not isinstance(value, type)))
+    }
+
+
+def _launch_of(environ: Mapping[str, str]) -> str | None:
+    """Names the launch whose launcher starts ranks anew; None: there is none that does."""
+    run = environ.get("TORCHELASTIC_RUN_ID")
+    return None if run is None else f"{run}-{os.getppid()}"
 
 
 def _seen_here(told: Mapping[str, Any]) -> dict[str, Any]:
