@@ -18,7 +18,7 @@ from torchtrainer.train.batches import split_batch
 from torchtrainer.train.components import internals
 from torchtrainer.train.hooks import bind_hook
 from torchtrainer.train.progress import OpenGate, Progress, StepGate
-from torchtrainer.train.step import GradientShare
+from torchtrainer.train.uneven import GradientShare
 from torchtrainer.worker.runtime import RankRuntime, build_rank
 
 SAMPLES, BATCH = 40, 4  # 10 batches in a pass

@@ -288,12 +288,6 @@ def close_group() -> None:
         dist.destroy_process_group()
 
 
-def collectives_begun() -> int:
-    """How many collectives this process has begun in all its process groups, whoever called them."""
-    groups: list[Any] = list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else []  # noqa: SLF001  # no public list
-    return sum(int(one._get_sequence_number_for_group()) for one in groups)  # noqa: SLF001  # nor a public count
-
-
 def _form(
     backend: str,
     rank: int,

@@ -151,9 +151,8 @@ class GroupRank:
             self._tags.finish()
         except UnequalExchangeError as error:
             over = error.tag is not None and error.tag & _END != 0
-            raise self._updates.explain(
-                UnequalExchangeError(error.rank, None) if over else error, self._tag() & ~_END
-            ) from None
+            told = UnequalExchangeError(error.rank, None) if over else error
+            raise self._updates.explain(told, len(self._rest)) from None
 
     def _check_exchanged(self, unit: int, count: int) -> None:
         """Whether the wrapper of a model has exchanged, or is about to exchange, what this backward pass came to.

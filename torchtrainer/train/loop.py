@@ -21,8 +21,8 @@ from torchtrainer.train.hooks import batch_info, bind_hook
 from torchtrainer.train.metrics import AverageMeterCollection, is_one_number, plain
 from torchtrainer.train.progress import Keeper, Progress, StepGate
 from torchtrainer.train.schedules import SchedulerSteps
-from torchtrainer.train.step import GradientShare, UnevenWatch
 from torchtrainer.train.timers import TimerCollection
+from torchtrainer.train.uneven import GradientShare, UnevenWatch
 
 if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator

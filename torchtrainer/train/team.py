@@ -39,8 +39,9 @@ from torchtrainer.train.seats import (
     trainable_of,
 )
 from torchtrainer.train.state import detached
-from torchtrainer.train.step import GradientShare, UnevenWatch, forward_backward, stands_for, update
+from torchtrainer.train.step import forward_backward, stands_for, update
 from torchtrainer.train.trained import TrainedParameters
+from torchtrainer.train.uneven import GradientShare, UnevenWatch
 from torchtrainer.train.updates import Updates, go_to, standing
 
 if TYPE_CHECKING:

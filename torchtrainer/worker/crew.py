@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torchtrainer.checkpoint.snapshot import Region
-from torchtrainer.comm.group import collectives_begun
+from torchtrainer.comm.uneven import collectives_made
 from torchtrainer.control.messages import Assign, Bound, Carried, Carry, Held, Join, Share, Shared
 from torchtrainer.control.wire import ForWorker, Message
 from torchtrainer.errors import EngineError, SnapshotError
@@ -75,7 +75,7 @@ class Crew:
         self._taken: list[int] = []
         self._redone = 0
         self._in_first_step = False
-        self._collectives = collectives_begun()
+        self._collectives: int | None = None
         self._bound = False
         self.call = 0
 
@@ -124,9 +124,13 @@ class Crew:
             self._at_rest(order)
         self.tell_carried()
 
+    def watch_collectives(self) -> None:
+        """From now on only the user's code calls collectives: the process is built, and gradients go through memory."""
+        self._collectives = collectives_made()
+
     def tell_collectives(self) -> None:
         """Tells the driver if the user's model, loss or hooks turn out to use collectives, of which recovery knows nothing."""
-        if not self._bound and collectives_begun() != self._collectives:
+        if not self._bound and self._collectives is not None and collectives_made() != self._collectives:
             self._tell(
                 "the model, the loss or a hook calls torch.distributed itself, and such calls need the process of every rank"
             )

@@ -26,8 +26,8 @@ from torchtrainer.train.progress import Progress, StepGate
 from torchtrainer.train.schedules import step_by_metric
 from torchtrainer.train.seats import trainable_of
 from torchtrainer.train.state import capture, restore, restore_weights
-from torchtrainer.train.step import GradientShare, UnevenWatch
 from torchtrainer.train.team_loop import TeamLoader
+from torchtrainer.train.uneven import GradientShare, UnevenWatch
 from torchtrainer.train.weights import WEIGHTS
 from torchtrainer.worker.digests import step_iterator
 from torchtrainer.worker.keeper import RankKeeper, Saver

@@ -219,6 +219,7 @@ def _in_memory(
     record, streaming = changing.record, any(not one.any_world_size for one in internals(operator).loaders.values())
     if not streaming:
         changing.built()
+        crew.watch_collectives()
     if isinstance(carrier, LoneRank) and arguments.ranks:
         carrier.at_boundary()
     return Seating(

@@ -1,0 +1,263 @@
+"""Ranks that part are told before their second update: in every way of training, and over every way that gradients travel."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from programs import run_program
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+from torchtrainer import TorchTrainer, TrainingOperator
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from lightning.pytorch import LightningModule
+
+ROWS, BATCH = 36, 2
+X = torch.randn(ROWS, 6, generator=torch.Generator().manual_seed(1))
+BREAKS_AT = 2
+
+
+class BuiltIn(TrainingOperator):
+    """What goes wrong, on rank 1 in the step `BREAKS_AT`, stands in ``config``."""
+
+    def setup(self, config):
+        torch.manual_seed(0)
+        model = nn.Linear(6, 1)
+        self.updates = 0
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        self.model, self.optimizer, self.criterion = self.register(
+            models=model, optimizers=optimizer, criterion=nn.MSELoss()
+        )
+        self.register_data(train_loader=DataLoader(TensorDataset(X, X[:, :1].clone()), batch_size=BATCH))
+
+    def breaks(self, how: str) -> bool:
+        return self.config.get("how") == how and self.world_rank == 1 and self.global_step == BREAKS_AT
+
+    def clip_gradients(self):
+        if self.breaks("updates twice"):
+            self.optimizer.step()
+
+
+class OwnBatch(BuiltIn):
+    def train_batch(self, batch, batch_info):
+        self.optimizer.zero_grad()
+        loss = mse_loss(self.model(batch[0]), batch[1])
+        if self.breaks("leaves out"):
+            return {"loss": loss.item()}
+        if self.breaks("keeps back"):
+            with self.model.no_sync():
+                loss.backward()
+        else:
+            loss.backward()
+        if self.breaks("does not update"):
+            return {"loss": loss.item()}
+        self.optimizer.step()
+        self.updates += 1
+        if self.breaks("updates twice"):
+            self.optimizer.step()
+        return {"loss": loss.item()}
+
+
+class OwnEpoch(OwnBatch):
+    def train_epoch(self, iterator, info):
+        for batch in iterator:
+            if self.breaks("ends early"):
+                break
+            self.train_batch(batch, info)
+        return {"updates": self.updates}
+
+
+class Adversaries(BuiltIn):
+    def setup(self, config):
+        super().setup(config)
+        maker, judge = nn.Linear(2, 6), nn.Linear(6, 1)
+        optimizers = [torch.optim.Adam(one.parameters(), lr=0.01) for one in (maker, judge)]
+        (self.maker, self.judge), self.optimizers = self.register(models=(maker, judge), optimizers=optimizers)
+
+    def train_batch(self, batch, batch_info):
+        made = self.maker(batch[0][:, :2])
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        (self.judge(made.detach()).mean() - self.judge(batch[0]).mean()).backward()
+        self.optimizers[1].step()
+        if self.breaks("leaves out"):
+            return {}
+        (-self.judge(made).mean()).backward()
+        if not self.breaks("does not update"):
+            self.optimizers[0].step()
+        if self.breaks("updates twice"):
+            self.optimizers[0].step()
+        return {}
+
+
+class Lit(LightningModule):
+    def __init__(self, how: str | None = None):
+        super().__init__()
+        self.layer, self.how = nn.Linear(6, 1), how
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = mse_loss(self.layer(batch[0]), batch[1])
+        breaks = self.global_rank == 1 and batch_idx == BREAKS_AT
+        if breaks and self.how == "leaves out":
+            return
+        self.manual_backward(loss)
+        if not (breaks and self.how == "does not update"):
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(X, X[:, :1].clone()), batch_size=BATCH)
+
+
+FORMS = {
+    "built-in": {"training_operator_cls": BuiltIn},
+    "own-batch": {"training_operator_cls": OwnBatch},
+    "own-epoch": {"training_operator_cls": OwnEpoch},
+    "three-ranks": {"training_operator_cls": OwnBatch, "num_workers": 3},
+    "adversaries": {"training_operator_cls": Adversaries},
+    "zero1": {"training_operator_cls": OwnBatch, "strategy": "zero1"},
+    "fsdp": {"training_operator_cls": OwnBatch, "strategy": "fsdp"},
+    "comm-hook": {"training_operator_cls": OwnBatch, "comm_hook": "bf16"},
+    "lightning": {"training_operator_cls": TrainingOperator.from_ptl(Lit)},
+}
+OPTIONS = {"num_workers": 2, "num_cpus_per_worker": 1, "run_dir": None, "use_gpu": False, "timeout_s": 60}
+
+
+def flip_a_bit(operator) -> None:
+    """The lowest bit of one number, in the process of the last rank."""
+    if operator.world_rank == operator.world_size - 1:
+        parameter = (
+            next(one for one in operator.get_model().parameters())
+            if isinstance(operator, FORMS["lightning"]["training_operator_cls"])
+            else next(getattr(operator, "judge", getattr(operator, "model", None)).parameters())
+        )
+        parameter.detach().view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+
+
+def change_a_rate(operator) -> None:
+    if operator.world_rank == 1:
+        operator.optimizer.param_groups[0]["lr"] *= 2
+
+
+def change_a_moment(operator) -> None:
+    if operator.world_rank == 1:
+        next(iter(operator.optimizer.state.values()))["momentum_buffer"].view(-1)[0] += 1e-6
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "fsdp"])  # where no two ranks have the same number
+def test_a_changed_bit_is_seen_before_the_next_update(form) -> None:
+    with TorchTrainer(**{**OPTIONS, **FORMS[form]}) as trainer:
+        trainer.train()
+        trainer.apply_all_operators(flip_a_bit)
+        with pytest.raises(
+            RuntimeError, match=r"the ranks have different models: .*weight of rank \d is not that of rank \d"
+        ):
+            trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (change_a_rate, r"the settings of group 0 of optimizer 0 of rank \d is not that of rank \d"),
+        (
+            change_a_moment,
+            r"momentum_buffer of parameter 0 of group 0 of optimizer 0 of rank \d is not that of rank \d",
+        ),
+    ],
+)
+@pytest.mark.parametrize("form", ["built-in", "own-batch", "comm-hook"])
+def test_all_that_optimizers_hold_is_compared(form, change, what) -> None:
+    with TorchTrainer(**{**OPTIONS, **FORMS[form]}) as trainer:
+        trainer.train()
+        trainer.apply_all_operators(change)
+        with pytest.raises(RuntimeError, match=what):
+            trainer.train()
+
+
+def test_a_process_that_carries_several_ranks_is_compared() -> None:
+    with TorchTrainer(**{**OPTIONS, **FORMS["built-in"], "num_workers": 3}) as trainer:
+        trainer.train(num_steps=1)
+        trainer.resize(2)
+        trainer.apply_all_operators(flip_a_bit)
+        with pytest.raises(RuntimeError, match=r"the ranks have different models: weight of rank \d"):
+            trainer.train()
+
+
+PARTS = "the ranks have parted: "
+ALONE = r"would update .* by gradients that the ranks have not exchanged"
+
+
+@pytest.mark.parametrize(
+    ("form", "how", "what"),
+    [
+        ("built-in", "updates twice", ALONE),
+        ("own-batch", "leaves out", rf"{PARTS}rank 1 .* weight and 1 more in step {BREAKS_AT}"),
+        (
+            "own-batch",
+            "keeps back",
+            rf"in step {BREAKS_AT} of rank 1, SGD {ALONE}: they were computed under no_sync|{PARTS}",
+        ),
+        ("own-batch", "does not update", rf"{PARTS}by step {BREAKS_AT + 1} the optimizers of rank"),
+        ("own-batch", "updates twice", rf"in step {BREAKS_AT} of rank 1, SGD {ALONE}"),
+        ("own-epoch", "leaves out", rf"{PARTS}rank 1 .* in step {BREAKS_AT}"),
+        ("own-epoch", "ends early", rf"{PARTS}rank 1 went on without exchanging .* in step {BREAKS_AT}"),
+        ("three-ranks", "leaves out", rf"{PARTS}rank 1 .* in step {BREAKS_AT}"),
+        ("adversaries", "leaves out", rf"{PARTS}"),
+        ("adversaries", "does not update", rf"{PARTS}by step {BREAKS_AT + 1}"),
+        ("adversaries", "updates twice", ALONE),
+        ("zero1", "leaves out", rf"{PARTS}"),
+        ("fsdp", "does not update", rf"{PARTS}"),
+        ("comm-hook", "leaves out", rf"{PARTS}"),
+        ("comm-hook", "updates twice", ALONE),
+        ("lightning", "leaves out", rf"{PARTS}"),
+        ("lightning", "does not update", rf"{PARTS}"),
+    ],
+)
+def test_a_step_that_is_not_alike_is_an_error_that_says_where(form, how, what) -> None:
+    options = {**OPTIONS, **FORMS[form], "config": {"how": how}}
+    with TorchTrainer(**options) as trainer, pytest.raises(RuntimeError, match=what):
+        trainer.train()
+
+
+def test_the_last_step_of_a_call_counts_too() -> None:
+    """A rank that leaves out the last exchange is not waited for."""
+    for form in ("own-batch", "comm-hook"):
+        options = {**OPTIONS, **FORMS[form], "config": {"how": "leaves out"}}
+        with TorchTrainer(**options) as trainer, pytest.raises(RuntimeError, match=rf"{PARTS}.* in step {BREAKS_AT}"):
+            trainer.train(num_steps=BREAKS_AT + 1)
+
+
+LAUNCHED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_parting_ranks import FORMS, OPTIONS, TorchTrainer, flip_a_bit
+
+options = {**OPTIONS, **FORMS[sys.argv[2]], "config": {"how": sys.argv[3]}}
+with TorchTrainer(**options) as trainer:
+    trainer.train(num_steps=2)
+    if sys.argv[3] == "a bit":
+        trainer.apply_all_operators(flip_a_bit)
+    trainer.train()
+"""
+
+
+@pytest.mark.parametrize(
+    ("form", "how"), [("built-in", "a bit"), ("own-batch", "leaves out"), ("comm-hook", "does not update")]
+)
+def test_launched_ranks_that_part_are_told(form, how, tmp_path) -> None:
+    launcher = (sys.executable, "-m", "torchtrainer.run", "--nproc-per-node", "2")
+    program = run_program(tmp_path, LAUNCHED, str(Path(__file__).parent), form, how, python=launcher)
+    assert program.process.returncode == 1
+    assert "the ranks have " in program.errors + program.output
