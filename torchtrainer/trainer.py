@@ -164,13 +164,12 @@ class TorchTrainer:
         forget_interrupted_calls()
         open_standard_descriptors()
         run = plan_run(given)
-        callbacks = tuple(callbacks)
         self._callbacks = Callbacks(callbacks if run.is_main else ())
         self.config = run.spec.config
         self._made_from = run.spec, run.world_size
         self._is_main = run.is_main
         self._epoch = self._step = 0
-        self._run = run.open_run(run_dir, resume, callbacks=callbacks, may_change=check_may_change(may_change))
+        self._run = run.open_run(run_dir, resume, callbacks=tuple(callbacks), may_change=check_may_change(may_change))
         self._run_dir = self._run.directory
         self._history = HistoryFile(self._run_dir.history)
         self._notices = run.watch_notices(self._run)

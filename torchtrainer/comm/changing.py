@@ -8,7 +8,8 @@ exchanged in this way any more: the loaders' checks are done, and buffers travel
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torchtrainer.comm.group import GroupCollective
@@ -26,6 +27,7 @@ class ChangingCollective:
         world_size: all ranks.
         group: those that are built together; None: this process is built alone.
         record: what the others said, for a process that is built alone; empty: every rank says what this one says.
+        waiting: entered while this process waits for the others.
 
     Attributes:
         rank, world_size: as given.
@@ -33,12 +35,19 @@ class ChangingCollective:
     """
 
     def __init__(
-        self, *, rank: int, world_size: int, group: GroupCollective | None, record: Sequence[Any] | None = None
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        group: GroupCollective | None,
+        record: Sequence[Any] | None = None,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.record: list[Any] = []
         self._group = group
+        self._waiting = waiting
         self._answers = list(record or ())
 
     def built(self) -> None:
@@ -49,7 +58,8 @@ class ChangingCollective:
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's value (JSON data), in rank order; once the process is built, this one's for all."""
         if self._group is not None:
-            answer = self._group.all_gather(value)
+            with self._waiting():
+                answer = self._group.all_gather(value)
         elif self._answers:
             answer = self._answers.pop(0)
         else:

@@ -15,8 +15,9 @@ import io
 import sys
 import types
 import weakref
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import cloudpickle
 
@@ -113,6 +114,12 @@ class _Namespace:
         return namespace_of, (self._module,)
 
 
+def _with_its_file(code: types.CodeType) -> tuple[Any, tuple[Any, ...]]:
+    """How code is pickled, with the name of its file, which newer releases of cloudpickle leave out: tracebacks need it."""
+    make, arguments = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
+    return make, tuple(code.co_filename if one == "<dynamic-code>" else one for one in arguments)
+
+
 class _ScriptPickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
     """cloudpickle's, and what it leaves to be found by name: that works only for what a worker can import.
 
@@ -124,6 +131,8 @@ class _ScriptPickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no ty
     Attributes:
         places: by module and name, what was pickled by value and is found by that name here.
     """
+
+    dispatch_table: ClassVar[Any] = ChainMap({types.CodeType: _with_its_file}, cloudpickle.Pickler.dispatch_table)
 
     def __init__(self, file: io.BytesIO, modules: Sequence[types.ModuleType], *, in_place: bool) -> None:
         super().__init__(file)

@@ -11,7 +11,8 @@ import os
 import struct
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 _STEP = struct.Struct("<q")
@@ -77,6 +78,16 @@ class Progress:
         self.spent_s[left] = self.spent_s.get(left, 0.0) + now - self.phase_since
         self.phase = phase
         self.phase_since = now
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While it lasts, this process waits for others: whoever holds them up is not it."""
+        before = self.phase
+        self.enter("exchange")
+        try:
+            yield
+        finally:
+            self.enter(before)
 
     def reach(self, step: int, epoch: int | None = None) -> None:
         """The training is at a step, by taking it or because a state was loaded; in an epoch, if that is another one."""

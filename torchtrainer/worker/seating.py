@@ -138,7 +138,11 @@ def build_seating(
     """
     in_memory = arguments.world_size > 1 and _may_go_through_memory(spec.settings, device)
     changing = ChangingCollective(
-        rank=arguments.rank, world_size=arguments.world_size, group=group, record=arguments.record
+        rank=arguments.rank,
+        world_size=arguments.world_size,
+        group=group,
+        record=arguments.record,
+        waiting=progress.waiting,
     )
     collective: Collective = changing if in_memory else group or SingleCollective()
     operator = build_rank(
