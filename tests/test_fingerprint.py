@@ -218,7 +218,7 @@ def test_what_is_made_anew_at_each_start_counts_by_how_it_is_made(made, also) ->
     from torchtrainer.driver.made_anew import _leads_to_source
 
     (expression,) = source.assigned["VALUE"]
-    assert _leads_to_source(expression, source, ("VALUE",))
+    assert _leads_to_source(expression, source, {(id(source), "VALUE")})
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_what_a_user_may_have_changed_counts_by_its_value(made) -> None:
     from torchtrainer.driver.made_anew import _leads_to_source
 
     (expression,) = source.assigned["VALUE"]
-    assert not _leads_to_source(expression, source, ("VALUE",))
+    assert not _leads_to_source(expression, source, {(id(source), "VALUE")})
 
 
 @pytest.mark.parametrize(
@@ -279,3 +279,14 @@ def test_what_may_change_does_not_count_by_any_word_of_its_name() -> None:
         == differences(then, now, ["--num-epochs"])
         == ["args.lr was 0.1 and is 0.2"]
     )
+
+
+def test_names_that_refer_to_each_other_many_times_are_followed_once_each() -> None:
+    """A chain in which every name uses the one before it twice has as many paths as a chessboard has grains."""
+    text = "A0 = 1\n" + "".join(f"A{n} = A{n - 1} + A{n - 1}\n" for n in range(1, 60))
+    from torchtrainer.driver.made_anew import _leads_to_source
+
+    source = Source.parse(text)
+    assert not _leads_to_source(source.assigned["A59"][0], source, set())
+    source = Source.parse("import time\n" + text.replace("A0 = 1", "A0 = time.time()"))
+    assert _leads_to_source(source.assigned["A59"][0], source, set())

@@ -38,8 +38,8 @@ SETTING_METHODS = frozenset({"apply_worker", "apply_operator"})
 """Calls that may change what is in no state, such as which parameters are trained: made again when a run is gone on with."""
 
 
-def nothing(values: list[Any]) -> None:  # the ranks return None
-    """For calls without a result."""
+def nothing(values: list[Any]) -> None:
+    """For calls without a result: the ranks return None."""
 
 
 class Made(NamedTuple):
@@ -369,12 +369,10 @@ class Calls:
     def _end(self, code: int, text: str, *, told: bool = True) -> None:
         self._ended = True
         self._on_error(Preempted)
-        if code == EXIT_PREEMPTED:
-            if current() is not None:
-                keep_exit_code(code)
-            if self._requeue:
-                said = requeue(os.environ)
-                text = f"{text}; {said}" if said else text
+        if code == EXIT_PREEMPTED and current() is not None:
+            keep_exit_code(code)
+        if code == EXIT_PREEMPTED and self._requeue and (said := requeue(os.environ)):
+            text = f"{text}; {said}"
         if told:
             tell(text)
         raise Preempted(code, text)
@@ -388,11 +386,10 @@ class Calls:
         return f"the state after step {self.saved_step} is saved: start the same command again to go on"
 
     def _seconds_left(self, found: Notice) -> float:
-        left = found.seconds_left()
-        if left is not None:
+        if (left := found.seconds_left()) is not None:
             return left
-        since = self._stopping_since or time.monotonic()
-        return max(0.0, since + self._timeouts.preempt_s - time.monotonic())
+        now = time.monotonic()
+        return max(0.0, (self._stopping_since or now) + self._timeouts.preempt_s - now)
 
     def _save_for(self, hint: Notice) -> None:
         if not self._hinted:

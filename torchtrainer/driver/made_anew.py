@@ -37,8 +37,8 @@ _LAUNCHER = re.compile(
 )
 """Environment variables that a launcher or a scheduler sets for one start."""
 _MADE_OF_KEYWORDS = frozenset({"dict", "SimpleNamespace", "Namespace"})
-_MAX_DEPTH = 12
-"""How far a value is followed from name to name."""
+_MOST_NAMES = 64
+"""How many names a value is followed through."""
 
 
 _NOT_USERS = tuple(
@@ -250,16 +250,21 @@ def how_made_anew(module: str, names: Sequence[str]) -> tuple[str, tuple[str, ..
 def _how(module: str, name: str) -> tuple[str, tuple[str, ...]] | None:
     source = source_of(module)
     assert source is not None
-    found = [one for one in source.assigned[name] if _leads_to_source(one, source, (name,))]
+    found = [one for one in source.assigned[name] if _leads_to_source(one, source, {(id(source), name)})]
     if not found:
         return None
     used = {one.id for each in found for one in ast.walk(each) if isinstance(one, ast.Name)}
     return "; ".join(ast.unparse(one) for one in found), tuple(sorted(used))
 
 
-def _leads_to_source(expression: ast.expr, source: Source, seen: tuple[str, ...]) -> bool:
-    if len(seen) > _MAX_DEPTH:
-        return False
+def _leads_to_source(expression: ast.expr, source: Source, seen: set[tuple[int, str]]) -> bool:
+    """Whether an expression uses one of `_SOURCES`, itself or through a name; each name is followed once.
+
+    Args:
+        expression: part of ``source``.
+        source: a module's.
+        seen: names that were followed, each with its module.
+    """
     if isinstance(expression, ast.Constant):
         return isinstance(expression.value, str) and _LAUNCHER.fullmatch(expression.value) is not None
     if isinstance(expression, ast.Name | ast.Attribute | ast.Subscript):
@@ -268,14 +273,22 @@ def _leads_to_source(expression: ast.expr, source: Source, seen: tuple[str, ...]
             return True
         inside = next((one for one in reversed(names) if one in source.assigned), None)
         if inside is not None:  # of HP["lr"], what lr is; whatever else may be in HP
-            return inside not in seen and any(
-                _leads_to_source(one, source, (*seen, inside)) for one in source.assigned[inside]
+            return _is_new(source, inside, seen) and any(
+                _leads_to_source(one, source, seen) for one in source.assigned[inside]
             )
     if isinstance(expression, ast.Call) and _is_given_seed(expression, source):
         return any(_leads_to_source(one, source, seen) for one in expression.args)
     return any(
         _leads_to_source(one, source, seen) for one in ast.iter_child_nodes(expression) if _is_of_an_expression(one)
     )
+
+
+def _is_new(source: Source, name: str, seen: set[tuple[int, str]]) -> bool:
+    """Whether a name is to be followed: it was not yet, nor were very many others."""
+    if (id(source), name) in seen or len(seen) >= _MOST_NAMES:
+        return False
+    seen.add((id(source), name))
+    return True
 
 
 def _is_of_an_expression(node: ast.AST) -> TypeGuard[ast.expr]:
@@ -299,21 +312,19 @@ def _is_given_seed(call: ast.Call, source: Source) -> bool:
     return (by_argument and bool(call.args or call.keywords)) or any(one.arg == "generator" for one in call.keywords)
 
 
-def _is_source(node: ast.expr, source: Source, seen: tuple[str, ...]) -> bool:
+def _is_source(node: ast.expr, source: Source, seen: set[tuple[int, str]]) -> bool:
     """Whether a name is one of `_SOURCES`, or a function of the user's that returns what one of them gave."""
     dotted = _dotted(node, source)
     if dotted not in source.assigned and _SOURCES.fullmatch(dotted):
         return True
     if _CHANCE.fullmatch(dotted):
         return not (source.seeds or is_seeded("__main__"))
-    if dotted in seen:
-        return False
     origin, _, name = dotted.rpartition(".")
     other = source if not origin else _source_of_users(origin)
     if other is None:
         return False
     made = [*other.functions.get(name, ([], []))[0], *(other.assigned.get(name, []) if origin else [])]
-    return any(_leads_to_source(one, other, (*seen, dotted)) for one in made)
+    return bool(made) and _is_new(other, f"{name}()", seen) and any(_leads_to_source(one, other, seen) for one in made)
 
 
 def _source_of_users(module: str) -> Source | None:

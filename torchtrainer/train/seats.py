@@ -109,7 +109,7 @@ class Buffers:
         """
         split = len(self.followed)
         members, there = (self._followed, values[:split]) if followed else (self._own, values[split:])
-        places = [(one, name) for one in members for name in one]
+        places = [(one, name) for one in members for name in one.keys()]  # noqa: SIM118  # a scripted module's have no iterator
         if len(places) != len(there):
             raise EngineError(
                 f"the models have {len(places)} buffers here and {len(there)} on another rank: register the same ones on all ranks"

@@ -32,12 +32,7 @@ from torchtrainer.train.rng import (
     set_rng_state,
     streams_from_plain,
 )
-from torchtrainer.train.seats import (
-    Buffers,
-    Seat,
-    nothing,
-    trainable_of,
-)
+from torchtrainer.train.seats import Buffers, Seat, nothing, trainable_of
 from torchtrainer.train.state import detached
 from torchtrainer.train.step import forward_backward, stands_for, update
 from torchtrainer.train.trained import TrainedParameters
@@ -96,7 +91,8 @@ class Team:
         self.extras = Extras(operator)
         self._streams = StreamReader()
         self._collective: Any = internals(operator).context.collective
-        self._share = GradientShare(trainable_of(operator), self._collective.world_size)
+        self._world_size = self._collective.world_size
+        self._share = GradientShare(trainable_of(operator), self._world_size)
         self.parts: dict[int, RankBatch] = {}
         lead = Seat(rank=self._collective.rank, loaders=internals(operator).loaders)
         self._now = lead
@@ -113,19 +109,16 @@ class Team:
         """The ranks that this process carries."""
         return sorted(self.seats)
 
-    @property
-    def world_size(self) -> int:
-        """All ranks."""
-        return int(self._collective.world_size)
-
     def each(self) -> Iterator[Seat]:
         """Every seat in rank order, with its streams, loaders, means and buffers in place."""
-        for rank in self.ranks:
-            seat = self.seats[rank]
-            self.turn_to(seat)
-            if len(self.seats) > 1:
-                self._buffers.load_for(rank, self._cards, self.exchange.number, alone=False)
-            yield seat
+        yield from map(self.turn_to_rank, self.ranks)
+
+    def turn_to_rank(self, rank: int) -> Seat:
+        """Has the operator be that of a rank, with its buffers."""
+        self.turn_to(self.seats[rank])
+        if len(self.seats) > 1:
+            self._buffers.load_for(rank, self._cards, self.exchange.number, alone=False)
+        return self._now
 
     def turn_to(self, seat: Seat) -> None:
         """Puts what belongs to a seat in the place of what belongs to another."""
@@ -142,9 +135,9 @@ class Team:
 
     def _put_in_place(self, seat: Seat) -> None:
         self.extras.put(seat.extras)
-        if seat.streams is not None:
-            set_rng_state(seat.streams)
-            seat.streams = None
+        streams, seat.streams = seat.streams, None
+        if streams is not None:
+            set_rng_state(streams)
 
     def show_means(self) -> None:
         """Has the operator see the means of the seat in use, while it trains."""
@@ -348,10 +341,10 @@ class Team:
                 means = self.exchange.finish(carried=lambda: self.ranks, on_wait=self.on_wait, tag=self._tag)
             except UnequalExchangeError as error:
                 raise self.updates.explain(error, self.exchange.layout) from None
-        self._comparison.finish(self._cards[: self.world_size], number)
+        self._comparison.finish(self._cards[: self._world_size], number)
         if self.extras.sums is not None:
-            self.extras.compare([card.read(number)[1]["shared"] for card in self._cards[: self.world_size]])
-        self._orders.finish(self._cards[: self.world_size], number)
+            self.extras.compare([card.read(number)[1]["shared"] for card in self._cards[: self._world_size]])
+        self._orders.finish(self._cards[: self._world_size], number)
         progress.enter("step")
         for parameter, mean in zip(self._trained.parameters, means, strict=True):
             parameter.grad = mean
@@ -381,8 +374,8 @@ class Team:
         self.turn_to(seat)
         part = self.parts[seat.rank]
         self._buffers.load_for(seat.rank, self._cards, number - 1, alone=len(self.seats) == 1)
-        for parameter, gradient in self._strays:
-            parameter.grad = None if gradient is None else gradient.clone()
+        for one, gradient in self._strays:
+            one.grad = None if gradient is None else gradient.clone()
         self._share.apply(part.size, part.global_size)
         self._uneven.begin(part)
         try:

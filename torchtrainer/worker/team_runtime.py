@@ -114,7 +114,7 @@ class TeamRuntime(RankRuntime):
         found, losses = ByRank(), dict[int, Any]()
 
         def one(rank: int) -> PassResult:
-            team.turn_to(team.seats[rank])
+            team.turn_to_rank(rank)
             return RankRuntime.validate(self, **keywords)  # type: ignore[arg-type]
 
         self._late = one
