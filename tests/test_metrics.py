@@ -159,7 +159,6 @@ def test_what_is_alike_on_all_ranks_stays_as_it_is():
 @pytest.mark.parametrize(
     "values",
     [
-        ["one", "two"],
         [[1, 2], [1, 3]],
         [{"x": 1}, {"x": 2}],
         [1, "one"],

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torchtrainer.comm.exchange import why_no_room
 from torchtrainer.comm.group import GroupCollective
 from torchtrainer.comm.hooks import compress
-from torchtrainer.comm.wrapping import ddp_of, unwrap, wrap
+from torchtrainer.comm.wrapping import Exchanging, ddp_of, unwrap, wrap
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError
 from torchtrainer.train.compiling import compile_model
 from torchtrainer.train.data_order import Dealing, even_of
@@ -279,13 +279,15 @@ def _placed(model: nn.Module, context: OperatorContext, *, compiled: bool) -> bo
 def _wrapped(plain: Components, ddp_args: dict[str, Any], context: OperatorContext) -> Components:
     """The same with its models wrapped, but for those that the user has wrapped."""
     wanted = context.collective.world_size > 1 and context.settings.wrap_ddp
-    ours = [wanted and ddp_of(given) is None for given in plain.models]
+    ours = [wanted and (ddp_of(given) is None or isinstance(given, Exchanging)) for given in plain.models]
     if wanted and context.settings.strategy == "fsdp":
         return _fully_sharded(plain, ddp_args, context, ours)
     no_room = _no_room(plain, context)
     in_memory = context.in_memory and not no_room
     models = [
-        wrap(given, device=context.device, ddp_args=ddp_args, in_memory=in_memory) if mine else given
+        wrap(given, device=context.device, ddp_args=ddp_args, in_memory=in_memory)
+        if mine and not isinstance(given, Exchanging)  # registered once more
+        else given
         for given, mine in zip(plain.models, ours, strict=True)
     ]
     if wanted and context.settings.comm_hook is not None:

@@ -278,7 +278,7 @@ def _reduce(name: str, by_rank: Mapping[int, Any], weights: list[float]) -> Any:
         return mean if isinstance(mean, complex) else float(mean)
     if all(_is_array(value) for value in values) and len({tuple(value.shape) for value in values}) == 1:
         return _weighted_mean(values if len(values) == 1 else [_wide(value) for value in values], weights)
-    if all(_alike(value, values[0]) for value in values[1:]):
+    if all(isinstance(value, str) for value in values) or all(_alike(value, values[0]) for value in values[1:]):
         return values[0]
     raise InvalidArgumentTypeError(_no_mean(name, by_rank))
 
