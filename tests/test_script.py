@@ -458,8 +458,7 @@ from torchtrainer import CheckpointConfig
 
 class Fails(TrainingOperator):
     def train_batch(self, batch, info):
-        if info["batch_idx"] == 0:
-            print("a line of start", os.environ["START"], flush=True)
+        print("a line of start", os.environ["START"], flush=True)
         if os.environ["START"] == "1" and info["global_step"] == 3:
             print("an error of start 1", file=sys.stderr, flush=True)
             raise ValueError("the first start fails")
