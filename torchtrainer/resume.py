@@ -208,6 +208,8 @@ def choose(run_dir: str | os.PathLike[str], resume: bool | str, wanted: RunRecor
         fresh = kept_below(automatic_root(datetime.now()))  # which looked for a free name in ./runs only
         return _judge(found, resume, wanted, beside(fresh) if fresh.exists() else fresh)
     path = kept_below(Path(run_dir))
+    if path.is_symlink():  # opening it refuses it, and nothing behind it is read
+        return path, None
     RunRecord.read(path)
     found = find_beside(path, wanted)
     live = path if is_live(path) else found[0] if found is not None and is_live(found[0]) else None
