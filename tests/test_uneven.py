@@ -83,10 +83,10 @@ def test_no_rank_gets_a_single_sample(operator, ranks, samples, more):
     assert all(size >= 2 for one in sizes for size in one)
 
 
-@pytest.mark.parametrize(("even", "samples"), [(True, 20), ("drop", 18)])
+@pytest.mark.parametrize(("even", "samples"), [(True, 22), ("drop", 20)])
 @pytest.mark.parametrize("stream", [False, True])
 def test_even_batches_are_equal_on_all_ranks(even, samples, stream):
-    config = {"samples": 19, "norm": False, "stream": stream}
+    config = {"samples": 21, "norm": False, "stream": stream}
     with make(NormalOwn, 2, config, even_batches=even) as trainer:
         result = trainer.train()
         one, other = trainer.apply_all_operators(lambda operator: operator.sizes)
