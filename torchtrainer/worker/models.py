@@ -64,7 +64,7 @@ def copies(operator: TrainingOperator, *, to_cpu: bool) -> Any:
     except Exception as error:  # of torch, or of whatever the user's module holds
         states = [components.sharding.model_state(model) for model in components.raw_models]
         return _states(components.raw_models, states, "cpu" if to_cpu else str(operator.device), error)
-    if to_cpu:
+    if to_cpu and operator.device.type != "cpu":  # what is there already is left alone, whatever it is made of
         models = [model.cpu() for model in models]
     return models[0] if len(models) == 1 else models
 
