@@ -238,7 +238,7 @@ class RankRuntime:
 
         Weights alone, under `WEIGHTS`, change nothing but the models.
         """
-        if WEIGHTS in state:
+        if isinstance(state, Mapping) and isinstance(state.get(WEIGHTS), list):
             restore_weights(self.operator, state[WEIGHTS])
             return
         restore(self.operator, state)
