@@ -216,6 +216,9 @@ def change(operator) -> None:
     operator.task.change(operator.task.model, operator.optimizer)
 
 
+UNFROZEN = {"num_cpus_per_worker": 1, "run_dir": None, "use_gpu": False, "config": {"task": "Unfrozen", "past": False}}
+
+
 def everything(operator) -> list[torch.Tensor]:
     return copy.deepcopy(operator.task.everything())
 
@@ -316,13 +319,7 @@ def test_what_is_frozen_takes_no_shared_memory() -> None:
 def test_a_worker_that_is_lost_after_the_change_is_replaced_with_what_is_trained_now() -> None:
     """The replacement was not there when a layer was unfrozen, nor is that in any checkpoint."""
     for operator in (Stock, Own):
-        options = {
-            "num_cpus_per_worker": 1,
-            "run_dir": None,
-            "use_gpu": False,
-            "config": {"task": "Unfrozen", "past": False},
-        }
-        with TorchTrainer(training_operator_cls=operator, num_workers=2, **options) as trainer:
+        with TorchTrainer(training_operator_cls=operator, num_workers=2, **UNFROZEN) as trainer:
             trainer.train()
             trainer.apply_all_operators(change)
             trainer.apply_all_operators(end_rank_1)
@@ -340,13 +337,7 @@ def end_rank_1(operator) -> None:
 
 def test_ranks_that_train_other_parameters_are_told() -> None:
     for operator in (Stock, Own):
-        options = {
-            "num_cpus_per_worker": 1,
-            "run_dir": None,
-            "use_gpu": False,
-            "config": {"task": "Unfrozen", "past": False},
-        }
-        with TorchTrainer(training_operator_cls=operator, num_workers=2, **options) as trainer:
+        with TorchTrainer(training_operator_cls=operator, num_workers=2, **UNFROZEN) as trainer:
             trainer.train()
             trainer.apply_all_operators(lambda one: change(one) if one.world_rank == 1 else None)
             with pytest.raises(RuntimeError, match=r"rank \d trains other parameters than rank \d"):

@@ -12,7 +12,7 @@ import torch
 MAX_DEPTH = 8
 """How deep containers and objects are looked into."""
 SAMPLED_FROM_ELEMENTS, SAMPLE_EVERY = 64 * 1024, 61
-"""Where a sample is enough: of larger tensors every so manieth element; a prime, so that all columns are hit."""
+"""Where a sample is enough: of larger tensors every 61st element; a prime, so that all columns are hit."""
 
 
 def leaves(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:

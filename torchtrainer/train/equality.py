@@ -15,6 +15,7 @@ from torchtrainer.config import DIGESTS
 from torchtrainer.errors import EngineError, OperatorUseError
 from torchtrainer.train.cards import CardFile
 from torchtrainer.train.components import internals, optimizers_of
+from torchtrainer.train.digest import SAMPLE_EVERY, SAMPLED_FROM_ELEMENTS
 from torchtrainer.train.trained import known_parameters, parameter_names
 
 if TYPE_CHECKING:
@@ -23,25 +24,19 @@ if TYPE_CHECKING:
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-SAMPLED_FROM_ELEMENTS = 64 * 1024
-SAMPLE_EVERY = 61
-"""Of larger tensors every 61st element is compared: a prime, so that all columns are hit."""
-
-
-def held(operator: TrainingOperator, *, parameters: bool = True) -> Iterator[tuple[str, Any]]:
+def held(operator: TrainingOperator) -> Iterator[tuple[str, Any]]:
     """What all ranks have to hold alike: parameters, the optimizers' states, and the numbers in their groups.
 
     What a rank has only a share of is left out, as are step counters and the like that follow from the rest.
 
     Args:
         operator: of this process.
-        parameters: those that are frozen too; else only what the optimizers hold.
 
     Yields:
         A name (of a parameter its number, as text) and a tensor, or a list of numbers.
     """
     components = internals(operator).components
-    known = _whole_parameters(operator) if parameters else []
+    known = _whole_parameters(operator)
     optimizers = optimizers_of(operator)
     divided = components is not None and components.sharding.divides_state
     for number, one in enumerate(known):
@@ -72,19 +67,18 @@ def _whole_parameters(operator: TrainingOperator) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def checksums(operator: TrainingOperator, *, sampled: bool, parameters: bool = True) -> list[int]:
+def checksums(operator: TrainingOperator, *, sampled: bool) -> list[int]:
     """One number for each thing `held` that differs, but for rare accidents, if any of its bits does.
 
     Args:
         operator: of this process.
         sampled: look at a part of large tensors only.
-        parameters: as for `held`.
     """
     return [
         _checksum(value, sampled=sampled)
         if isinstance(value, torch.Tensor)
         else zlib.crc32(repr([_plain(one) for one in value]).encode())
-        for _, value in held(operator, parameters=parameters)
+        for _, value in held(operator)
     ]
 
 
