@@ -57,6 +57,9 @@ def _made(group: Any) -> int:
 class UnevenStep(TorchDispatchMode):  # type: ignore[no-untyped-call]  # nor has this
     """While it is active, a collective that cannot work raises an error that says why.
 
+    Collectives in a backward pass are left alone: a hook that exchanges gradients in several messages, as PowerSGD's, calls the
+    later ones in whichever thread saw the earlier one end, and this looks at one thread only.
+
     Args:
         what: is uneven, for the error.
         missing: ranks that take no part in the step; with any, there can be no collective in it.
@@ -69,7 +72,7 @@ class UnevenStep(TorchDispatchMode):  # type: ignore[no-untyped-call]  # nor has
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called for every operator."""
-        if func.namespace in ("c10d", "_c10d_functional"):
+        if func.namespace in ("c10d", "_c10d_functional") and not _in_backward():
             self._check(func.__name__.partition(".")[0], args)
         return func(*args, **(kwargs or {}))
 
@@ -96,6 +99,10 @@ class UnevenStep(TorchDispatchMode):  # type: ignore[no-untyped-call]  # nor has
                 f"uneven batches: {self._what}, and the collective {name} was called with tensors of different shapes (first "
                 f"dimensions by rank: {[int(row[1]) for row in rows]}); {_WAY_OUT}"
             )
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # noqa: SLF001  # torch tells it in no other way
 
 
 def _tensors_of(value: Any) -> list[torch.Tensor]:
