@@ -21,9 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchtrainer.checkpoint import memory
 from torchtrainer.comm.backward import BackwardEnd, take_over
+from torchtrainer.comm.board import exchange_tag
 from torchtrainer.comm.exchange import (
     SHARES_FROM_BYTES,
-    ExchangeTag,
     ExchangeUnavailableError,
     GradientExchange,
     UnequalExchangeError,
@@ -649,7 +649,7 @@ def test_other_parameters_are_exchanged_from_one_exchange_on(size_bytes) -> None
 
 @pytest.mark.parametrize("differs", ["step", "updates", "layout"])
 def test_ranks_that_do_not_exchange_alike_are_told_before_anything_is_averaged(differs) -> None:
-    tags = [ExchangeTag(**{"step": 5, "updates": 5, "layout": 9, **change}).packed for change in ({}, {differs: 6})]
+    tags = [exchange_tag(**{"step": 5, "updates": 5, "layout": 9, **change}) for change in ({}, {differs: 6})]
     exchange = make(None, [torch.zeros(3)], world_size=2)
     for rank, tag in enumerate(tags):
         exchange.put(rank, 1, [torch.ones(3)])

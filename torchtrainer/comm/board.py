@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
 
 from torchtrainer.comm.counters import LINE_BYTES, Counters
 from torchtrainer.errors import EngineError
@@ -17,25 +16,18 @@ PAGE_BYTES = 4096
 """What follows the board begins at a multiple of it, so that the memory of each layout can be given back by itself."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExchangeTag:
-    """What has to be alike on all ranks when they exchange gradients.
+def exchange_tag(*, step: int, updates: int, layout: int) -> int:
+    """What has to be alike on all ranks when they exchange gradients, in 64 bits.
 
-    Attributes:
-        step: optimizer steps that the rank had completed.
-        updates: updates that its optimizers had made.
+    Of counts the lowest bits, which tell ranks apart that are a few steps apart.
+
+    Args:
+        step: optimizer steps that the rank has completed.
+        updates: updates that its optimizers have made.
         layout: a checksum of the parameters whose gradients it exchanges.
     """
-
-    step: int
-    updates: int
-    layout: int
-
-    @property
-    def packed(self) -> int:
-        """The tag in 64 bits; of counts the lowest bits, which tell ranks apart that are a few steps apart."""
-        counts = self.step % (1 << _STEP_BITS) | self.updates % (1 << _UPDATES_BITS) << _STEP_BITS
-        return counts | self.layout % (1 << _STEP_BITS) << (_STEP_BITS + _UPDATES_BITS)
+    counts = step % (1 << _STEP_BITS) | updates % (1 << _UPDATES_BITS) << _STEP_BITS
+    return counts | layout % (1 << _STEP_BITS) << (_STEP_BITS + _UPDATES_BITS)
 
 
 class UnequalExchangeError(EngineError):
@@ -107,6 +99,8 @@ class Board:
         """What the gradients of each rank are multiplied with in their mean; None: a sample weighs the same on all ranks."""
         stands = self._stands[number % _TAG_BUFFERS].tolist()
         weights, samples = stands[::_STANDS_FOR], stands[1::_STANDS_FOR]
+        if weights.count(weights[0]) == len(weights):
+            return None
         counted = [weight for weight, size in zip(weights, samples, strict=True) if size]
         if not counted or min(counted) == max(counted):
             return None

@@ -43,7 +43,7 @@ from typing import Any
 import torch
 
 from torchtrainer.checkpoint.memory import available_bytes, map_shared
-from torchtrainer.comm.board import PAGE_BYTES, Board, ExchangeTag, UnequalExchangeError
+from torchtrainer.comm.board import PAGE_BYTES, Board, UnequalExchangeError
 from torchtrainer.comm.counters import Counters
 from torchtrainer.comm.futex import why_not_shared
 from torchtrainer.comm.layout import SlotLayout
@@ -54,7 +54,6 @@ from torchtrainer.errors import EngineError
 __all__ = [
     "SHARES_FROM_BYTES",
     "WAKE_S",
-    "ExchangeTag",
     "ExchangeUnavailableError",
     "GradientExchange",
     "UnequalExchangeError",
@@ -230,7 +229,7 @@ class GradientExchange:
 
         Args:
             rank, number: as for `put`.
-            tag: has to be alike on all ranks; see `ExchangeTag`.
+            tag: has to be alike on all ranks; see `torchtrainer.comm.board.exchange_tag`.
         """
         if self._board.given[rank] < number:
             self._board.tag(rank, number, tag)

@@ -61,25 +61,29 @@ class GradientSlots:
         """Copies a rank's gradients to its slot for an exchange; zeros stand for those that it does not have."""
         buffer = number % len(self.runs)
         views = self._views_of(buffer, rank)
-        if self._layout.rows or any(gradient is None for gradient in gradients):
-            marks = bytes(form_of(gradient) for gradient in gradients)
-            for place, rows in self._layout.rows.items():
-                gradient = gradients[place]
-                if gradient is not None:
-                    write_rows(self._slots[buffer][rank], rows, gradient)
-            pairs = [(view, one) for view, one in zip(views, gradients, strict=True) if view is not None]
-            missing = [view for view, one in pairs if one is None]
-            there = [(view, one) for view, one in pairs if one is not None]
-            if missing:
-                torch._foreach_zero_(missing)
-            if there:
-                torch._foreach_copy_([view for view, _ in there], [_dense(one) for _, one in there])
-            row = marks.ljust(self._row_bytes, _HAS_GRADIENT)
-        else:
+        if not self._layout.rows and len(dense := _dense(gradients)) == len(gradients):
             row = _HAS_GRADIENT * self._row_bytes
-            if views:
-                torch._foreach_copy_([one for one in views if one is not None], [_dense(one) for one in gradients])
+            if dense:
+                torch._foreach_copy_([one for one in views if one is not None], dense)
+        else:
+            row = self._put_some(self._slots[buffer][rank], views, gradients)
         self._rows[number % 2][rank * self._row_bytes : (rank + 1) * self._row_bytes] = row
+
+    def _put_some(
+        self, slot: torch.Tensor, views: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]
+    ) -> bytes:
+        """Copies gradients of which some are missing or may be sparse; returns what stands in the rank's row."""
+        for place, rows in self._layout.rows.items():
+            gradient = gradients[place]
+            if gradient is not None:
+                write_rows(slot, rows, gradient)
+        pairs = [(view, one) for view, one in zip(views, gradients, strict=True) if view is not None]
+        missing = [view for view, one in pairs if one is None]
+        if missing:
+            torch._foreach_zero_(missing)
+        if len(missing) < len(pairs):
+            torch._foreach_copy_([view for view, one in pairs if one is not None], _dense([one for _, one in pairs]))
+        return bytes(form_of(gradient) for gradient in gradients).ljust(self._row_bytes, _HAS_GRADIENT)
 
     def absent(self, number: int) -> list[int]:
         """The parameters for which no rank has a gradient in this exchange, by their places."""
@@ -125,6 +129,6 @@ class GradientSlots:
         return views
 
 
-def _dense(gradient: torch.Tensor | None) -> torch.Tensor:
-    assert gradient is not None
-    return gradient.to_dense() if gradient.is_sparse else gradient
+def _dense(gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Those that are there, none of them sparse."""
+    return [one.to_dense() if one.is_sparse else one for one in gradients if one is not None]

@@ -65,10 +65,14 @@ class Extras:
 
     def of_rank(self) -> Entries:
         """A copy of the entries of the rank whose turn it is."""
+        if not self._kept:
+            return {}
         return {path: detached(value) for path, value in self._live() if not self._is_shared(path)}
 
     def put(self, mine: Entries) -> None:
         """Gives the operator the entries of a rank in the place of another's; what all share stays as it is."""
+        if not self._kept:
+            return
         live = dict(self._live())
         wanted = {path: value for path, value in mine.items() if not self._is_shared(path)}
         if not wanted and all(map(self._is_shared, live)):
@@ -90,6 +94,8 @@ class Extras:
         Args:
             before: the entries of the rank whose turn it is, before the update.
         """
+        if not self._kept:
+            return
         changed, gone = self.changed_since(before)
         if changed or gone:
             self.share([*changed, *gone])

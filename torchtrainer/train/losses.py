@@ -22,7 +22,7 @@ IGNORED = -100
 
 def tells_count(criterion: Any) -> bool:
     """Whether a loss says what it is a mean over."""
-    return callable(getattr(criterion, "num_samples", None)) or _options(criterion) is not None
+    return _own_count(criterion) is not None or _options(criterion) is not None
 
 
 def count(criterion: Any, target: Any) -> Any:
@@ -35,14 +35,16 @@ def count(criterion: Any, target: Any) -> Any:
     Returns:
         A number, or on other devices than the CPU a 0-d tensor, so that nobody waits for the device.
     """
-    own = getattr(criterion, "num_samples", None)
-    if callable(own):
+    own = _own_count(criterion)
+    if own is not None:
         found = own(target)
     else:
         options = _options(criterion)
         if options is None or not _has_class_numbers(target):
             return None
         weight, ignored = options
+        if weight is None and _none_is_ignored(target, ignored):
+            return target.numel()
         counted = target != ignored
         found = counted.sum() if weight is None else (weight[target.masked_fill(~counted, 0)] * counted).sum()
     if isinstance(found, torch.Tensor):
@@ -55,6 +57,19 @@ def counted_classes(criterion: Any, target: torch.Tensor) -> torch.Tensor:
     options = _options(criterion)
     counts = target >= 0
     return counts if options is None else counts & (target != options[1])
+
+
+def _own_count(criterion: Any) -> Any:
+    """The method ``num_samples`` of a loss; None: it has none."""
+    if type(criterion) in _MODULES and "num_samples" not in criterion.__dict__:
+        return None  # a module takes long to say that it lacks something
+    own = getattr(criterion, "num_samples", None)
+    return own if callable(own) else None
+
+
+def _none_is_ignored(target: torch.Tensor, ignored: int) -> bool:
+    """Whether a look that costs nearly nothing shows that no target is left out."""
+    return ignored < 0 and target.device.type == "cpu" and target.numel() > 0 and target.min().item() >= 0
 
 
 def _options(criterion: Any) -> tuple[torch.Tensor | None, int] | None:

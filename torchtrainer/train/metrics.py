@@ -15,6 +15,7 @@ from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES
 from torchtrainer.errors import InvalidArgumentTypeError
 
 LAST = "last_"
+_NUMBERS = (int, float, complex)  # a tuple, which isinstance goes through faster than a union
 SINGLE_BYTES = 4
 """Size of a number of single precision."""
 SHOWN_RANKS = 4
@@ -56,7 +57,7 @@ def _on_device(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | complex)
+    return isinstance(value, _NUMBERS)
 
 
 def _is_array(value: Any) -> bool:
@@ -111,6 +112,20 @@ class AverageMeter:
         Raises:
             InvalidArgumentTypeError: an array of another shape than those before.
         """
+        if type(value) is float and type(n) is int:  # of most batches
+            self.last, self.last_weight = value, n
+            term: Any = value
+            self._averaged = True
+        else:
+            term = self._note(value, n)
+        if self._averaged and term is not None and (_on_device(n) or n):
+            self._check_shape(term)
+            weighed = (term * n).where(n > 0, term.new_zeros(())) if _on_device(n) and _is_array(term) else term * n
+            self._sum = weighed if self._sum is None else self._sum + weighed
+            self.weight = self.weight + n
+
+    def _note(self, value: Any, n: Any) -> Any:
+        """Keeps a value as the latest one, and makes it what is added up."""
         if _on_device(value):
             value = value.detach()
             if value.numel() == 1:
@@ -120,18 +135,15 @@ class AverageMeter:
             value = plain(value)
             term = value = _wide(value) if _is_array(value) else value
         self.last, self.last_weight = value, n
-        if value is None:
-            return
-        self._averaged = _is_number(value) or _is_array(value)
-        if self._averaged and (_on_device(n) or n):
-            self._check_shape(term)
-            weighed = (term * n).where(n > 0, term.new_zeros(())) if _on_device(n) and _is_array(term) else term * n
-            self._sum = weighed if self._sum is None else self._sum + weighed
-            self.weight = self.weight + n
+        if value is not None:
+            self._averaged = _is_number(value) or _is_array(value)
+        return term
 
     def _check_shape(self, term: Any) -> None:
+        if self._sum is None or (type(term) is float and type(self._sum) is float):
+            return
         before, now = (tuple(getattr(one, "shape", ())) for one in (self._sum, term))
-        if self._sum is not None and before != now:
+        if before != now:
             raise InvalidArgumentTypeError(
                 f"the metric {self._name!r} has shape {now} in this batch and {before} in those before it, so that it has no mean "
                 "over the batches: return a number, or an array of one shape, for each batch"
@@ -172,14 +184,19 @@ class AverageMeterCollection:
         """Adds what the hook returned for a batch of ``n`` samples, the weights of single metrics under `weight_key` included."""
         self.batch_count += 1
         self.num_samples += n
-        weights = {key: metrics[key] for name in metrics if (key := weight_key(name)) in metrics}
-        weights = {key: one if _on_device(one) else plain(one) for key, one in weights.items()}
+        weights = {}
+        for name in metrics:
+            if (key := weight_key(name)) in metrics:
+                weights[key] = metrics[key] if _on_device(metrics[key]) else plain(metrics[key])
         for name, value in metrics.items():
             if name not in weights:
-                self._meter(name).update(value, weights.get(weight_key(name), n))
+                self._meter(name).update(value, weights.get(weight_key(name), n) if weights else n)
 
     def _meter(self, name: str) -> AverageMeter:
-        return self._meters.setdefault(name, AverageMeter(name))
+        meter = self._meters.get(name)
+        if meter is None:
+            meter = self._meters[name] = AverageMeter(name)
+        return meter
 
     def skip(self) -> None:
         """Notes a batch in which this rank had no samples of its own: its latest values are not the pass's latest."""

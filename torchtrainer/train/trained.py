@@ -45,7 +45,7 @@ class TrainedParameters:
         self.strays: list[nn.Parameter] = []
         self._operator = operator
         self._ever: set[int] = set()
-        self._optimizers: list[Any] = []
+        self._grouped: list[Any] = []
         self._counted: list[int] = []
         self._frozen: list[nn.Parameter] = []
         self._look_up()
@@ -100,14 +100,14 @@ class TrainedParameters:
 
     def _counts(self) -> list[int]:
         """What changes when an optimizer gets other parameters, or the operator another optimizer."""
-        counts = [len(group["params"]) for one in self._optimizers for group in _groups(one)]
+        counts = [len(group["params"]) for one in self._grouped for group in one.param_groups]
         counts.append(id(self._operator.__dict__.get("optimizer")))
         return counts
 
     def _look_up(self) -> None:
         known = list(known_parameters(self._operator))
         self._ever.update(id(one) for one in known if one.requires_grad)
-        self._optimizers = optimizers_of(self._operator)
+        self._grouped = [one for one in optimizers_of(self._operator) if _groups(one)]
         self._counted = self._counts()
         self._frozen = [one for one in known if id(one) not in self._ever]
         self.parameters = [one for one in known if id(one) in self._ever]

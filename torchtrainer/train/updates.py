@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torchtrainer.comm.exchange import ExchangeTag, GradientExchange, UnequalExchangeError
+from torchtrainer.comm.board import exchange_tag
+from torchtrainer.comm.exchange import GradientExchange, UnequalExchangeError
 from torchtrainer.errors import OperatorUseError
 from torchtrainer.train.components import internals, optimizers_of
 from torchtrainer.train.trained import TrainedParameters
@@ -78,7 +79,7 @@ class Updates:
 
     def tag(self, layout: int) -> int:
         """What has to be alike on all ranks in an exchange."""
-        return ExchangeTag(step=self._operator.global_step, updates=self.count, layout=layout).packed
+        return exchange_tag(step=self._operator.global_step, updates=self.count, layout=layout)
 
     def exchanged(self, units: Collection[int]) -> None:
         """The gradients of these units are those of all ranks."""
