@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchtrainer.checkpoint import memory
 from torchtrainer.comm.backward import BackwardEnd, take_over
-from torchtrainer.comm.board import exchange_tag
+from torchtrainer.comm.board import LOOK_PARTS, exchange_tag
 from torchtrainer.comm.exchange import (
     SHARES_FROM_BYTES,
     ExchangeUnavailableError,
@@ -647,9 +647,11 @@ def test_other_parameters_are_exchanged_from_one_exchange_on(size_bytes) -> None
         assert taken < 12 * size_bytes + (1 << 20), "the slots of earlier layouts are still there"
 
 
-@pytest.mark.parametrize("differs", ["step", "updates", "layout"])
-def test_ranks_that_do_not_exchange_alike_are_told_before_anything_is_averaged(differs) -> None:
-    tags = [exchange_tag(**{"step": 5, "updates": 5, "layout": 9, **change}) for change in ({}, {differs: 6})]
+@pytest.mark.parametrize(
+    ("differs", "other"), [("step", 6), ("updates", 6), ("layout", 6), ("sums", (0,) * (LOOK_PARTS - 1) + (-1,))]
+)
+def test_ranks_that_do_not_exchange_alike_are_told_before_anything_is_averaged(differs, other) -> None:
+    tags = [exchange_tag(**{"step": 5, "updates": 5, "layout": 9, **change}) for change in ({}, {differs: other})]
     exchange = make(None, [torch.zeros(3)], world_size=2)
     for rank, tag in enumerate(tags):
         exchange.put(rank, 1, [torch.ones(3)])

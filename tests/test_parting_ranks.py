@@ -14,6 +14,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchtrainer import TorchTrainer, TrainingOperator
+from torchtrainer.train.equality import _pieces_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -44,6 +45,10 @@ class BuiltIn(TrainingOperator):
         if self.breaks("updates twice"):
             self.optimizer.step()
 
+    def after_step(self, batch_info):
+        if self.breaks("flips a bit"):  # after the update, which may round it away
+            flip_a_bit(self)
+
 
 class OwnBatch(BuiltIn):
     def train_batch(self, batch, batch_info):
@@ -62,6 +67,8 @@ class OwnBatch(BuiltIn):
         self.updates += 1
         if self.breaks("updates twice"):
             self.optimizer.step()
+        if self.breaks("flips a bit"):
+            flip_a_bit(self)
         return {"loss": loss.item()}
 
 
@@ -94,6 +101,8 @@ class Adversaries(BuiltIn):
             self.optimizers[0].step()
         if self.breaks("updates twice"):
             self.optimizers[0].step()
+        if self.breaks("flips a bit"):
+            flip_a_bit(self)
         return {}
 
 
@@ -113,6 +122,8 @@ class Lit(LightningModule):
         self.manual_backward(loss)
         if not (breaks and self.how == "does not update"):
             optimizer.step()
+        if breaks and self.how == "flips a bit":
+            self.layer.weight.detach().view(-1)[:1].view(torch.int32).bitwise_xor_(1)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.01)
@@ -165,6 +176,36 @@ def test_a_changed_bit_is_seen_before_the_next_update(form) -> None:
             RuntimeError, match=r"the ranks have different models: .*weight of rank \d is not that of rank \d"
         ):
             trainer.train()
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("fsdp", "three-ranks")])
+def test_a_bit_that_changes_in_the_middle_of_a_call_is_seen_in_the_next_step(form) -> None:
+    options = {**OPTIONS, **FORMS[form], "config": {"how": "flips a bit"}}
+    seen = (
+        rf"the ranks have different models: .*weight of rank \d is not that of rank \d, seen in step {BREAKS_AT + 1}\."
+    )
+    with TorchTrainer(**options) as trainer, pytest.raises(RuntimeError, match=seen):
+        trainer.train()
+
+
+def test_large_parameters_are_looked_at_in_pieces_of_their_memory() -> None:
+    """Each changed bit shows in one piece, also where memory does not have the order of rows."""
+    parameters = [
+        nn.Parameter(torch.randn(300, 257)),
+        nn.Parameter(torch.randn(3, 5, 7, 9)),
+        nn.Parameter(torch.randn(3)),
+    ]
+    parameters[1].data = parameters[1].data.contiguous(memory_format=torch.channels_last)
+    pieces = [piece for one in parameters for piece in _pieces_of(one)]
+    assert sum(piece.words.nbytes for piece in pieces) == sum(one.nbytes for one in parameters)
+    assert max(piece.words.nbytes for piece in pieces) <= 64 * 1024 < parameters[0].nbytes
+    for parameter in parameters:
+        for place in (0, parameter.numel() - 1):
+            before = [int(piece.words.sum()) for piece in pieces]
+            memory = torch.as_strided(parameter.detach(), (parameter.numel(),), (1,))
+            memory[place : place + 1].view(torch.int32).bitwise_xor_(1)
+            assert sum(one != int(piece.words.sum()) for one, piece in zip(before, pieces, strict=True)) == 1
+    assert list(_pieces_of(nn.Parameter(torch.randn(4, 4)[:, :2]))) == [], "memory with gaps"
 
 
 @pytest.mark.parametrize(

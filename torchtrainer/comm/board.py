@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import mmap
+from array import array
+from collections.abc import Sequence
 
 from torchtrainer.comm.counters import LINE_BYTES, Counters
 from torchtrainer.errors import EngineError
 
+LOOK_PARTS = 8
+"""How many sums of parameters go along with each exchange."""
 _WORD_BYTES = 8
 _TAG_BUFFERS = 2
+_TAG_WORDS = 1 + LOOK_PARTS
 _STANDS_FOR = 3
 """Numbers that say what a rank's gradients stand for: the weight of a sample, the samples, and the loss."""
-_STEP_BITS, _UPDATES_BITS = 24, 16
+_STEP_BITS, _UPDATES_BITS, _LAYOUT_BITS = 24, 16, 22
 PAGE_BYTES = 4096
 """What follows the board begins at a multiple of it, so that the memory of each layout can be given back by itself."""
 
 
-def exchange_tag(*, step: int, updates: int, layout: int) -> int:
-    """What has to be alike on all ranks when they exchange gradients, in 64 bits.
+def exchange_tag(*, step: int, updates: int, layout: int, sums: Sequence[int] = (0,) * LOOK_PARTS) -> array[int]:
+    """What has to be alike on all ranks when they exchange gradients: a word for what they do, and sums of what they hold.
 
     Of counts the lowest bits, which tell ranks apart that are a few steps apart.
 
@@ -25,9 +30,14 @@ def exchange_tag(*, step: int, updates: int, layout: int) -> int:
         step: optimizer steps that the rank has completed.
         updates: updates that its optimizers have made.
         layout: a checksum of the parameters whose gradients it exchanges.
+        sums: `LOOK_PARTS` of them.
     """
     counts = step % (1 << _STEP_BITS) | updates % (1 << _UPDATES_BITS) << _STEP_BITS
-    return counts | layout % (1 << _STEP_BITS) << (_STEP_BITS + _UPDATES_BITS)
+    return array("q", (counts | layout % (1 << _LAYOUT_BITS) << (_STEP_BITS + _UPDATES_BITS), *sums))
+
+
+NO_TAG = exchange_tag(step=0, updates=0, layout=0)
+"""Of ranks that have nothing to compare."""
 
 
 class UnequalExchangeError(EngineError):
@@ -38,7 +48,7 @@ class UnequalExchangeError(EngineError):
         tag: its tag; None: it went on without this exchange.
     """
 
-    def __init__(self, rank: int, tag: int | None) -> None:
+    def __init__(self, rank: int, tag: Sequence[int] | None) -> None:
         super().__init__(f"rank {rank} does not exchange gradients as this rank does")
         self.rank = rank
         self.tag = tag
@@ -64,31 +74,33 @@ class Board:
         self.given = Counters(memory, 0, world_size=world_size, shared=shared)
         self.reduced = Counters(memory, lines, world_size=world_size, shared=shared)
         self.places = memoryview(memory)[2 * lines : 3 * lines].cast("Q")[:: LINE_BYTES // _WORD_BYTES]
-        tags, each = memoryview(memory)[3 * lines :], _WORD_BYTES * world_size
-        self._tags = [tags[buffer * each : (buffer + 1) * each].cast("Q") for buffer in range(_TAG_BUFFERS)]
-        stands, each = tags[_TAG_BUFFERS * each :], _STANDS_FOR * each
+        tags, each = memoryview(memory)[3 * lines :], _TAG_WORDS * _WORD_BYTES * world_size
+        self._tags = [tags[buffer * each : (buffer + 1) * each].cast("q") for buffer in range(_TAG_BUFFERS)]
+        stands, each = tags[_TAG_BUFFERS * each :], _STANDS_FOR * _WORD_BYTES * world_size
         self._stands = [stands[buffer * each : (buffer + 1) * each].cast("d") for buffer in range(_TAG_BUFFERS)]
 
     @staticmethod
     def size_bytes(world_size: int) -> int:
         """What a board takes of the memory."""
-        used = (3 * LINE_BYTES + _TAG_BUFFERS * (1 + _STANDS_FOR) * _WORD_BYTES) * world_size
+        used = (3 * LINE_BYTES + _TAG_BUFFERS * (_TAG_WORDS + _STANDS_FOR) * _WORD_BYTES) * world_size
         return -(-used // PAGE_BYTES) * PAGE_BYTES
 
-    def tag(self, rank: int, number: int, tag: int) -> None:
+    def tag(self, rank: int, number: int, tag: array[int]) -> None:
         """Writes a rank's tag for an exchange, before the rank publishes it."""
-        self._tags[number % _TAG_BUFFERS][rank] = tag
+        self._tags[number % _TAG_BUFFERS][rank * _TAG_WORDS : (rank + 1) * _TAG_WORDS] = memoryview(tag)
 
-    def check_tags(self, number: int, mine: int) -> None:
+    def check_tags(self, number: int, mine: array[int]) -> None:
         """Compares the tags of all ranks, which have given their gradients.
 
         Raises:
             UnequalExchangeError: one of them has another tag than this process.
         """
-        tags = self._tags[number % _TAG_BUFFERS].tolist()
-        if tags.count(mine) != self.world_size:
-            rank = next(rank for rank, tag in enumerate(tags) if tag != mine)
-            raise UnequalExchangeError(rank, tags[rank])
+        tags = self._tags[number % _TAG_BUFFERS].tobytes()
+        if tags != mine.tobytes() * self.world_size:
+            found = array("q", tags)
+            by_rank = [found[rank * _TAG_WORDS : (rank + 1) * _TAG_WORDS] for rank in range(self.world_size)]
+            rank = next(rank for rank, tag in enumerate(by_rank) if tag != mine)
+            raise UnequalExchangeError(rank, by_rank[rank])
 
     def stand_for(self, rank: int, number: int, weight: float, samples: float, loss: float) -> None:
         """Writes what a rank's gradients stand for in an exchange, before the rank publishes them."""

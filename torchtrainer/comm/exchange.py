@@ -37,13 +37,14 @@ import errno
 import mmap
 import os
 import time
+from array import array
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 
 from torchtrainer.checkpoint.memory import available_bytes, map_shared
-from torchtrainer.comm.board import PAGE_BYTES, Board, UnequalExchangeError
+from torchtrainer.comm.board import NO_TAG, PAGE_BYTES, Board, UnequalExchangeError
 from torchtrainer.comm.counters import Counters
 from torchtrainer.comm.futex import why_not_shared
 from torchtrainer.comm.layout import SlotLayout
@@ -224,7 +225,7 @@ class GradientExchange:
         self._slots.put(rank, number, gradients)
         self._board.stand_for(rank, number, weight, samples, loss)
 
-    def publish(self, rank: int, number: int, tag: int = 0) -> None:
+    def publish(self, rank: int, number: int, tag: array[int] = NO_TAG) -> None:
         """Says that the rank's gradients are there, and wakes who waits for them.
 
         Args:
@@ -241,7 +242,7 @@ class GradientExchange:
         *,
         carried: Callable[[], Collection[int]],
         on_wait: Callable[[], None],
-        tag: int = 0,
+        tag: array[int] = NO_TAG,
         place: int | None = None,
     ) -> list[torch.Tensor | None]:
         """Waits until all ranks have given their gradients, and averages them.

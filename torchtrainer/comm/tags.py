@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from datetime import timedelta
 from typing import Any
 
@@ -23,7 +24,7 @@ class Tags:
     def __init__(self, timeout_s: float) -> None:
         self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._size = dist.get_world_size()
-        self._mine = torch.zeros(1, dtype=torch.int64)
+        self._mine = torch.empty(0, dtype=torch.int64)
         self._all: list[torch.Tensor] = []
         self._work: dist.Work | None = None
 
@@ -32,13 +33,9 @@ class Tags:
         """Whether tags are on their way."""
         return self._work is not None
 
-    def begin(self, tag: int) -> None:
-        """Sends this rank's tag; does not wait.
-
-        Args:
-            tag: of 63 bits at most.
-        """
-        self._mine = torch.tensor([tag & (1 << 63) - 1])
+    def begin(self, tag: array[int]) -> None:
+        """Sends this rank's tag; does not wait."""
+        self._mine = torch.tensor(tag, dtype=torch.int64)
         self._all = [torch.zeros_like(self._mine) for _ in range(self._size)]
         self._work = dist.all_gather(self._all, self._mine, group=self._group, async_op=True)
 
@@ -53,10 +50,9 @@ class Tags:
         if work is None:
             return
         work.wait()
-        mine, found = int(self._mine), [int(one) for one in self._all]
-        if found.count(mine) != len(found):
-            rank = next(rank for rank, tag in enumerate(found) if tag != mine)
-            raise UnequalExchangeError(rank, found[rank])
+        for rank, found in enumerate(self._all):
+            if not torch.equal(found, self._mine):
+                raise UnequalExchangeError(rank, found.tolist())
 
 
 def open_tags(timeout_s: float) -> Tags | None:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
+from torchtrainer.comm.board import LOOK_PARTS
 from torchtrainer.comm.flat import give
 from torchtrainer.config import DIGESTS
 from torchtrainer.errors import EngineError, OperatorUseError
 from torchtrainer.train.cards import CardFile
 from torchtrainer.train.components import internals, optimizers_of
 from torchtrainer.train.digest import SAMPLE_EVERY, SAMPLED_FROM_ELEMENTS
-from torchtrainer.train.trained import known_parameters, parameter_names
+from torchtrainer.train.trained import TrainedParameters, known_parameters, parameter_names
 
 if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
 
+_LOOK_BYTES = 64 * 1024
+"""Of parameters, at most, that are looked at in each step."""
+NOTHING_SEEN: Sequence[int] = (0,) * LOOK_PARTS
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -106,6 +110,80 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str | None) else type(value).__name__
 
 
+class _Piece(NamedTuple):
+    """Part of the memory of a parameter, as integers of NumPy, which adds up few of them in the least time."""
+
+    parameter: torch.Tensor
+    address: int
+    words: Any
+
+
+class Look:
+    """Sums over some of the parameters, over others in each step, which go along with the exchange of gradients.
+
+    So a changed bit is noticed before the next update if the model is small, and some steps later if it is large: what a look
+    costs does not grow with the model. Parameters on other devices than the CPU, for which the host would have to wait, are left
+    to `Comparison`, as are those of FSDP.
+
+    Args:
+        operator: of this process.
+        trained: its parameters.
+    """
+
+    def __init__(self, operator: TrainingOperator, trained: TrainedParameters) -> None:
+        self._operator = operator
+        self._trained = trained
+        self._looks: list[list[_Piece]] = []
+        self._latest: list[_Piece] = []
+
+    def watch(self) -> None:
+        """Looks at the parameters that are trained now."""
+        whole = {id(one) for one in _whole_parameters(self._operator)}
+        self._looks, room = [], 0
+        for parameter in self._trained.parameters:
+            for piece in _pieces_of(parameter) if id(parameter) in whole else ():
+                if piece.words.nbytes > room or len(self._looks[-1]) == LOOK_PARTS:
+                    self._looks.append([])
+                    room = _LOOK_BYTES
+                self._looks[-1].append(piece)
+                room -= piece.words.nbytes
+
+    def take(self) -> Sequence[int]:
+        """The sums for the step that comes, `LOOK_PARTS` of them."""
+        if not self._looks:
+            return NOTHING_SEEN
+        pieces = self._latest = self._looks[self._operator.global_step % len(self._looks)]
+        sums = []
+        for parameter, address, words in pieces:
+            if parameter.data_ptr() != address:  # somebody has given it other memory
+                self.watch()
+                return self.take()
+            sums.append(int(words.sum()))
+        return sums + [0] * (LOOK_PARTS - len(sums))
+
+    def named(self, mine: Sequence[int], theirs: Sequence[int]) -> str:
+        """What users call the first parameter of the latest look whose sums differ."""
+        place = next(place for place, (one, other) in enumerate(zip(mine, theirs, strict=True)) if one != other)
+        if place >= len(self._latest):
+            return "the number of parameters"
+        return parameter_names(self._operator)[id(self._latest[place].parameter)]
+
+
+def _pieces_of(parameter: torch.Tensor) -> Iterator[_Piece]:
+    """The memory of a parameter in pieces of `_LOOK_BYTES` at most; none if that cannot be read, or has gaps."""
+    here = parameter.detach()
+    count = here.numel()
+    if here.device.type != "cpu" or here.layout is not torch.strided or not count or hasattr(here, "full_tensor"):
+        return
+    if sum((size - 1) * stride for size, stride in zip(here.shape, here.stride(), strict=True)) != count - 1:
+        return
+    memory = torch.as_strided(here, (count,), (1,), here.storage_offset()).view(torch.uint8).numpy()
+    for begin in range(0, len(memory), _LOOK_BYTES):
+        piece = memory[begin : begin + _LOOK_BYTES]
+        size = next(size for size in (8, 4, 2, 1) if piece.nbytes % size == 0)
+        yield _Piece(parameter, parameter.data_ptr(), piece.view(f"i{size}"))
+
+
 class Comparison:
     """Compares what the ranks hold as a call begins, and now and then in it, when all have given their next gradients.
 
@@ -182,14 +260,19 @@ def compare_in_group(operator: TrainingOperator) -> None:
 
 
 def _difference(operator: TrainingOperator, mine: list[int], theirs: list[int], rank: int) -> str:
-    found = internals(operator)
     place = next((at for at, (one, other) in enumerate(zip(mine, theirs, strict=False)) if one != other), None)
     what = [name for name, _ in held(operator)]
     name = what[place] if place is not None and place < len(what) else "the number of parameters"
     if name.isdecimal():
         name = parameter_names(operator)[id(_whole_parameters(operator)[int(name)])]
+    return unequal(operator, name, rank)
+
+
+def unequal(operator: TrainingOperator, name: str, rank: int) -> str:
+    """What to tell the user of something that a rank does not hold as this one does."""
+    here = internals(operator).context.collective.rank
     return (
-        f"the ranks have different models: {name} of rank {found.context.collective.rank} is not that of rank {rank}, seen in step "
+        f"the ranks have different models: {name} of rank {here} is not that of rank {rank}, seen in step "
         f"{operator.global_step}. All ranks train one model, so change it on all of them alike (in apply_all_operators, for "
         "instance), or load one state by load_state_dict"
     )

@@ -7,6 +7,7 @@ later) is averaged here, as each backward pass ends. Everything runs in the thre
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -56,21 +57,24 @@ class GroupRank:
 
     def begin_call(self) -> None:
         """A call of ``train`` begins; a collective call, in which the ranks compare what they hold."""
-        self._updates.begin_call()
         self._follow_changes(begins=True)
+        self._updates.begin_call()
         compare_in_group(self._operator)
 
     def at_boundary(self) -> None:
         """A step is complete."""
         steps = internals(self._operator).steps
         self._follow_changes()
+        self._updates.look()
         if steps is not None and steps.compares_here:
             compare_in_group(self._operator)
 
     def end_call(self) -> None:
         """The call is over, and every exchange was made; a collective call."""
         if self._tags is not None:
-            self._tags.begin(_END | self._tag())
+            tag = self._tag()
+            tag[0] |= _END
+            self._tags.begin(tag)
             self._finish_tags()
         self._updates.end_call()
 
@@ -111,7 +115,7 @@ class GroupRank:
         wrappers = self._wrappers.values()
         return not wrappers or any(one.require_backward_grad_sync for one in wrappers)
 
-    def _tag(self) -> int:
+    def _tag(self) -> array[int]:
         return self._updates.tag(len(self._rest))
 
     def _on_backward_begin(self) -> None:
@@ -150,7 +154,7 @@ class GroupRank:
         try:
             self._tags.finish()
         except UnequalExchangeError as error:
-            over = error.tag is not None and error.tag & _END != 0
+            over = error.tag is not None and error.tag[0] & _END != 0
             told = UnequalExchangeError(error.rank, None) if over else error
             raise self._updates.explain(told, len(self._rest)) from None
 

@@ -126,6 +126,7 @@ class LoneRank:
         inside = internals(self._operator)
         self._follow_changes()
         self._boundary = self.exchange.number
+        self.updates.look()
         self.exchange.be_at(self._rank, self.updates.place)
         if inside.steps is not None and inside.steps.compares_here:
             self._comparison.begin()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchtrainer.comm.board import NO_TAG
 from torchtrainer.comm.exchange import GradientExchange, UnequalExchangeError
 from torchtrainer.train.cards import CardFile, packed, unpacked
 from torchtrainer.train.components import internals
@@ -85,7 +86,7 @@ class Team:
         self._uneven = UnevenWatch(operator, training=True)
         self._cards = cards
         self._trained = trained
-        self._tag = 0
+        self._tag = NO_TAG
         self._strays: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._buffers = Buffers(operator)
         self.extras = Extras(operator)
@@ -327,6 +328,7 @@ class Team:
         number, steps = self.exchange.number + 1, internals(self._operator).steps
         if steps is not None and steps.compares_here:
             self._comparison.begin()
+        self.updates.look()
         self._tag = self.updates.tag(self.exchange.layout)
         self._strays = [(one, one.grad) for one in self._trained.strays]
         for rank in self.ranks:

@@ -6,6 +6,7 @@ So exchanges and updates are counted, and the counts go along with every exchang
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torchtrainer.comm.board import exchange_tag
 from torchtrainer.comm.exchange import GradientExchange, UnequalExchangeError
 from torchtrainer.errors import OperatorUseError
 from torchtrainer.train.components import internals, optimizers_of
+from torchtrainer.train.equality import NOTHING_SEEN, Look, unequal
 from torchtrainer.train.trained import TrainedParameters
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class Updates:
         self.training = False
         self._exchanges = 0
         self._depth = 0  # more than 1: an optimizer's step calls that of its base class, or of another optimizer
+        self._sums: Sequence[int] = NOTHING_SEEN
+        self._look = Look(operator, trained)
         self._latest: dict[int, int] = {}
         self._used: dict[Any, int] = {}
         self._units: dict[Any, set[int]] = {}
@@ -54,6 +58,7 @@ class Updates:
 
     def watch(self) -> None:
         """Watches every optimizer that there is now."""
+        self._look.watch()
         unit_of = self._trained.unit_by_id()
         for optimizer in optimizers_of(self._operator):
             if optimizer not in self._used and hasattr(optimizer, "register_step_pre_hook"):
@@ -67,19 +72,24 @@ class Updates:
         """A call of ``train`` begins: from now on updates are counted."""
         self.training = True
         self.call += 1
+        self.look()
 
     def end_call(self) -> None:
         """The call is over: what the user's functions do between calls is compared when the next one begins."""
         self.training = False
+
+    def look(self) -> None:
+        """A step begins, and the exchanges in it tell the other ranks what this process holds; see `Look`."""
+        self._sums = self._look.take()
 
     @property
     def place(self) -> int:
         """Grows with every step and call, alike on all ranks."""
         return (2 * self.call + (not self.training)) << 40 | self._operator.global_step
 
-    def tag(self, layout: int) -> int:
+    def tag(self, layout: int) -> array[int]:
         """What has to be alike on all ranks in an exchange."""
-        return exchange_tag(step=self._operator.global_step, updates=self.count, layout=layout)
+        return exchange_tag(step=self._operator.global_step, updates=self.count, layout=layout, sums=self._sums)
 
     def exchanged(self, units: Collection[int]) -> None:
         """The gradients of these units are those of all ranks."""
@@ -93,24 +103,27 @@ class Updates:
         step, rank = self._operator.global_step, internals(self._operator).context.collective.rank
         names = self._trained.names(list(range(len(self._trained.parameters))))
         of_what = _few(names)
-        mine = self.tag(layout)
+        mine, *sums = self.tag(layout)
+        theirs, *their_sums = error.tag if error.tag is not None else (0,)
         if error.tag is None:
             what = (
                 f"rank {error.rank} went on without exchanging its gradients of {of_what} in step {step}, in which rank {rank} "
                 "waits for them"
             )
-        elif (error.tag ^ mine) >> 40:
+        elif theirs == mine:
+            return OperatorUseError(unequal(self._operator, self._look.named(sums, their_sums), error.rank))
+        elif (theirs ^ mine) >> 40:
             what = (
                 f"in step {step} rank {rank} trains other parameters than rank {error.rank}. Here they are {of_what}. Freeze, "
                 "unfreeze and add parameters on all ranks alike, between the same two steps"
             )
             return OperatorUseError(what)
-        elif (error.tag ^ mine) & 0xFFFFFF:
-            theirs = step + ((error.tag - mine + (1 << 23)) % (1 << 24)) - (1 << 23)
-            ahead, behind = (error.rank, rank) if theirs > step else (rank, error.rank)
+        elif (theirs ^ mine) & 0xFFFFFF:
+            their_step = step + ((theirs - mine + (1 << 23)) % (1 << 24)) - (1 << 23)
+            ahead, behind = (error.rank, rank) if their_step > step else (rank, error.rank)
             what = (
-                f"rank {ahead} did not exchange its gradients of {of_what} in step {min(step, theirs)}, in which rank {behind} "
-                f"did, and is in step {max(step, theirs)}"
+                f"rank {ahead} did not exchange its gradients of {of_what} in step {min(step, their_step)}, in which rank {behind} "
+                f"did, and is in step {max(step, their_step)}"
             )
         else:
             what = (
