@@ -75,7 +75,7 @@ def counted(program: Program) -> int:
 @pytest.mark.parametrize(
     ("kind", "ranks", "again"),
     [
-        ("best", "2", False),
+        pytest.param("best", "2", False, marks=pytest.mark.soak),
         ("deep", "1", True),
         pytest.param("every", "1", True, marks=pytest.mark.soak),
         pytest.param("every", "3", True, marks=pytest.mark.soak),
