@@ -17,6 +17,7 @@ import pytest
 from torchtrainer.process.child import ChildSpec
 from torchtrainer.process.error_file import write_error_file
 from torchtrainer.process.frames import FrameSocket
+from torchtrainer.process.guard import is_alive
 from torchtrainer.process.logs import LogTail, last_text, size_of
 from torchtrainer.process.paths import SOCKET_PATH_LIMIT, EnginePaths, private_directory
 from torchtrainer.process.signals import STACK_DUMP_SIGNAL, describe_exit
@@ -299,3 +300,28 @@ def test_private_directories_are_private(tmp_path) -> None:
     finally:
         paths.remove()
     assert not paths.root.exists()
+
+
+# Whether a process lives
+
+
+@pytest.mark.parametrize("end", [lambda: os._exit(0), lambda: os.kill(os.getpid(), signal.SIGKILL)])
+def test_a_process_that_ended_does_not_live_whether_or_not_its_parent_reaped_it(end) -> None:
+    pid = os.fork()
+    if pid == 0:
+        end()
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has reaped it
+    os.kill(pid, 0)
+    assert not is_alive(pid)
+    os.waitpid(pid, 0)
+    assert not is_alive(pid)
+
+
+def test_a_process_that_is_stopped_or_somebody_elses_lives() -> None:
+    with subprocess.Popen(["sleep", "60"]) as stopped:
+        stopped.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, stopped.pid, os.WSTOPPED | os.WNOWAIT)
+        assert is_alive(stopped.pid)
+        stopped.kill()
+    assert is_alive(1)
+    assert is_alive(os.getpid())

@@ -14,10 +14,12 @@ from resume_programs import (
     EXIT_TERMINATED,
     KINDS,
     SCRIPT,
+    TRIES,
     Run,
     Undisturbed,
     assert_each_sample_once,
     assert_same,
+    assert_stopped_as_asked,
     explained,
     interrupt_and_compare,
     results_of,
@@ -286,7 +288,8 @@ def test_a_run_whose_script_failed_in_a_call_that_is_no_pass_is_gone_on_with(tmp
         script=SCRIPT.replace("def streams(operator):", "def streams(operator):\n    point('streams', 0)"),
     )
     program = run.once(("streams", 0, "WORKERS"))
-    assert program.process.returncode == 1, explained(run)
+    assert_stopped_as_asked(program, ("streams", 0, "WORKERS"))
+    assert sum(line["kind"] == "failure" for line in run.history()) == TRIES
     run.once()
     assert_same(run, undisturbed.get(PLAIN), redone=True)
     assert len(resuming(run.programs[-1])) == 1

@@ -6,6 +6,7 @@ import secrets
 import shutil
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 from programs import CREATORS, Program, run_program, start_program
@@ -275,6 +276,30 @@ class FailsInSetup(TrainingOperator):
     errors = programs[-1].errors
     assert "ValueError: what rank 1 alone has" in errors, errors
     assert_nothing_left(programs)
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", pytest.param("os._exit(0)", marks=pytest.mark.soak)])
+def test_a_rank_that_ended_and_that_nobody_reaps_is_not_waited_for(tmp_path, end) -> None:
+    job = free_port()
+    text = (
+        CREATORS
+        + f"""
+class Ends(TrainingOperator):
+    def train_batch(self, batch, batch_info):
+        if self.world_rank == 1 and batch_info["batch_idx"] == 2:
+            {end}
+        return super().train_batch(batch, batch_info)
+
+TorchTrainer(training_operator_cls=Ends, **CREATORS).train()
+"""
+    )
+    waits, ends = (start_program(tmp_path, text, **variables("by hand", rank, job)) for rank in (0, 1))
+    waits.finish()
+    assert Path(f"/proc/{ends.process.pid}/stat").read_text().split()[2] == "Z", "it was to be there until now"
+    assert waits.process.returncode == 1
+    assert f"rank 1 (pid {ends.process.pid}) is gone" in waits.errors, waits.errors
+    ends.finish()
+    assert_nothing_left([waits, ends])
 
 
 @pytest.mark.soak

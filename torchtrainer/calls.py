@@ -172,7 +172,9 @@ class Calls:
     def _may_go_back(self) -> bool:
         step = self._step()
         self._losses = self._losses + 1 if step <= self._lost_at else 1
-        self._lost_at = step
+        self._lost_at = max(
+            step, self._lost_at
+        )  # the count of ranks that died may be one behind: that is no new step later
         self._lost_steps.lost(step)
         return self._losses <= self._max_failures
 

@@ -9,11 +9,14 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchtrainer.process.guard import process_exists
+from torchtrainer.process.guard import ENDED_STATES, is_alive, read_stat
 
 _NAME = re.compile(
     r"\.tmp-g(?P<generation>\d+)-(?P<boot>[0-9a-f]*)-(?P<pid>\d+)-(?P<started>\d*)-[0-9a-f]+-(?P<host>.+)", re.ASCII
 )
+
+_STARTED = 19
+"""Place of the time of its start among what `read_stat` says of a process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +94,6 @@ def _boot() -> str:
 def _started(pid: int) -> str | None:
     """When a process started; empty if the system does not say, None if there is no such process."""
     if not Path("/proc/self/stat").exists():
-        return "" if process_exists(pid) else None
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return None
-    state, *fields = stat.rpartition(")")[2].split()  # the name before it may hold blanks
-    return None if state in {"Z", "X"} else fields[18]
+        return "" if is_alive(pid) else None
+    stat = read_stat(pid)
+    return None if stat is None or stat[0] in ENDED_STATES else stat[_STARTED]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchtrainer.engines.memory_files import SharedMemory
 from torchtrainer.errors import EngineError
-from torchtrainer.process.guard import process_exists
+from torchtrainer.process.guard import is_alive
 
 if TYPE_CHECKING:
     from torchtrainer.comm.group import Collective
@@ -49,7 +49,7 @@ class LaunchedMemory:
                 return
             next_look[0] = time.monotonic() + LOOK_EVERY_S
             for rank, pid in enumerate(self._pids):
-                if not process_exists(pid):
+                if not is_alive(pid):
                     raise EngineError(
                         f"rank {rank} (pid {pid}) is gone, and this rank waited for its gradients: see its log"
                     )

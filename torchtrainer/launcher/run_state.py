@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from torchtrainer.driver.run_dir import BorrowedRunDirectory
 from torchtrainer.observe.history import FAILURE
-from torchtrainer.process.guard import process_exists
+from torchtrainer.process.guard import is_alive
 from torchtrainer.process.paths import RankPaths
 
 State = Literal["running", "ended", "unknown"]
@@ -177,7 +177,7 @@ def read_liveness(lock: Path) -> Liveness:
         return Liveness(state="unknown", pid=None, pid_alive=False)
     finally:
         os.close(fd)
-    return Liveness(state=state, pid=pid, pid_alive=pid is not None and process_exists(pid))
+    return Liveness(state=state, pid=pid, pid_alive=pid is not None and is_alive(pid))
 
 
 def _listed_holder(fd: int) -> int | None:

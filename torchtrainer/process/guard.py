@@ -7,6 +7,9 @@ import os
 import signal
 import sys
 
+ENDED_STATES = ("Z", "X")
+"""States in ``/proc`` of a process that has ended: not reaped yet, and being reaped."""
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -87,14 +90,28 @@ def thread_count() -> int:
         return 1
 
 
-def process_exists(pid: int) -> bool:
-    """Whether there is a process with this id, whoever's it is; always True where asking would end it (Windows)."""
+def is_alive(pid: int) -> bool:
+    """Whether a process with this id can still do something, whoever's it is; always True where asking would end it (Windows).
+
+    One that has ended and was not reaped by its parent still has its id, and does nothing any more.
+    """
     if sys.platform == "win32":
         return True
     try:
         os.kill(pid, 0)
     except PermissionError:
-        return True
+        pass
     except OSError:
         return False
-    return True
+    stat = read_stat(pid)
+    return stat is None or stat[0] not in ENDED_STATES
+
+
+def read_stat(pid: int) -> list[str] | None:
+    """What ``/proc`` says of a process, from its state on; None: it says nothing."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            text = file.read()
+    except OSError:
+        return None
+    return text.rpartition(")")[2].split()  # the name before it may hold blanks and parentheses
