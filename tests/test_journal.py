@@ -129,6 +129,10 @@ def never(path: Path) -> bool:  # stands for a question about a path
     return False
 
 
+def unexpected(problem: str) -> None:
+    pytest.fail(problem)
+
+
 def test_a_record_comes_back(tmp_path) -> None:
     one = record(lr=0.1, layers=[1, 2])
     one.write(tmp_path)
@@ -137,34 +141,36 @@ def test_a_record_comes_back(tmp_path) -> None:
 
 
 def test_the_latest_start_of_the_script_counts(tmp_path) -> None:
-    assert find_previous(tmp_path, record("b"), live=never) is None
+    assert find_previous(tmp_path, record("b"), live=never, on_problem=unexpected) is None
     old = write(tmp_path, "old", record("old", state="preempted", started_s=1.0))
     new = write(tmp_path, "new", record("new", state="finished", started_s=2.0))
-    found = find_previous(tmp_path, record("b"), live=never)
+    found = find_previous(tmp_path, record("b"), live=never, on_problem=unexpected)
     assert found is not None
     assert found[0] == new
-    assert not others_unfinished(old, record("old", state="preempted"))
+    assert not others_unfinished(old, record("old", state="preempted"), unexpected)
 
 
 def test_the_trainers_of_a_script_are_gone_on_with_together(tmp_path) -> None:
     first = write(tmp_path, "1", record("a", 1, "finished", 1.0))
     second = write(tmp_path, "2", record("a", 2, "preempted", 2.0))
-    found = [find_previous(tmp_path, record("b", ordinal), live=never) for ordinal in (1, 2, 3)]
+    found = [find_previous(tmp_path, record("b", ordinal), live=never, on_problem=unexpected) for ordinal in (1, 2, 3)]
     assert [pair and pair[0] for pair in found] == [first, second, None]
-    assert others_unfinished(first, record("a", 1, "finished"))
-    assert not others_unfinished(second, record("a", 2, "preempted"))
+    assert others_unfinished(first, record("a", 1, "finished"), unexpected)
+    assert not others_unfinished(second, record("a", 2, "preempted"), unexpected)
 
 
 def test_a_live_run_is_left_alone(tmp_path) -> None:
     write(tmp_path, "one", record())
     another = replace(record("b"), pid=2)
-    assert find_previous(tmp_path, another, live=lambda _: True) is None
+    assert find_previous(tmp_path, another, live=lambda _: True, on_problem=unexpected) is None
 
 
 def test_a_trainer_of_this_process_is_not_a_live_run_of_another(tmp_path) -> None:
     write(tmp_path, "1", record("a", 1))
     write(tmp_path, "2", record("a", 2, "preempted"))
-    assert find_previous(tmp_path, record("a", 2), live=lambda path: path.name == "1") is not None
+    assert (
+        find_previous(tmp_path, record("a", 2), live=lambda path: path.name == "1", on_problem=unexpected) is not None
+    )
 
 
 def test_a_record_of_a_newer_version_is_named(tmp_path) -> None:

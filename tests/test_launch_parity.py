@@ -424,6 +424,11 @@ WRONG_VALUES = (
 
 DIFFERENCES = (
     Difference(
+        name="two spellings of one option",
+        reason="an abbreviation of --nproc-per-node and --nproc_per_node stands for one option, as in newer versions of Python",
+        covers=lambda f: f.case == "nproc abbreviated" and (f.aspect != "exit code" or (f.torch, f.ours) == (2, 0)),
+    ),
+    Difference(
         name="wrong values are wrong usage",
         reason="a value that no run can use is refused by the parser in one line, with its exit code",
         covers=lambda f: f.case in WRONG_VALUES and (f.aspect, f.torch, f.ours) == ("exit code", 1, 2),
@@ -464,11 +469,6 @@ DIFFERENCES = (
         name="preempted",
         reason="workers say with exit code 75 that they stopped for a preemption with their state saved; so does the launcher",
         covers=lambda f: (f.case, f.aspect, f.torch, f.ours) == ("exit 75", "exit code", 1, 75),
-    ),
-    Difference(
-        name="two spellings of one option",
-        reason="an abbreviation of --nproc-per-node and --nproc_per_node stands for one option, as in newer versions of Python",
-        covers=lambda f: f.case == "nproc abbreviated" and (f.aspect != "exit code" or (f.torch, f.ours) == (2, 0)),
     ),
     Difference(
         name="help text",

@@ -20,12 +20,12 @@ from torchtrainer.launcher.run_state import (
     NotARunDirectoryError,
     _every_lock_is_listed,
     find_runs,
-    printable,
     read_liveness,
     read_status,
 )
 from torchtrainer.launcher.status import BARS, CURVE_WIDTH, curve
 from torchtrainer.process.error_file import write_error_file
+from torchtrainer.process.own_files import printable
 
 ONE_WORKER = CREATORS + "CREATORS['num_workers'] = 1\n"
 THREE_EPOCHS = """

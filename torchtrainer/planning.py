@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torchtrainer.arguments import (
@@ -27,6 +28,7 @@ from torchtrainer.errors import InvalidArgumentError, ResumeError
 from torchtrainer.observe.devices import gpu_count
 from torchtrainer.observe.notices import notice, notice_once
 from torchtrainer.preempt.watch import NoticeWatch
+from torchtrainer.process.paths import private_directory
 from torchtrainer.resume import OpenRun, borrowed, known, open_run
 from torchtrainer.spec import BuildSpec
 from torchtrainer.topology import WORKER_MARK, Topology
@@ -108,8 +110,15 @@ class RunPlan:
             logs_stay: whether that directory outlives the run.
             orders: where and how states are kept.
             compiled: where compiled models are kept; None: where torch keeps them.
+
+        Raises:
+            OSError: the directory for compiled models cannot be made.
         """
         keeps = self.spec.settings.compile and compiled is not None and not _has_compile_cache(os.environ)
+        if keeps:
+            private_directory(
+                Path(str(compiled))
+            )  # torch would make one that others may write to, if the umask lets it
         return GroupPlan(
             spec=self.spec,
             world_size=self.world_size,

@@ -27,6 +27,7 @@ from torchtrainer.driver.run_dir import (
     is_live,
     open_run_dir,
     program_name,
+    telling_unusable,
 )
 from torchtrainer.driver.run_record import (
     RECORD,
@@ -42,7 +43,8 @@ from torchtrainer.driver.run_record import (
 )
 from torchtrainer.engines.snapshots import CheckpointOrders
 from torchtrainer.errors import CheckpointDamagedError, CheckpointError, ResumeError
-from torchtrainer.observe.notices import notice
+from torchtrainer.observe.notices import notice, notice_once
+from torchtrainer.process.own_files import RECORD_BYTES, printable, read_own
 from torchtrainer.run_places import beside, checkpoints_of, kept_below, remote_url
 
 FRESH = "pass resume=False to start anew"
@@ -124,7 +126,7 @@ class OpenRun:
             return
         self.record.write(self.directory.root)
         if self.remote is not None:
-            self.remote.put_note(RECORD, (self.directory.root / RECORD).read_bytes())
+            self.remote.put_note(RECORD, read_own(self.directory.root / RECORD, RECORD_BYTES))
 
     def note_end(self) -> None:
         """The run is over; if nobody said how, it came to its end."""
@@ -175,17 +177,17 @@ def open_run(
     directory = open_run_dir(path)
     assert isinstance(directory, RunDirectory)
     try:
-        asked = "" if run_dir == "auto" else Path(run_dir).name
         opened = OpenRun(
             directory=directory,
-            record=replace(wanted, asked=asked),
+            record=replace(wanted, asked="" if run_dir == "auto" else Path(run_dir).name),
             records=[],
             checkpoints=checkpoints_of(config, directory.root),
         )
         _find_generation(opened, config)
         if previous is not None:
             _take_over(opened, previous, config)
-        opened.write_record()
+        with telling_unusable(path):
+            opened.write_record()
     except BaseException:
         directory.close()
         raise
@@ -204,14 +206,14 @@ def choose(run_dir: str | os.PathLike[str], resume: bool | str, wanted: RunRecor
         found = None
         if resume is not False and not (wanted.notebook and resume == "auto"):
             runs = kept_below(Path(RUNS) / program_name())
-            found = find_previous(runs, wanted, live=is_live)
+            found = find_previous(runs, wanted, live=is_live, on_problem=notice_once)
         fresh = kept_below(automatic_root(datetime.now()))  # which looked for a free name in ./runs only
-        return _judge(found, resume, wanted, beside(fresh) if fresh.exists() else fresh)
+        return _judge(found, resume, wanted, beside(fresh) if os.path.lexists(fresh) else fresh)
     path = kept_below(Path(run_dir))
     if path.is_symlink():  # opening it refuses it, and nothing behind it is read
         return path, None
     RunRecord.read(path)
-    found = find_beside(path, wanted)
+    found = find_beside(path, wanted, notice_once)
     live = path if is_live(path) else found[0] if found is not None and is_live(found[0]) else None
     if live is not None:  # opening it says by whom
         return live, None
@@ -232,7 +234,7 @@ def _judge(
     if resume is True:
         if difference is not None:
             raise ResumeError(
-                f"the run in {path} cannot be gone on with: {difference}. Put it back, name it in may_change, or {FRESH}"
+                f"the run in {printable(str(path))} cannot be gone on with: {difference}. Put it back, name it in may_change, or {FRESH}"
             )
         return path, record
     why = _why_not(path, record, wanted, difference)
@@ -253,7 +255,7 @@ def _why_not(path: Path, record: RunRecord, wanted: RunRecord, difference: str |
         return "runs of notebooks are gone on with only if you say so"
     if difference is not None:
         return difference
-    if record.state not in RESUMABLE and not others_unfinished(path, record):
+    if record.state not in RESUMABLE and not others_unfinished(path, record, notice_once):
         return f"it {_ENDED[record.state]}"
     return None
 
@@ -278,7 +280,7 @@ def _choose_remote(
         told = RemoteStore(url, keep=config.keep, on_problem=notice).read_note(RECORD) if url is not None else None
         if told is None:
             continue
-        record = RunRecord.parse(told.decode(), str(url))
+        record = RunRecord.parse(told, str(url))
         if record.ordinal != wanted.ordinal or root.exists():
             continue
         difference = record.difference(wanted)

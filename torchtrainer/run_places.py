@@ -19,7 +19,7 @@ def kept_below(path: Path) -> Path:
 def beside(path: Path) -> Path:
     """A path like this one at which nothing is."""
     number = 2
-    while (candidate := path.with_name(f"{path.name}-{number}")).exists():
+    while os.path.lexists(candidate := path.with_name(f"{path.name}-{number}")):
         number += 1
     return candidate
 

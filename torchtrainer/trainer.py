@@ -42,6 +42,7 @@ from torchtrainer.observe.status import ProcessStatus, Status
 from torchtrainer.observe.watch import Watch
 from torchtrainer.planning import RunPlan, plan_run
 from torchtrainer.preempt.watch import NoticeWatch
+from torchtrainer.process.paths import private_directory
 from torchtrainer.process.streams import open_standard_descriptors
 from torchtrainer.resume import OpenRun
 from torchtrainer.run_places import kept_below
@@ -315,7 +316,10 @@ class TorchTrainer:
             )
         directory = self._run_dir.traces if path is None else kept_below(Path(path)).absolute()
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            if path is None:
+                private_directory(directory)
+            else:
+                directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InvalidArgumentError(
                 f"profile_steps cannot write to path={os.fspath(directory)!r}: {error}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from torchtrainer.process.whole_file import replace_file
 DIRECTORY = "calls"
 """In a run directory, for results that are no JSON."""
 _ENDING = ".copy.pt"
+_DIGEST_BYTES = 16
 
 
 class Copies:
@@ -45,7 +47,7 @@ class Copies:
         Raises:
             OSError: it could not be written.
         """
-        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        digest = hashlib.blake2b(content, digest_size=_DIGEST_BYTES).hexdigest()
         path = self.path(digest)
         if not path.exists():
             private_directory(path.parent)
@@ -67,6 +69,11 @@ class Copies:
             if all(reference.expired() for reference in self._known[digest]):
                 del self._known[digest]
                 self.path(digest).unlink(missing_ok=True)
+
+
+def is_digest(text: str) -> bool:
+    """Whether a state can have this name, which is made a path of."""
+    return re.fullmatch(rf"[0-9a-f]{{{2 * _DIGEST_BYTES}}}", text) is not None
 
 
 def models_of(model: Any) -> list[dict[str, Any]]:

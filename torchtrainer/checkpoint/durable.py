@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import stat
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +12,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
 from torchtrainer.checkpoint.failpoints import failpoint
+from torchtrainer.process.own_files import open_to_read
 
 READ_BYTES: Final = 1024**2
 """How much is read at a time to digest a file."""
 FILE_MODE: Final = 0o600
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-# Not blocking, because opening a pipe in the place of a file would wait for its other end.
-_READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,22 +119,6 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], *, failpoints: s
         if file.error is not None:
             raise file.error
         return file.sync()
-
-
-def open_to_read(path: Path) -> BinaryIO:
-    """Opens a regular file; links are not followed, and nothing else is read.
-
-    Raises:
-        OSError: it cannot be opened or is something else.
-    """
-    fd = os.open(path, _READ)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise FileNotFoundError(f"{path} is not a regular file")
-        return os.fdopen(fd, "rb", buffering=0)
-    except BaseException:
-        os.close(fd)
-        raise
 
 
 def digest_file(path: Path) -> FileDigest:

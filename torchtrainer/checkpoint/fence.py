@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -17,6 +16,7 @@ from torchtrainer.checkpoint.durable import FILE_MODE, sync_directory
 from torchtrainer.checkpoint.failpoints import failpoint
 from torchtrainer.checkpoint.manifest import Identity
 from torchtrainer.errors import CheckpointFencedError
+from torchtrainer.process.own_files import open_own
 from torchtrainer.process.paths import private_directory
 
 CORRUPT: Final = ".corrupt"
@@ -55,14 +55,11 @@ def claim(root: Path, generation: int) -> Path:
         OSError: the directory cannot be made, is a link, belongs to somebody else, or others may write to it.
     """
     root = private_directory(root.absolute())
-    mode = root.stat().st_mode
-    if sys.platform != "win32" and mode & 0o022:
-        raise OSError(f"other users may write to it (mode {mode & 0o777:o}): run chmod go-w {root}")
     check_fence(root, generation)
     path = root / f"generation-{generation:04d}"
     if not path.exists():
         failpoint("checkpoint.claim")
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), FILE_MODE))
+        os.close(open_own(path, os.O_WRONLY | os.O_CREAT, FILE_MODE))
         failpoint("checkpoint.claim.fsync")
         sync_directory(root)
         sync_directory(root.parent)

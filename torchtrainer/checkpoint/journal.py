@@ -8,18 +8,32 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from torchtrainer.checkpoint.copies import DIRECTORY, Copies
+from torchtrainer.checkpoint.copies import DIRECTORY, Copies, is_digest
 from torchtrainer.checkpoint.verified import Checkpoint
 from torchtrainer.errors import CallMismatchError, RunDirectoryError
+from torchtrainer.process.own_files import LINES_BYTES, open_to_read, parse_json, printable, read_own
 from torchtrainer.process.paths import private_directory
 from torchtrainer.process.whole_file import append_line, replace_file, whole_lines
+
+_MAX_SHOWN = 200
+_FIELDS: Mapping[str, Callable[[Any], bool]] = {
+    "call": lambda value: type(value) is str,
+    "step": lambda value: type(value) is int,
+    "epoch": lambda value: type(value) is int,
+    "lost": lambda value: type(value) is str,
+    "kept": lambda value: value is True,
+    "copy": lambda value: type(value) is str and is_digest(value),
+    "function": lambda value: type(value) is dict and all(type(one) is str for one in value.values()),
+}
+"""By name, whether a value of JSON is that of a field; a result may be anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +88,15 @@ class Journal:
             RunDirectoryError: a line is not what was written.
         """
         try:
-            content = _journal(root).read_bytes()
+            content = read_own(_journal(root), LINES_BYTES)
         except FileNotFoundError:
             return []
         try:
-            return [json.loads(line) for line in whole_lines(content)]
+            return [_line_of_call(parse_json(line)) for line in whole_lines(content)]
         except ValueError as error:
+            why = printable(str(error), _MAX_SHOWN)
             raise RunDirectoryError(
-                f"{_journal(root)} is not what was written ({error}): the run in {root} cannot be resumed; pass resume=False "
+                f"{_journal(root)} is not what was written ({why}): the run in {root} cannot be resumed; pass resume=False "
                 "to start anew, or another run_dir"
             ) from error
 
@@ -183,29 +198,47 @@ class Journal:
         if recorded is not None and asked != recorded:
             raise CallMismatchError(
                 f"the script asks for {asked} as call {self._index + 1} of this trainer, where the run that it would resume "
-                f"had {recorded}: put the script back as it was, or pass resume=False to start anew (the run is in {self._root})"
+                f"had {printable(recorded)}: put the script back as it was, or pass resume=False to start anew (the run is in {self._root})"
             )
 
     def _result_of(self, record: dict[str, Any]) -> Any:
         if "lost" in record:
             raise RunDirectoryError(
-                f"the run cannot be resumed: {record['call']} returned {record['lost']}, which could not be recorded. Return "
-                "numbers, text, tensors, or lists and dicts of them, and pass resume=False to start anew"
+                f"the run cannot be resumed: {printable(record['call'])} returned {printable(record['lost'])}, which could not be "
+                "recorded. Return numbers, text, tensors, or lists and dicts of them, and pass resume=False to start anew"
             )
         if "kept" not in record and "copy" not in record:
             return record.get("result")
         import torch
 
         path = self.copies.path(record["copy"]) if "copy" in record else _kept(self._root, self._index)
-        if "copy" in record and not path.exists():
+        if "copy" in record and not os.path.lexists(path):
             return None
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with open_to_read(path) as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
+            why = printable(str(error).partition("\n")[0], _MAX_SHOWN)
             raise RunDirectoryError(
-                f"the run cannot be resumed: {path} is not what was written ({str(error).splitlines()[0]}). Nothing in it was "
-                "run; pass resume=False to start anew"
+                f"the run cannot be resumed: {path} is not what was written ({why}). Nothing in it was run; pass resume=False "
+                "to start anew"
             ) from error
+
+
+def _line_of_call(record: Any) -> dict[str, Any]:
+    """A line of the journal, if it is one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if type(record) is not dict:
+        raise ValueError(f"a line is {record!r}")
+    for key, value in record.items():
+        if key in _FIELDS and not _FIELDS[key](value):
+            raise ValueError(f"{key} of a call is {value!r}")
+    if missing := {"call", "step", "epoch"} - set(record):
+        raise ValueError(f"a line has no {min(missing)}")
+    return record
 
 
 def _bytes_of(result: Any) -> tuple[bytes | None, str | None]:
@@ -263,7 +296,7 @@ def put_call_files(root: Path, checkpoint: Checkpoint) -> None:
 
 def _copy(path: Path, file: BinaryIO) -> None:
     with suppress(FileNotFoundError):  # removed meanwhile; then it is empty, and not put back
-        file.write(path.read_bytes())
+        file.write(read_own(path, None))
 
 
 def _journal(root: Path) -> Path:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from torchtrainer.checkpoint.durable import digest_file, open_to_read
+from torchtrainer.checkpoint.durable import digest_file
 from torchtrainer.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Identity, Manifest
 from torchtrainer.errors import CheckpointDamagedError, CheckpointError
+from torchtrainer.process.own_files import open_to_read
 
 _GONE_OR_BAD: Final = frozenset(
     {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO, errno.ENODATA}

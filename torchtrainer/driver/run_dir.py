@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from torchtrainer.errors import InvalidArgumentTypeError, RunDirectoryError
-from torchtrainer.process.paths import private_directory
+from torchtrainer.process.own_files import (
+    LINES_BYTES,
+    RECORD_BYTES,
+    check_directory,
+    check_file,
+    check_tree,
+    open_own,
+    others_may_write,
+)
+from torchtrainer.process.paths import RankPaths, private_directory
 
 RUNS = "runs"
+_FILES = {
+    "lock": None,
+    "run.json": RECORD_BYTES,
+    ".run.json.unready": None,
+    "calls.jsonl": LINES_BYTES,
+    "shown": None,
+    "history.jsonl": LINES_BYTES,
+}
+_DIRECTORIES = ("calls", "checkpoints", "compiled", "logs", "traces")
+_NAMES = (*_FILES, *_DIRECTORIES)
+"""What a run has in its directory: files, with the longest that each can be, and directories."""
 
 
 class RunFiles:
@@ -71,17 +94,14 @@ class RunDirectory(RunFiles):
     def __init__(self, root: Path) -> None:
         self._lock_fd: int | None = None
         self._owner_pid = os.getpid()
-        try:
-            self.root = private_directory(root.absolute())
+        self.root = root.absolute()
+        with telling_unusable(root):
+            self._keep_others_out()
+            private_directory(self.root)
+            check_run_files(self.root)
+            check_compiled(self.root)
             private_directory(self.logs)
             self._lock()
-        except RunDirectoryError:
-            raise
-        except OSError as error:
-            raise RunDirectoryError(
-                f"run_dir {root} cannot be used: {error}. Pass run_dir=<a directory you can write to>, or run_dir=None "
-                "to keep nothing."
-            ) from error
 
     @property
     def shown(self) -> str | None:
@@ -100,16 +120,27 @@ class RunDirectory(RunFiles):
             os.close(self._lock_fd)
             self._lock_fd = None
 
+    def _keep_others_out(self) -> None:
+        """A directory of the user's that no run was in yet becomes one that others may not write to, if they could."""
+        try:
+            found = self.root.lstat()
+        except FileNotFoundError:
+            return
+        fresh = stat.S_ISDIR(found.st_mode) and not any(os.path.lexists(self.root / name) for name in _NAMES)
+        if fresh and others_may_write(self.root, found):
+            self.root.chmod(stat.S_IMODE(found.st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
+
     def _lock(self) -> None:
         if sys.platform == "win32":  # no advisory locks there
             return
         import fcntl
 
-        fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = open_own(self.root / "lock", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pid = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
+            told = os.read(fd, 32).strip()
+            pid = told.decode() if told.isdigit() else "unknown"
             os.close(fd)
             if pid == str(os.getpid()):
                 who, what = "another trainer of this process", "shut that trainer down"
@@ -158,6 +189,53 @@ class BorrowedRunDirectory(RunFiles):
         """Leaves everything to the owner."""
 
 
+@contextmanager
+def telling_unusable(root: Path) -> Iterator[None]:
+    """What the system says of a run directory in this block is an error of the directory: a RunDirectoryError."""
+    try:
+        yield
+    except RunDirectoryError:
+        raise
+    except OSError as error:
+        raise RunDirectoryError(
+            f"run_dir {root} cannot be used: {error}. Pass run_dir=<a directory you can write to>, or run_dir=None to keep "
+            "nothing."
+        ) from error
+
+
+def check_run_files(root: Path) -> None:
+    """Looks at all that a run goes on with or writes to in its directory, as far as it is there.
+
+    What is in checkpoints is verified when one of them is used.
+
+    Raises:
+        UnsafeFileError: something is not what a run puts there, or others may write to it.
+        OSError: it cannot be looked at.
+    """
+    check_directory(root)
+    for name, limit_bytes in _FILES.items():
+        check_file(root / name, limit_bytes)
+    for name in _DIRECTORIES:
+        if os.path.lexists(root / name):
+            check_directory(root / name)
+    for path in (root / "calls").glob("*.pt"):
+        check_file(path)
+    for directory in (root / "logs").glob("rank_*"):
+        check_directory(directory)
+        for path in RankPaths(directory).all():
+            check_file(path)
+
+
+def check_compiled(root: Path) -> None:
+    """Looks at the compiled models of a run, all of which torch would run, for something of somebody else's.
+
+    Raises:
+        UnsafeFileError: there is something.
+        OSError: they cannot be looked at.
+    """
+    check_tree(root / "compiled")
+
+
 def is_live(root: Path) -> bool:
     """Whether a run in this directory is going on."""
     if sys.platform == "win32":  # no advisory locks there
@@ -165,7 +243,7 @@ def is_live(root: Path) -> bool:
     import fcntl
 
     try:
-        fd = os.open(root / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_own(root / "lock", os.O_RDONLY)
     except OSError:
         return False
     try:
@@ -182,7 +260,7 @@ def automatic_root(now: datetime) -> Path:
     base = Path(RUNS) / program_name()
     stamp = now.strftime("%Y-%m-%d_%H-%M-%S")
     candidate, number = base / stamp, 1
-    while candidate.exists():
+    while os.path.lexists(candidate):
         number += 1
         candidate = base / f"{stamp}_{number}"
     return candidate

@@ -12,12 +12,14 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torchtrainer.driver.fingerprint import differences, fingerprint, script_arguments
+from torchtrainer.driver.run_dir import check_compiled, check_run_files, telling_unusable
 from torchtrainer.errors import CallMismatchError, RunDirectoryError
+from torchtrainer.process.own_files import RECORD_BYTES, parse_json, printable, read_own
 from torchtrainer.process.whole_file import replace_file
 from torchtrainer.spec import BuildSpec
 from torchtrainer.version import __version__
@@ -25,6 +27,8 @@ from torchtrainer.version import __version__
 FORMAT = 2
 """Of the record; a run with a higher one was made by a newer version, and one with a lower says less of what it depends on."""
 RECORD = "run.json"
+MAX_SHOWN = 200
+"""Of a text from a record in an error, in characters."""
 
 RunState = Literal["running", "finished", "interrupted", "failed", "preempted"]
 RESUMABLE: tuple[RunState, ...] = ("running", "failed", "preempted")
@@ -100,51 +104,77 @@ class RunRecord:
         """The record of a run directory; None if it has none.
 
         Raises:
-            RunDirectoryError: it is of a newer version, or not what was written.
+            RunDirectoryError: it is of a newer version, or not what was written; or the directory is not the user's alone, or has
+                something else in it than a run puts there.
         """
-        try:
-            text = (root / RECORD).read_text()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return cls.parse(text, str(root))
+        with telling_unusable(root):
+            try:
+                content = read_own(root / RECORD, RECORD_BYTES)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            check_run_files(root)
+        return cls.parse(content, str(root))
 
     @classmethod
-    def parse(cls, text: str, root: str) -> RunRecord:
-        """A record out of its text.
+    def parse(cls, content: bytes, root: str) -> RunRecord:
+        """A record out of its file.
 
         Args:
-            text: what `write` wrote.
+            content: what `write` wrote.
             root: the run directory, for errors.
 
         Raises:
             RunDirectoryError: it is of a newer version, or not what was written.
         """
         try:
-            told = json.loads(text)
+            told = parse_json(content)
             if told["format"] > FORMAT:
+                version = printable(str(told.get("version")), MAX_SHOWN)
                 raise RunDirectoryError(
-                    f"run_dir {root} was made by torchtrainer {told.get('version')}, whose records (format {told['format']}) "
+                    f"run_dir {root} was made by torchtrainer {version}, whose records (format {told['format']}) "
                     f"this version does not know (up to {FORMAT}): use that version, or pass another run_dir"
                 )
             later = {} if told["format"] == FORMAT else {"may_change": [], "asked": ""}
-            return cls(**{one.name: {**later, **told}[one.name] for one in fields(cls)})
+            return cls(**{one.name: _typed({**later, **told}[one.name], one) for one in fields(cls)})
         except (ValueError, KeyError, TypeError) as error:
+            why = printable(f"{type(error).__name__}: {error}", MAX_SHOWN)
             raise RunDirectoryError(
-                f"{root}/{RECORD} is not what was written ({type(error).__name__}: {error}): remove the directory, or pass "
-                "another run_dir"
+                f"{root}/{RECORD} is not what was written ({why}): remove the directory, or pass another run_dir"
             ) from error
 
     def difference(self, wanted: RunRecord) -> str | None:
         """In what the training that is wanted is not the one that was recorded; None: it is the same."""
         if self.format != wanted.format:
-            return f"torchtrainer {self.version} made it, which did not record enough to compare"
+            return f"torchtrainer {printable(self.version, MAX_SHOWN)} made it, which did not record enough to compare"
         found = differences(self.parts, wanted.parts, wanted.may_change)
         more = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        return ", ".join(found[:_NAMED]) + more if found else None
+        return printable(", ".join(found[:_NAMED])) + more if found else None
 
 
 _NAMED = 3
 """How many differences are named."""
+
+_IS: Mapping[str, Callable[[Any], bool]] = {
+    "str": lambda value: type(value) is str,
+    "int": lambda value: type(value) is int,
+    "float": lambda value: type(value) in (int, float),
+    "bool": lambda value: type(value) is bool,
+    "dict[str, str]": lambda value: type(value) is dict and all(type(one) is str for one in value.values()),
+    "list[str]": lambda value: type(value) is list and all(type(one) is str for one in value),
+    "RunState": lambda value: value in get_args(RunState),
+}
+"""By the annotation of a field, whether a value of JSON is one."""
+
+
+def _typed(value: Any, of: Field[Any]) -> Any:
+    """The value of a field, if it is one.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not _IS[str(of.type)](value):
+        raise TypeError(f"{of.name} is {value!r}, not {of.type}")
+    return value
 
 
 @dataclass
@@ -254,18 +284,21 @@ def in_notebook() -> bool:
     return "ipykernel" in sys.modules
 
 
-def find_previous(runs: Path, wanted: RunRecord, *, live: Callable[[Path], bool]) -> tuple[Path, RunRecord] | None:
+def find_previous(
+    runs: Path, wanted: RunRecord, *, live: Callable[[Path], bool], on_problem: Callable[[str], None]
+) -> tuple[Path, RunRecord] | None:
     """The run that a trainer would go on with, among those of its script: the latest one that fits, else the latest, however it ended.
 
     Args:
         runs: directory with one directory per run.
         wanted: the trainer that is being made.
         live: whether a run directory is in use; other trainers of this process, which are gone on with too, do not count.
+        on_problem: told in a sentence of a run that is left out, as its directory is not what a run leaves.
 
     Returns:
         None: there is none, or the latest start is still going on.
     """
-    found = list(_records(runs))
+    found = list(_records(runs, on_problem))
     if not found:
         return None
     latest = max(found, key=lambda pair: pair[1].started_s)[1].script_run
@@ -275,17 +308,29 @@ def find_previous(runs: Path, wanted: RunRecord, *, live: Callable[[Path], bool]
     together = [
         pair for pair in mine if pair[1].script_run == wanted.script_run
     ]  # an earlier trainer went on with that start
-    return _best(together or mine, wanted)
+    return _sound(_best(together or mine, wanted), on_problem)
 
 
-def find_beside(path: Path, wanted: RunRecord) -> tuple[Path, RunRecord] | None:
+def find_beside(path: Path, wanted: RunRecord, on_problem: Callable[[str], None]) -> tuple[Path, RunRecord] | None:
     """The same among the runs that asked for a directory: those there, and beside it where something else was there already."""
     found = [
         (place, record)
-        for place, record in _records(path.parent, prefix=path.name)
+        for place, record in _records(path.parent, on_problem, prefix=path.name)
         if place.name == path.name or (record.asked == path.name and place.name.startswith(f"{path.name}-"))
     ]
     return _best([pair for pair in found if pair[1].script_run == wanted.script_run] or found, wanted)
+
+
+def _sound(best: tuple[Path, RunRecord] | None, on_problem: Callable[[str], None]) -> tuple[Path, RunRecord] | None:
+    """The run, unless it has something of somebody else's that torch would run."""
+    if best is None:
+        return None
+    try:
+        check_compiled(best[0])
+    except OSError as error:
+        on_problem(f"{best[0]} cannot be gone on with: {error}")
+        return None
+    return best
 
 
 def _best(found: list[tuple[Path, RunRecord]], wanted: RunRecord) -> tuple[Path, RunRecord] | None:
@@ -294,22 +339,25 @@ def _best(found: list[tuple[Path, RunRecord]], wanted: RunRecord) -> tuple[Path,
     return max(fitting or found, key=lambda pair: pair[1].started_s, default=None)
 
 
-def others_unfinished(path: Path, record: RunRecord) -> bool:
+def others_unfinished(path: Path, record: RunRecord, on_problem: Callable[[str], None]) -> bool:
     """Whether another trainer of the same start of the script, in a directory beside this one, was cut off."""
     return any(
         other.script_run == record.script_run and other.state in RESUMABLE
-        for place, other in _records(path.parent)
+        for place, other in _records(path.parent, on_problem)
         if place != path
     )
 
 
-def _records(runs: Path, prefix: str = "") -> Iterator[tuple[Path, RunRecord]]:
+def _records(runs: Path, on_problem: Callable[[str], None], prefix: str = "") -> Iterator[tuple[Path, RunRecord]]:
     for path in runs.iterdir() if runs.is_dir() else ():
-        if not path.name.startswith(prefix):
+        if not path.name.startswith(prefix) or path.is_symlink():
             continue
         try:
             record = RunRecord.read(path)
-        except (RunDirectoryError, OSError):
-            continue  # not for us to judge: whoever asks for it by name is told
-        if record is not None and not path.is_symlink():
+        except (
+            RunDirectoryError
+        ) as error:  # it may be somebody else's to mend, and is no reason for others not to start
+            on_problem(f"{path} is no run that can be gone on with, and is left out: {error}")
+            continue
+        if record is not None:
             yield path, record

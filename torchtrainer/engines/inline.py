@@ -14,6 +14,7 @@ from torchtrainer.engines.base import GroupPlan
 from torchtrainer.engines.inline_group import InlineGroup, device_of
 from torchtrainer.errors import EngineError
 from torchtrainer.process.child import flush_output
+from torchtrainer.process.own_files import open_own
 from torchtrainer.process.paths import RankPaths, private_directory
 from torchtrainer.topology import Topology, to_environ
 
@@ -134,15 +135,16 @@ class SpmdEngine:
             joined.close()
 
     def _send_stdout_to_log(self, plan: GroupPlan) -> None:
-        path = os.devnull
         if plan.logs_stay:
             paths = RankPaths.of(plan.log_dir, self.topology.rank)
             private_directory(paths.root)
-            path = str(paths.stream("stdout"))
+            fd = open_own(paths.stream("stdout"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        else:
+            fd = os.open(os.devnull, os.O_WRONLY)
         flush_output()
         if self._log is not None:
             self._log.close()
-        self._log = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", buffering=1)  # noqa: SIM115
+        self._log = open(fd, "w", buffering=1)  # noqa: SIM115
         sys.stdout = self._log
 
 

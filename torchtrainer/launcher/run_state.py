@@ -20,6 +20,7 @@ from typing import Any, Literal
 from torchtrainer.driver.run_dir import BorrowedRunDirectory
 from torchtrainer.observe.history import FAILURE
 from torchtrainer.process.guard import is_alive
+from torchtrainer.process.own_files import open_own, open_to_read, parse_json, printable
 from torchtrainer.process.paths import RankPaths
 
 State = Literal["running", "ended", "unknown"]
@@ -162,7 +163,7 @@ def read_liveness(lock: Path) -> Liveness:
     directory with other containers), a shared lock is tried and let go at once.
     """
     try:
-        fd = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = open_own(lock, os.O_RDONLY)
     except OSError:
         return Liveness(state="unknown", pid=None, pid_alive=False)
     try:
@@ -245,7 +246,7 @@ def read_results(history: Path, *, running: bool) -> tuple[list[dict[str, Any]],
     results = []
     for line in lines:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if record["kind"] == FAILURE:
                 continue
             if not isinstance(record["metrics"], dict) or not isinstance(record["kind"], str):
@@ -265,24 +266,18 @@ def read_errors(ranks: Mapping[int, RankPaths]) -> tuple[RankError, ...]:
             continue
         written_s = _modified_s(paths.error)
         try:
-            message = json.loads(_read(paths.error))["message"]
+            message = parse_json(_read(paths.error))["message"]
             text = str(message["message"]).strip()
             # The time stamp has whole seconds; the file's own time tells those of one second apart, if nobody copied it.
             stamp_s = float(message["extraInfo"]["timestamp"])
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             text, stamp_s = "", written_s
         if math.isfinite(stamp_s) and not stamp_s <= written_s < stamp_s + 2:
             written_s = stamp_s
         errors.append(
-            RankError(rank=rank, time_s=written_s, text=printable(text.split("\n")[0]), path=str(paths.error))
+            RankError(rank=rank, time_s=written_s, text=printable(text.split("\n")[0], MAX_LINE), path=str(paths.error))
         )
     return tuple(sorted(errors, key=lambda error: (error.time_s, error.rank)))
-
-
-def printable(text: str, limit: int = MAX_LINE) -> str:
-    """A text from a file, safe to print: one line, no control characters, not too long."""
-    safe = "".join(character if character.isprintable() else "?" for character in text[:limit])
-    return safe + "…" * (len(text) > limit)
 
 
 def _ranks(logs: Path) -> dict[int, RankPaths]:
@@ -310,10 +305,8 @@ def _modified_s(path: Path) -> float:
 
 def _read(path: Path) -> bytes:
     """The end of a plain file, from the beginning of a line; nothing if it is anything else or cannot be read."""
-    if not _is_file(path):
-        return b""
     try:
-        with path.open("rb") as file:
+        with open_to_read(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - MAX_READ_BYTES))
             content = file.read(MAX_READ_BYTES)

@@ -16,14 +16,15 @@ from typing import Any, TextIO
 
 from torchtrainer.driver.run_dir import RUNS
 from torchtrainer.launcher.run_state import (
+    MAX_LINE,
     Liveness,
     NotARunDirectoryError,
     RunStatus,
-    printable,
     read_runs,
     read_status,
 )
 from torchtrainer.observe.table import text_table
+from torchtrainer.process.own_files import printable
 
 EXIT_USAGE = 2
 MAX_CELL = 40
@@ -87,7 +88,7 @@ def describe(status: RunStatus, *, now_s: float, bars: str = BARS) -> str:
         bars: characters for the curve, from low to high.
     """
     lines = [
-        f"{printable(status.run_dir)}: {_headline(status.liveness)}, last written {_age(now_s - status.active_s)} ago"
+        f"{printable(status.run_dir, MAX_LINE)}: {_headline(status.liveness)}, last written {_age(now_s - status.active_s)} ago"
     ]
     if status.results:
         lines += ["", f"last of {len(status.results)} results:", _results_table(status.results[-LAST_RESULTS:])]
@@ -113,7 +114,9 @@ def list_runs(runs: Iterable[RunStatus], *, now_s: float) -> str:
         failed = f", {len(run.errors)} ranks failed" if len(run.errors) > 1 else ", 1 rank failed" * len(run.errors)
         last = _last_result(run.results) + failed
         pid = "" if run.liveness.pid is None else str(run.liveness.pid)
-        rows.append((printable(run.run_dir), run.liveness.state, pid, last, f"{_age(now_s - run.active_s)} ago"))
+        rows.append(
+            (printable(run.run_dir, MAX_LINE), run.liveness.state, pid, last, f"{_age(now_s - run.active_s)} ago")
+        )
     if not rows:
         return f'no run directories in ./{RUNS}: TorchTrainer(run_dir="auto") makes one there for each run'
     return text_table(("run", "state", "pid", "last result", "written"), rows)
@@ -152,7 +155,7 @@ def _headline(liveness: Liveness) -> str:
 
 def _some(lines: Sequence[str]) -> list[str]:
     more = [f"  ... and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
-    return [f"  {line}" for line in lines[:MAX_LISTED]] + more
+    return [f"  {printable(line)}" for line in lines[:MAX_LISTED]] + more
 
 
 def _results_table(results: Sequence[Mapping[str, Any]]) -> str:

@@ -16,6 +16,7 @@ from torchtrainer.observe.devices import DeviceUse
 from torchtrainer.observe.failures import FailureRecord
 from torchtrainer.observe.plot import plot_history
 from torchtrainer.observe.table import html_table
+from torchtrainer.process.own_files import LINES_BYTES, parse_json, read_own
 from torchtrainer.process.whole_file import append_line, whole_lines
 
 if TYPE_CHECKING:
@@ -155,9 +156,11 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         RunDirectoryError: a line other than the last is not what was written.
     """
     records = []
-    for number, line in enumerate(whole_lines(Path(path).read_bytes()), start=1):
+    for number, line in enumerate(whole_lines(read_own(Path(path), LINES_BYTES)), start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
+            if type(record) is not dict:
+                raise ValueError("it is no object")
         except ValueError as error:
             raise RunDirectoryError(
                 f"{os.fspath(path)}, line {number}, is not JSON ({error}); repair or remove the line: {line[:80]!r}"

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Literal, Protocol, TextIO, cast
 
+from torchtrainer.process.own_files import printable
+
 NOTICE_EVERY_S = 1.0
 """Seconds between two lines about what may happen many times in a row."""
 
@@ -37,11 +39,11 @@ def notice(text: str, *, stream: TextSink | None = None) -> None:
     """Tells the user something in one line that starts with ``torchtrainer:``.
 
     Args:
-        text: what to say; line breaks become blanks, so that it stays one line.
+        text: what to say; line breaks become blanks, so that it stays one line, and what a terminal would obey is left out.
         stream: where it goes; None: ``sys.stderr`` as it is now (a notebook replaces it).
     """
     sink = standard_stream("stderr") if stream is None else stream
-    sink.write(f"torchtrainer: {' '.join(text.split())}\n")
+    sink.write(f"torchtrainer: {printable(' '.join(text.split()))}\n")
 
 
 _said: set[str] = set()

@@ -9,6 +9,8 @@ import os
 import struct
 from pathlib import Path
 
+from torchtrainer.process.own_files import open_own
+
 _PLACE = struct.Struct("<qq")
 
 
@@ -41,7 +43,7 @@ class Shown:
 
 
 def _mapped(path: Path) -> mmap.mmap:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+    fd = open_own(path, os.O_RDWR | os.O_CREAT)
     try:
         if os.fstat(fd).st_size < _PLACE.size and os.write(fd, bytes(_PLACE.size)) < _PLACE.size:
             raise OSError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from torchtrainer.process.own_files import printable
+
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lays rows out under their column names, each column as wide as its longest cell.
@@ -14,9 +16,9 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         rows: cells, one sequence per row, each as long as ``columns``.
 
     Returns:
-        Lines joined by newlines, without trailing blanks.
+        Lines joined by newlines, without trailing blanks and without what a terminal would obey.
     """
-    lines = [columns, *rows]
+    lines = [[printable(cell) for cell in line] for line in (columns, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

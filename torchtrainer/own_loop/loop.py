@@ -42,7 +42,7 @@ from torchtrainer.errors import (
     Preempted,
     ResumeError,
 )
-from torchtrainer.observe.notices import notice
+from torchtrainer.observe.notices import notice, notice_once
 from torchtrainer.own_loop.loader import OwnLoader
 from torchtrainer.preempt.watch import NoticeWatch
 from torchtrainer.process.leaving import keep_exit_code
@@ -141,7 +141,7 @@ class OwnLoop:
         """On rank 0: takes the directory, and finds what is there to go on with. JSON data."""
         wanted = wanted_run(settings_of_script(), world_size=self._collective.world_size, may_change=may_change)
         wanted = replace(wanted, asked=root.name, script_run=_launch_of(os.environ) or wanted.script_run)
-        found = find_beside(kept_below(root), wanted)
+        found = find_beside(kept_below(root), wanted, notice_once)
         if resume == "auto" and found is not None and found[1].script_run == wanted.script_run:
             resume = True  # the launcher has started the ranks anew: it is the same session, even if rank 0 was done
         path, previous = choose(root, resume, wanted)

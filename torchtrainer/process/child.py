@@ -15,9 +15,10 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypedDict
 
 from torchtrainer.process.guard import die_with_parent
+from torchtrainer.process.own_files import open_own
 from torchtrainer.process.paths import SOCKET_PATH_LIMIT, RankPaths
 from torchtrainer.process.signals import STACK_DUMP_SIGNAL
-from torchtrainer.process.streams import redirect
+from torchtrainer.process.streams import put_at, redirect
 
 SOCKET_NAME_BYTES = 18
 """Length of ``/listener-xxxxxxxx``."""
@@ -108,14 +109,14 @@ def _redirect_output(paths: RankPaths) -> None:
         os.mkdir(paths.root, 0o700)  # not its parents: if they are gone, so is whoever wanted this worker
     redirect(0, os.devnull, os.O_RDONLY)
     for fd, name in ((1, "stdout"), (2, "stderr")):
-        redirect(fd, paths.stream(name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        put_at(fd, open_own(paths.stream(name), os.O_WRONLY | os.O_CREAT | os.O_APPEND))
     for stream, fd in (("stdout", 1), ("stderr", 2)):
         # Fresh objects: the inherited ones may hold text of the parent, or be something that the parent put there.
         setattr(sys, stream, open(fd, "w", buffering=1, closefd=False, errors="backslashreplace"))  # noqa: SIM115
     faulthandler.enable(file=sys.stderr)
     if STACK_DUMP_SIGNAL is not None and hasattr(faulthandler, "register"):
         # The file stays open for the life of the process: faulthandler writes to its descriptor from a signal handler.
-        stacks = os.open(paths.stacks, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        stacks = open_own(paths.stacks, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         faulthandler.register(STACK_DUMP_SIGNAL, file=stacks, all_threads=True)
 
 

@@ -7,6 +7,8 @@ import os
 import time
 from pathlib import Path
 
+from torchtrainer.process.own_files import open_own
+
 NS_PER_S = 1_000_000_000
 
 
@@ -25,7 +27,7 @@ def write_error_file(
     extra = {"py_callstack": traceback, "timestamp": str(when_ns // NS_PER_S), "timestamp_ns": when_ns}
     record = {"message": {"message": f"{type_name}: {text}", "extraInfo": extra}}
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        fd = open_own(Path(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     except FileExistsError:
         return
     with os.fdopen(fd, "w") as file:

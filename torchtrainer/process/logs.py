@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from torchtrainer.process.own_files import open_own, open_to_read
+
 STDERR_TAIL_BYTES = 16000
 _READ_BYTES = 1 << 16
 MAX_CHUNKS = 16
@@ -35,8 +37,8 @@ class LogTail:
         """
         if self._fd is None:
             try:
-                self._fd = os.open(self._path, os.O_RDONLY)
-            except FileNotFoundError:
+                self._fd = open_own(self._path, os.O_RDONLY)
+            except OSError:  # not there yet, or not what a worker writes
                 return ""
             os.lseek(self._fd, self._start, os.SEEK_SET)
         chunks = [self._partial]
@@ -71,11 +73,11 @@ def last_text(path: Path, start: int = 0, limit_bytes: int = STDERR_TAIL_BYTES) 
         limit_bytes: most that is returned.
     """
     try:
-        with path.open("rb") as log:
+        with open_to_read(path) as log:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(start, size - limit_bytes))
-            data = log.read()
-    except FileNotFoundError:
+            data = log.read(limit_bytes)
+    except OSError:
         return ""
     if size - start > limit_bytes:
         data = data[data.find(b"\n") + 1 :]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from torchtrainer.process.own_files import check_directory
 
 PRIVATE_DIR_PREFIX = "torchtrainer-"
 SOCKET_PATH_LIMIT = 103
@@ -162,6 +163,10 @@ class RankPaths:
         """Where a stack dump goes."""
         return self.root / "stacks.txt"
 
+    def all(self) -> tuple[Path, ...]:
+        """Every one of them, whether or not it is there."""
+        return self.stream("stdout"), self.stream("stderr"), self.error, self.stacks
+
 
 def _fresh_private_directory(longest_socket: str) -> Path:
     """Makes a directory in which a socket of this name has a path that every system takes."""
@@ -183,17 +188,11 @@ def private_directory(path: Path) -> Path:
     """Makes a directory for the user's eyes only; parents are made with the usual mode.
 
     Raises:
-        OSError: it cannot be made, is a link, or belongs to somebody else.
+        OSError: it cannot be made, is a link, belongs to somebody else, or others may write to it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         path.mkdir(mode=0o700)
     except FileExistsError:
-        found = path.lstat()
-        if stat.S_ISLNK(found.st_mode):
-            raise OSError(f"{path} is a symbolic link; give the directory that it points to") from None
-        if not stat.S_ISDIR(found.st_mode):
-            raise OSError(f"{path} is not a directory") from None
-        if hasattr(os, "getuid") and found.st_uid != os.getuid():
-            raise OSError(f"{path} belongs to user id {found.st_uid}, not to you") from None
+        check_directory(path)
     return path

@@ -26,7 +26,11 @@ def redirect(fd: int, path: str | Path, flags: int, mode: int = 0o777) -> None:
         fd: the descriptor.
         path, flags, mode: as for `os.open`.
     """
-    opened = os.open(path, flags, mode)
+    put_at(fd, os.open(path, flags, mode))
+
+
+def put_at(fd: int, opened: int) -> None:
+    """Moves an open file to a descriptor, open or not, for this process and what it starts."""
     if opened == fd:  # it was closed, and the lowest that was free
         os.set_inheritable(fd, True)  # noqa: FBT003  # takes no keyword
         return

@@ -6,6 +6,12 @@ import os
 from io import RawIOBase
 from pathlib import Path
 
+from torchtrainer.process.own_files import open_own
+
+TORN_BYTES = 64 * 1024**2
+"""No line is longer, whole or torn."""
+_LOOK_BYTES = 1024**2
+
 
 def replace_file(path: Path, content: bytes) -> None:
     """Puts a file, for its owner only, in the place of the one that is there, once its content is on the disk.
@@ -14,7 +20,8 @@ def replace_file(path: Path, content: bytes) -> None:
         OSError: it could not be written; the old one is as it was.
     """
     unready = path.with_name(f".{path.name}.unready")
-    with open(os.open(unready, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+    unready.unlink(missing_ok=True)  # a crash left it, or somebody put it there
+    with os.fdopen(open_own(unready, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -32,9 +39,10 @@ def append_line(path: Path, line: bytes, *, durable: bool = False) -> None:
     Raises:
         OSError: it could not be written; the file is as it was.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+    fd = open_own(path, os.O_RDWR | os.O_CREAT)
     with os.fdopen(fd, "r+b", buffering=0) as file:
-        path.chmod(0o600)
+        if hasattr(os, "fchmod"):
+            os.fchmod(fd, 0o600)
         end = _remove_torn_line(file)
         try:
             _write_all(fd, line)
@@ -56,13 +64,17 @@ def _end_of_whole_lines(content: bytes) -> int:
 
 def _remove_torn_line(file: RawIOBase) -> int:
     """Leaves the file at its end, which is the end of a whole line, and returns that position."""
-    end = file.seek(0, os.SEEK_END)
-    if end == 0:
-        return 0
-    file.seek(end - 1)
-    if file.read(1) != b"\n":
-        file.seek(0)
-        end = _end_of_whole_lines(file.readall() or b"")
+    size = end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        first = max(0, end - (_LOOK_BYTES if end < size else 1))
+        file.seek(first)
+        found = _end_of_whole_lines(file.read(end - first) or b"")
+        end = first + found
+        if found:
+            break
+        if size - end > TORN_BYTES:
+            raise OSError(f"the last {size - end} bytes have no end of a line, so that it is not what a run writes")
+    if end < size:
         file.truncate(end)
     return file.seek(end)
 

@@ -82,6 +82,7 @@ class StepTrace:
         part = path.with_name(f".{path.name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            part.unlink(missing_ok=True)  # a crash left it, or it is a link of somebody else's
             recorder.export_chrome_trace(str(part))
             part.replace(path)
         except (OSError, RuntimeError) as error:
