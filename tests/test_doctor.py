@@ -24,12 +24,9 @@ from torchtrainer.launcher.doctor import Check, as_text, run_check
 from torchtrainer.launcher.doctor_checks import (
     PACKAGES,
     Finding,
-    cgroup_limit,
-    cgroup_values,
     check_environment,
     check_host_name,
     check_shared_memory,
-    cpu_quota,
     package_finding,
 )
 
@@ -224,44 +221,6 @@ def test_packages_are_those_of_the_project():
     assert {name: ".".join(map(str, oldest)) for name, oldest in PACKAGES.items() if oldest} == wanted
     oldest_python = ".".join(map(str, doctor_checks.OLDEST_PYTHON))
     assert f'requires-python = ">={oldest_python}"' in text
-
-
-def cgroups(tmp_path: Path, groups: str, files: dict[str, str]) -> dict[str, Path]:
-    (tmp_path / "proc" / "self").mkdir(parents=True)
-    (tmp_path / "proc" / "self" / "cgroup").write_text(groups)
-    for name, text in files.items():
-        path = tmp_path / "sys" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return {"proc": tmp_path / "proc", "root": tmp_path / "sys"}
-
-
-def test_limits_of_the_unified_control_groups(tmp_path):
-    files = {
-        "a/b/cpu.max": "max 100000\n",
-        "a/cpu.max": "150000 100000\n",
-        "a/b/memory.max": "4096\n",
-        "a/memory.max": "max\n",
-    }
-    where = cgroups(tmp_path, "0::/a/b\n", files)
-    assert cpu_quota(**where) == 1.5
-    assert cgroup_limit("memory.max", **where) == 4096
-    assert cgroup_limit("pids.max", **where) is None
-
-
-def test_limits_of_the_older_control_groups(tmp_path):
-    files = {
-        "cpu/cpu.cfs_quota_us": "50000\n",
-        "cpu/cpu.cfs_period_us": "100000\n",
-        "memory/docker/x/memory.limit_in_bytes": "9223372036854771712\n",
-    }
-    where = cgroups(tmp_path, "4:memory:/docker/x\n3:cpu,cpuacct:/gone/in/the/container\n1:name=systemd:/\n", files)
-    assert cpu_quota(**where) == 0.5
-    assert cgroup_limit("memory.max", v1="memory/memory.limit_in_bytes", **where) is None
-
-
-def test_a_system_without_control_groups(tmp_path):
-    assert list(cgroup_values("cpu.max", proc=tmp_path, root=tmp_path)) == []
 
 
 def test_few_open_files_are_a_warning():

@@ -11,6 +11,7 @@ from typing import Any
 
 from torchtrainer.config import BATCH_SIZE, CheckpointConfig, FailureConfig, PreemptionConfig, TrainSettings
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, NotAvailableError
+from torchtrainer.process.cgroups import usable_cores
 
 RETIRED = {
     "num_replicas": "num_workers",
@@ -325,7 +326,7 @@ def decide_threads(
         InvalidArgumentError: neither.
     """
     if num_cpus_per_worker == "auto":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = usable_cores()
         name, threads = _threads_in(environ)
         if not name or (launched and world_size > 1 and (name, threads) == ("OMP_NUM_THREADS", 1)):
             return max(1, cores // world_size), ""

@@ -8,7 +8,8 @@ import mmap
 import os
 from pathlib import Path
 
-_CGROUP = Path("/sys/fs/cgroup")
+from torchtrainer.process.cgroups import cgroup_memory_left
+
 _MEMINFO = Path("/proc/meminfo")
 KIB = 1024
 
@@ -53,12 +54,7 @@ def available_bytes() -> int | None:
     except OSError:
         return None
     found = [int(line.split()[1]) * KIB for line in lines if line.startswith("MemAvailable:")]
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            found.append(int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text()))
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-    return max(0, min(found)) if found else None
+    left = cgroup_memory_left()
+    if left is not None:
+        found.append(left)
+    return min(found, default=None)

@@ -51,6 +51,7 @@ from torchtrainer.comm.layout import SlotLayout
 from torchtrainer.comm.slots import GradientSlots
 from torchtrainer.comm.summing import average, share
 from torchtrainer.errors import EngineError
+from torchtrainer.process.cgroups import usable_cores
 
 __all__ = [
     "SHARES_FROM_BYTES",
@@ -127,7 +128,7 @@ class GradientExchange:
         self.timeout_s = timeout_s
         self._path = path
         self._world_size = world_size
-        self._spins = path is not None and processes <= _cores()
+        self._spins = path is not None and processes <= usable_cores()
         self.region = Board.size_bytes(world_size)
         self._board = Board(self._mapped(self.region), world_size=world_size, shared=path is not None)
         self._old: GradientSlots | None = None
@@ -345,7 +346,3 @@ def _spin(counters: Counters, number: int) -> bool:
             return False
         os.sched_yield()  # the process that is waited for may have been put on the same core
     return True
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,7 +15,9 @@ from torchtrainer.control.messages import EngineFailed, Quit
 from torchtrainer.control.wire import Message
 from torchtrainer.driver.events import HostLost
 from torchtrainer.process.guard import open_pidfd
+from torchtrainer.process.oom import OomWatch
 from torchtrainer.process.paths import EnginePaths
+from torchtrainer.process.signals import describe_exit
 from torchtrainer.process.starters import interpreter
 from torchtrainer.process.streams import open_standard_descriptors
 
@@ -48,6 +50,7 @@ class HostConnection:
             stdin=subprocess.PIPE,  # never written to: its end tells the host that we are gone
             start_new_session=True,  # the terminal's Ctrl-C is for the user's process alone
         )
+        self._oom = OomWatch()
         self._pidfd = open_pidfd(self._process.pid)
         self._dealer = Dealer(self.paths.socket, "driver")
         self._lock = threading.RLock()
@@ -90,7 +93,7 @@ class HostConnection:
                 self._sort(message)
             code = self._process.poll()
             if code is not None:
-                self._lose(f"the host process (pid {self._process.pid}) exited with code {code}")
+                self._lose(f"the host process (pid {self._process.pid}) {describe_exit(code)}{self._oom.explain(code)}")
 
     def take(self, group: str) -> Incoming | None:
         """Next message about a group; None if there is none."""

@@ -36,6 +36,7 @@ from torchtrainer.launcher.failure import WorkerEnd, preempted
 from torchtrainer.launcher.fork_safety import Program
 from torchtrainer.launcher.summary import Summary
 from torchtrainer.launcher.watch import Watch
+from torchtrainer.process.cgroups import usable_cores
 from torchtrainer.process.paths import LaunchPaths
 from torchtrainer.process.starters import Starter
 
@@ -110,6 +111,10 @@ def _check_names(args: argparse.Namespace) -> None:
             raise ValueError(f"{option} {name!r} is not known: this torch has {', '.join(sorted(names))}")
 
 
+def _one_per_core(workers: str) -> bool:
+    return workers == "cpu" or (workers == "auto" and not torch.accelerator.is_available())
+
+
 class Launch:
     """A launch that is about to happen: options are checked and read, nothing runs yet.
 
@@ -132,6 +137,8 @@ class Launch:
         self._closed = resolve_rendezvous(args)
         _check_names(args)
         config, entrypoint, arguments = torchrun.config_from_args(args)
+        if _one_per_core(args.nproc_per_node.strip()):  # torch knows nothing of the quota of a container
+            config.nproc_per_node = min(config.nproc_per_node, usable_cores())
         if args.log_dir is None and config.logs_specs is not None:
             paths.note_log_dir(config.logs_specs.root_log_dir)
         if threads_assumed and "OMP_NUM_THREADS" not in os.environ:  # torch sets it for several workers, and it is one
@@ -154,7 +161,7 @@ class Launch:
         if torch.cuda.is_available():
             count = torch.cuda.device_count()
             return f"{count} GPU{'s' if count != 1 else ''}"
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = usable_cores()
         return f"{cores} CPU core{'s' if cores != 1 else ''}"
 
     def run(self, starter: Starter, summary: Summary) -> Outcome:

@@ -7,7 +7,6 @@ runs it in a process of its own. What a check reads below ``/proc`` and ``/sys``
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import platform
 import shutil
@@ -15,13 +14,21 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torchtrainer.config import FailureConfig, Timeouts, TrainSettings
 from torchtrainer.observe.devices import GIB, MIB, format_bytes
+from torchtrainer.process.cgroups import (
+    cgroup_limit,
+    cgroup_memory_left,
+    cgroup_values,
+    cores_by_affinity,
+    cpu_quota,
+    usable_cores,
+)
 from torchtrainer.process.paths import SOCKET_PATH_LIMIT, EnginePaths
 from torchtrainer.topology import LOOPBACK
 from torchtrainer.version import __version__
@@ -117,65 +124,14 @@ def package_finding(name: str, oldest: tuple[int, ...] | None) -> Finding:
     return judged(name, version, problem=wanted if oldest and numbers < oldest else "", level="fail")
 
 
-def cgroup_values(
-    name: str, *, proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup"), v1: str = ""
-) -> Iterator[str]:
-    """Values of one file in this process's control groups, from its own group up to the top.
-
-    Args:
-        name: of the file in the unified hierarchy, such as ``memory.max``.
-        proc, root: where the proc and cgroup file systems are mounted.
-        v1: controller and file in the older hierarchies, such as ``memory/memory.limit_in_bytes``.
-    """
-    controller, _, v1_name = v1.partition("/")
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            top, file = root, name
-        elif controller and controller in controllers.split(","):
-            top, file = root / controller, v1_name
-        else:
-            continue
-        own = top / group.lstrip("/")
-        # In a container the group may be named as the host sees it, and not be there: its top is then ours.
-        for directory in (own, *(parent for parent in own.parents if parent.is_relative_to(top))):
-            try:
-                yield (directory / file).read_text().strip()
-            except OSError:
-                continue
-
-
-def cgroup_limit(name: str, **where: Any) -> int | None:
-    """The smallest of the limits in a control group's file, None for no limit; ``where`` as in `cgroup_values`."""
-    limits = [int(value) for value in cgroup_values(name, **where) if value.isdecimal()]
-    lowest = min(limits, default=None)
-    return None if lowest is None or lowest >= 1 << 60 else lowest  # the older kind writes a huge number for no limit
-
-
-def cpu_quota(**where: Any) -> float | None:
-    """Processors' worth of time that the control groups allow; None: no limit. ``where`` as in `cgroup_values`."""
-    quotas = [value.split() for value in cgroup_values("cpu.max", **where)]
-    old = cgroup_values("", v1="cpu/cpu.cfs_quota_us", **where)
-    quotas += zip(old, cgroup_values("", v1="cpu/cpu.cfs_period_us", **where), strict=False)  # type: ignore[arg-type]  # pairs of texts, as above
-    allowed = [int(quota) / int(period) for quota, period in quotas if quota.isdecimal() and int(period) > 0]
-    return min(allowed, default=None)
-
-
 def check_processors() -> list[Finding]:
     """Cores that this process may use: by affinity, and by the quota of its control groups."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cpu_quota()
+    cores, usable, quota = cores_by_affinity(), usable_cores(), cpu_quota()
     value = f"{cores} of {os.cpu_count()} by affinity, " + ("no quota" if quota is None else f"quota {quota:g}")
-    few = math.floor(quota) if quota is not None and quota < cores else None
-    advice = (
-        f"the control group gives less time than there are cores: use at most {max(1, few)} ranks"
-        if few is not None
-        else ""
+    few = (
+        f"the control group gives less time than there are cores: use at most {usable} rank{'s' if usable > 1 else ''}"
     )
+    advice = few if quota is not None and quota < cores else ""
     return [judged("processors", value, problem=advice)]
 
 
@@ -186,11 +142,9 @@ def check_memory() -> list[Finding]:
     except OSError:
         return [judged("memory", "not told by this system")]
     sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
-    limit = cgroup_limit("memory.max", v1="memory/memory.limit_in_bytes")
+    limit, left = cgroup_limit("memory.max", "memory/memory.limit_in_bytes"), cgroup_memory_left()
     free = sizes.get("MemAvailable", sizes["MemFree"])
-    if limit is not None:
-        used = [int(text) for text in cgroup_values("memory.current", v1="memory/memory.usage_in_bytes")]
-        free = min(free, max(0, limit - used[0])) if used else min(free, limit)
+    free = free if left is None else min(free, left)
     value = f"{format_bytes(free)} free of {format_bytes(sizes['MemTotal'])}, "
     value += "no limit of a control group" if limit is None else f"limit {format_bytes(limit)}"
     low = f"less than {format_bytes(MIN_MEMORY_BYTES)}: end other programs, raise the limit, or use fewer ranks"
@@ -227,8 +181,8 @@ def check_limits() -> list[Finding]:
     processes, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     limited = locked != resource.RLIM_INFINITY and Path("/dev/infiniband").exists()
-    pids = cgroup_limit("pids.max", v1="pids/pids.max")
-    used = next(cgroup_values("pids.current", v1="pids/pids.current"), "0")
+    pids = cgroup_limit("pids.max", "pids/pids.max")
+    used = next(cgroup_values("pids.current", "pids/pids.current"), "0")
     left = None if pids is None else pids - int(used)
     few = "threads count as processes: raise it (ulimit -u, docker run --pids-limit, podPidsLimit of the kubelet)"
     return [

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypedDict
 
 from torchtrainer.process.guard import die_with_parent
+from torchtrainer.process.oom import be_killed_first
 from torchtrainer.process.own_files import open_own
 from torchtrainer.process.paths import SOCKET_PATH_LIMIT, RankPaths
 from torchtrainer.process.signals import STACK_DUMP_SIGNAL
@@ -62,6 +63,7 @@ def run_child(spec: ChildSpec, parent: int) -> int:
     if os.getpid() != os.getsid(0):
         os.setsid()  # keeps the terminal's Ctrl-C away, and makes one process group of the worker and its children
     die_with_parent(parent)
+    be_killed_first()
     _reset_signals()
     os.environ.clear()
     os.environ.update(spec["environ"])

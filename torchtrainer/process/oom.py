@@ -1,35 +1,22 @@
-"""Whether the system has killed processes for memory."""
+"""Whether the system has killed processes for memory, and which ones it is to kill first."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+
+from torchtrainer.process.cgroups import cgroup_values
+from torchtrainer.process.signals import MAY_BE_OUT_OF_MEMORY
+
+WORKER_MORE = 300
+"""How much more likely than others a worker is to be killed for memory, in thousandths of the memory that there is."""
+_MOST = 1000
 
 
 def oom_kills() -> int:
     """How many processes of this control group were killed for memory so far; 0 where the system does not say."""
-    total = 0
-    for path in _memory_event_files():
-        try:
-            text = path.read_text()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill "))
-    return total
-
-
-def _memory_event_files() -> list[Path]:
-    try:
-        groups = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    files = []
-    for line in groups:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            files.append(Path(f"/sys/fs/cgroup{path}/memory.events"))
-        elif "memory" in controllers.split(","):
-            files.append(Path(f"/sys/fs/cgroup/memory{path}/memory.oom_control"))
-    return files
+    own = next(cgroup_values("memory.events", "memory/memory.oom_control"), "")
+    return sum(int(line.split()[1]) for line in own.splitlines() if line.startswith("oom_kill "))
 
 
 class OomWatch:
@@ -42,3 +29,24 @@ class OomWatch:
         """Whether there was such a kill."""
         before, self._kills = self._kills, oom_kills()
         return self._kills > before
+
+    def explain(self, exit_code: int | None) -> str:
+        """What an error adds about the end of a process of ours: that it was killed for memory, or may have been; or nothing."""
+        if exit_code != MAY_BE_OUT_OF_MEMORY:
+            return ""
+        if self.killed():
+            return (
+                ": the system was out of memory and killed it. Use a smaller batch or fewer workers, or give the machine or "
+                "container more memory"
+            )
+        return ": if nobody killed it by hand, it was likely out of memory. Try a smaller batch or fewer workers"
+
+
+def be_killed_first(*, own: Path = Path("/proc/self/oom_score_adj")) -> None:
+    """Has the system, where it needs memory, kill this process before those that others cannot do without.
+
+    A worker that is lost is made up for; with the host or the driver the run would end. What this process starts later is
+    killed as early. Does nothing where the system has no such number.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        own.write_text(str(min(_MOST, int(own.read_text()) + WORKER_MORE)))

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 from torchtrainer.process.child import ChildSpec
 from torchtrainer.process.frames import FrameSocket
 from torchtrainer.process.guard import signal_process
+from torchtrainer.process.oom import OomWatch
+from torchtrainer.process.signals import describe_exit
 
 PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
@@ -113,6 +115,7 @@ class SpawnerStarter:
         self._link = link
         self._pid = pid
         self._lost = False
+        self._oom = OomWatch()
 
     def fds(self) -> list[int]:
         """The spawner's socket."""
@@ -142,7 +145,8 @@ class SpawnerStarter:
         if self._link.closed_by_peer and not self._lost:
             self._lost = True
             code = self._wait()
-            events.append(StarterFailed(text=f"the spawner process (pid {self._pid}) exited with code {code}"))
+            ended = f"{describe_exit(code)}{self._oom.explain(code)}"
+            events.append(StarterFailed(text=f"the spawner process (pid {self._pid}) {ended}"))
         return events
 
     def close(self) -> None:
