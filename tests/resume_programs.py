@@ -614,6 +614,19 @@ def assert_stopped_as_asked(program: Program, interruption: Interruption) -> Non
         assert re.search(r"WorkerDiedError: .* was killed by SIGKILL", program.errors), said
 
 
+def assert_tells_of_steps_again(program: Program, interruption: Interruption) -> None:
+    """The start after an interruption says how many steps are taken again: those after the state that it goes on from."""
+    (line,) = resuming(program)
+    found = re.search(r"state after step (\d+) saved", line)
+    again = re.search(r", (\d+) steps? (?:is|are) taken again\)", line)
+    if interruption[2] == "TERM":
+        assert again is None, line
+        return
+    assert found is not None, line
+    saved, steps = int(found[1]), int(again[1]) if again is not None else 0
+    assert steps >= interruption[1] - saved, line  # the ranks may have taken another one before they were gone
+
+
 def resuming(program: Program) -> list[str]:
     """The lines in which a program said what it goes on with."""
     return [
@@ -637,6 +650,8 @@ def interrupt(
             assert fired in ((TRIES, TRIES + 1) if interruption[2] == "WORKERS" else (1,)), explained(run)
             assert_stopped_as_asked(program, interruption)
         program = run.once()
+        if interruptions[-1][0] == "train" and run.options.get("script") not in ("two", "saves"):
+            assert_tells_of_steps_again(program, interruptions[-1])
     finally:
         beside.join(DEADLINE_S)
     assert len(resuming(program)) == (2 if run.options.get("script") == "two" else 1), explained(run)

@@ -262,6 +262,38 @@ def test_a_failed_trainer_takes_no_more_calls() -> None:
     trainer.shutdown()
 
 
+class Seen:
+    def __init__(self):
+        self.failures = []
+
+    def on_failure(self, event):
+        self.failures.append(event.cause)
+
+
+def test_an_exception_that_leaves_the_trainer_usable_is_no_failure_of_the_run() -> None:
+    seen = Seen()
+
+    def raises(*_):
+        raise MyError("mine")
+
+    def scheduler_creator(optimizer, config):
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+
+    creators = {**CREATORS, "scheduler_creator": scheduler_creator, "scheduler_step_freq": "manual"}
+    with TorchTrainer(**creators, callbacks=[seen]) as trainer:
+        for call, kind in (
+            (lambda: trainer.update_scheduler("no metric"), ValueError),
+            (lambda: trainer.apply_all_operators(raises), MyError),
+            (lambda: trainer.apply_all_workers(raises), MyError),
+        ):
+            with pytest.raises(kind):
+                call()
+            assert trainer.status().failures == ()
+        assert trainer.train(num_steps=1)["batch_count"] == 1
+        assert "no failures" in repr(trainer.status())
+    assert seen.failures == []
+
+
 def on_rank_1(operator):
     if operator.world_rank == 1:
         fails()

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from programs import CREATORS, Program, start_program
 
-from torchtrainer.arguments import decide_threads
 from torchtrainer.process.cgroups import (
     Mounts,
     cgroup_limit,
@@ -133,24 +132,20 @@ def test_without_control_groups_nothing_is_limited(tmp_path) -> None:
 
 
 def test_a_real_quota_is_what_threads_and_ranks_go_by(tmp_path) -> None:
-    """One core's worth of time, however many cores there are; the same by the launcher, by a trainer and by doctor."""
+    """One core's worth of time, however many cores there are: for the launcher, for a trainer and for doctor."""
     script = """
-import os
-from torchtrainer.arguments import decide_threads
 from torchtrainer.launcher.doctor_checks import check_processors
-print("cores", os.environ["WORLD_SIZE"], decide_threads("auto", 1, {}, launched=False), check_processors())
+with TorchTrainer(run_dir=None, **{**CREATORS, "num_workers": 1}) as trainer:
+    print("ranks", os.environ["WORLD_SIZE"], "threads", torch.get_num_threads(), check_processors())
 """
     with control_group("cpu", {"cpu.cfs_period_us": str(PERIOD_US), "cpu.cfs_quota_us": str(PERIOD_US)}) as group:
-        launcher = (*RUN, "--nproc-per-node", "auto")
-        program = run_in(group, tmp_path, script, launcher=launcher)
+        program = run_in(group, tmp_path, CREATORS + script, launcher=(*RUN, "--nproc-per-node", "auto"))
     assert program.ended_well(), program.errors
-    assert program.output.startswith("cores 1 (1, '')"), program.output
-    assert len(program.output.splitlines()) == 1, "one rank"
-    assert "quota 1" in program.output
+    (line,) = program.output.splitlines()
+    assert line.startswith("ranks 1 threads 1"), line
+    assert "quota 1" in line
     if cores_by_affinity() > 1:
-        assert "use at most 1 rank'" in program.output
-    else:
-        assert decide_threads("auto", 1, {}, launched=False) == (1, "")
+        assert "use at most 1 rank'" in line
 
 
 @pytest.mark.skipif(cores_by_affinity() < 2, reason="one core cannot be made less")

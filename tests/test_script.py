@@ -124,14 +124,14 @@ print(json.dumps([seen(), *(one for one, _ in built)]), [threads for _, threads 
     ],
 )
 def test_the_users_number_of_threads_counts(wanted, ranks, environ, launched, threads) -> None:
-    assert decide_threads(wanted, ranks, environ, launched=launched)[0] == threads
+    assert decide_threads(wanted, ranks, environ, launched=launched, cores=2)[0] == threads
 
 
 def test_one_thread_that_a_launcher_sets_for_all_is_not_the_users() -> None:
     cores = len(os.sched_getaffinity(0))
-    assert decide_threads("auto", 2, {"OMP_NUM_THREADS": "1"}, launched=True) == (max(1, cores // 2), "")
-    assert decide_threads("auto", 1, {"OMP_NUM_THREADS": str(cores)}, launched=False)[1] == ""
-    crowded = decide_threads("auto", 2, {"MKL_NUM_THREADS": str(cores)}, launched=False)[1]
+    assert decide_threads("auto", 2, {"OMP_NUM_THREADS": "1"}, launched=True, cores=cores) == (max(1, cores // 2), "")
+    assert decide_threads("auto", 1, {"OMP_NUM_THREADS": str(cores)}, launched=False, cores=cores)[1] == ""
+    crowded = decide_threads("auto", 2, {"MKL_NUM_THREADS": str(cores)}, launched=False, cores=cores)[1]
     assert crowded.startswith(f"MKL_NUM_THREADS={cores} gives 2 processes {cores} threads each, for {cores} cores")
 
 

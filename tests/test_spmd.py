@@ -106,7 +106,9 @@ print("train", trainer.train(num_steps=3), trainer.train(), digest(trainer.get_m
 found = trainer.validate()
 print("validate", found, abs(found["val_loss"] - exact(trainer.get_model())) < 1e-6)
 status = trainer.status()
-print("status", status.step, status.epoch, os.getpid() in [p.pid for p in status.processes] or "workers")
+pids = trainer.apply_all_workers(os.getpid)
+seen = [(p.ranks, p.step, p.machine == os.uname().nodename, p.device) for p in status.processes]
+print("status", status.step, status.epoch, [p.pid for p in status.processes] == pids, seen)
 print("workers", len(set(trainer.apply_all_workers(os.getpid))))
 print("operators", trainer.apply_all_operators(lambda operator: [operator.world_rank, operator.world_size]))
 trainer.save("saved.pt")
@@ -136,7 +138,8 @@ def alone(tmp_path_factory) -> list[str]:
 def test_the_same_script_is_the_same_run_to_the_last_bit(tmp_path, alone, launcher) -> None:
     lines = output_of(launcher, tmp_path, SCRIPT).splitlines()
     status = [line for line in lines if line.startswith("status")]
-    assert status == ["status 8 1 True"], "61 samples on 2 ranks in batches of 4 are 8 steps"
+    ranks = [((0,), 8, True, "cpu"), ((1,), 8, True, "cpu")]
+    assert status == [f"status 8 1 True {ranks}"], "61 samples on 2 ranks in batches of 4 are 8 steps"
     assert [line for line in lines if not line.startswith("status")] == alone
     (run,) = (tmp_path / "runs" / "program").iterdir()
     assert (run / "logs" / "rank_1" / "stdout.log").read_text().splitlines() == lines, "ranks agree on every result"
@@ -359,6 +362,7 @@ class Tell:
         print("step", event.step, file=sys.stderr)
     def on_epoch_end(self, event):
         print("epoch", event.epoch, file=sys.stderr)
+        print("processes", [p.ranks for p in trainer.status().processes], file=sys.stderr)  # on rank 0 alone
 with TorchTrainer(use_tqdm=True, callbacks=[Tell()], **CREATORS) as trainer:
     trainer.train()
 """,
@@ -366,6 +370,7 @@ with TorchTrainer(use_tqdm=True, callbacks=[Tell()], **CREATORS) as trainer:
     assert program.ended_well(), program.errors
     assert program.errors.count("epoch 1\n") == 1
     assert program.errors.count("step 8\n") == 1
+    assert program.errors.count("processes [(0,), (1,)]\n") == 1
     assert "train epoch 1" in program.errors
     assert "8/8" in program.errors
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from torchtrainer.config import BATCH_SIZE, CheckpointConfig, FailureConfig, PreemptionConfig, TrainSettings
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, NotAvailableError
-from torchtrainer.process.cgroups import usable_cores
 
 RETIRED = {
     "num_replicas": "num_workers",
@@ -308,16 +307,16 @@ def decide_gpus(use_gpu: Any, world_size: int, found: int) -> tuple[int, ...]:
 
 
 def decide_threads(
-    num_cpus_per_worker: Any, world_size: int, environ: Mapping[str, str], *, launched: bool
+    num_cpus_per_worker: Any, world_size: int, environ: Mapping[str, str], *, launched: bool, cores: int
 ) -> tuple[int, str]:
     """Intra-op threads per process.
 
     Args:
-        num_cpus_per_worker: a number, or "auto": what the user's environment says; else the cores that this process may use,
-            divided by the ranks.
+        num_cpus_per_worker: a number, or "auto": what the user's environment says; else the cores, divided by the ranks.
         world_size: ranks on this machine.
         environ: of the script.
         launched: a launcher started the ranks; where it starts several, it sets one thread for users who have not said how many.
+        cores: that this process may use.
 
     Returns:
         The threads, and what to tell the user: empty, or that they are more than the cores.
@@ -326,7 +325,6 @@ def decide_threads(
         InvalidArgumentError: neither.
     """
     if num_cpus_per_worker == "auto":
-        cores = usable_cores()
         name, threads = _threads_in(environ)
         if not name or (launched and world_size > 1 and (name, threads) == ("OMP_NUM_THREADS", 1)):
             return max(1, cores // world_size), ""

@@ -20,6 +20,7 @@ from torchtrainer.driver.policies import STEPPING_METHODS, LostSteps
 from torchtrainer.driver.run_record import check_function, function_of_call
 from torchtrainer.engines.base import CallResult, Group
 from torchtrainer.errors import EngineError, Preempted, ResumeError
+from torchtrainer.observe.failures import taken_again
 from torchtrainer.observe.notices import notice as tell
 from torchtrainer.preempt.notice import Notice
 from torchtrainer.preempt.slurm import requeue
@@ -189,10 +190,8 @@ class Calls:
         self._lost_steps.go_on_from(reached)
         self.catch_up()
         where = f"the checkpoint of step {reached}" if self._checkpoint is not None else "the beginning"
-        redone = self._lost_steps.count()
-        seconds = time.monotonic() - began
-        taken_again = "no step is" if redone == 0 else "1 step is" if redone == 1 else f"{redone} steps are"
-        tell(f"going on from {where} after {seconds:.1f} s: {taken_again} taken again")
+        redone, seconds = self._lost_steps.count(), time.monotonic() - began
+        tell(f"going on from {where} after {seconds:.1f} s: {taken_again(redone)}")
         if self._on_restart is not None:
             self._on_restart(redone, seconds)
 

@@ -28,6 +28,7 @@ from torchtrainer.errors import InvalidArgumentError, ResumeError
 from torchtrainer.observe.devices import gpu_count
 from torchtrainer.observe.notices import notice, notice_once
 from torchtrainer.preempt.watch import NoticeWatch
+from torchtrainer.process.cgroups import usable_cores
 from torchtrainer.process.paths import private_directory
 from torchtrainer.resume import OpenRun, borrowed, known, open_run
 from torchtrainer.spec import BuildSpec
@@ -249,7 +250,8 @@ def plan_run(given: Mapping[str, Any]) -> RunPlan:
 
 
 def _threads(wanted: Any, local_ranks: int, topology: Topology | None) -> int:
-    threads, crowded = decide_threads(wanted, local_ranks, os.environ, launched=topology is not None)
+    launched = topology is not None
+    threads, crowded = decide_threads(wanted, local_ranks, os.environ, launched=launched, cores=usable_cores())
     if crowded and (topology is None or topology.rank == 0):
         notice_once(crowded)
     return threads

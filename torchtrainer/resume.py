@@ -43,6 +43,7 @@ from torchtrainer.driver.run_record import (
 )
 from torchtrainer.engines.snapshots import CheckpointOrders
 from torchtrainer.errors import CheckpointDamagedError, CheckpointError, ResumeError
+from torchtrainer.observe.failures import counted, spell_age, taken_again
 from torchtrainer.observe.notices import notice, notice_once
 from torchtrainer.process.own_files import RECORD_BYTES, printable, read_own
 from torchtrainer.run_places import beside, checkpoints_of, kept_below, remote_url
@@ -321,7 +322,7 @@ def _take_over(opened: OpenRun, previous: RunRecord, config: CheckpointConfig) -
             f"the run in {root} has a checkpoint of call {opened.checkpoint.meta['index'] + 1}, but only "
             f"{len(opened.records)} recorded calls: calls.jsonl was cut or replaced; {FRESH}"
         )
-    _tell(opened, changed)
+    _tell(opened, changed, reached=max(previous.step, opened.directory.steps_reached()))
 
 
 def _take_copy(opened: OpenRun, store: CheckpointStore) -> None:
@@ -341,23 +342,19 @@ def _take_copy(opened: OpenRun, store: CheckpointStore) -> None:
         return
 
 
-def _tell(opened: OpenRun, changed: Sequence[str]) -> None:
+def _tell(opened: OpenRun, changed: Sequence[str], reached: int) -> None:
     checkpoint, calls = opened.checkpoint, len(opened.records)
-    if checkpoint is None and not calls:
+    again = reached - (checkpoint.step if checkpoint is not None else 0)
+    if checkpoint is None and not calls and not again:
         return
-    where = f"{calls} call{'s' if calls != 1 else ''} done"
+    where = f"{counted(calls, 'call')} done"
     if checkpoint is not None:
         age_s = time.time() - checkpoint.path.stat().st_mtime
-        where += f", state after step {checkpoint.step} saved {_ago(age_s)} ago"
+        where += f", state after step {checkpoint.step} saved {spell_age(age_s)} ago"
+    if again > 0:
+        where += f", {taken_again(again)}"
     allowed = f"; {', '.join(changed)}, as may_change allows" if changed else ""
     notice(f"resuming {opened.directory.root} ({where}){allowed}; {FRESH}")
-
-
-def _ago(seconds: float) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"
 
 
 def known(opened: OpenRun) -> dict[str, Any]:

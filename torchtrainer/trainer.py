@@ -565,13 +565,16 @@ class TorchTrainer:
     # Seeing and ending
 
     def status(self) -> Status:
-        """Says who carries the ranks, what they do, and what went wrong so far; also from callbacks and other threads."""
+        """Says who carries the ranks, what they do, and what went wrong so far; also from callbacks and other threads.
+
+        Under a launcher it is no collective call: any rank may ask, and sees all processes.
+        """
         views = self._group.views if self._group is not None else ()
         processes = tuple(
             ProcessStatus(
                 pid=view.pid,
                 ranks=view.ranks,
-                machine=socket.gethostname(),
+                machine=view.machine or socket.gethostname(),
                 device=view.device,
                 step=view.step,
                 phase=view.phase,

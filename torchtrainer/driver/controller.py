@@ -337,7 +337,8 @@ class Controller:
         )
         self._retryable = raised.retry
         error = error_of(raised.cause, scene)
-        self._listener.on_failure(raised.cause, error)
+        if not raised.usable:  # an exception of the user's that ends no more than its call is theirs alone
+            self._listener.on_failure(raised.cause, error)
         return error
 
     def _raise_closed(self) -> None:

@@ -20,16 +20,19 @@ from torchtrainer.process.own_files import (
     check_tree,
     open_own,
     others_may_write,
+    read_own,
 )
 from torchtrainer.process.paths import RankPaths, private_directory
 
 RUNS = "runs"
+_NUMBER_BYTES = 20
 _FILES = {
     "lock": None,
     "run.json": RECORD_BYTES,
     ".run.json.unready": None,
     "calls.jsonl": LINES_BYTES,
     "shown": None,
+    "reached": None,
     "history.jsonl": LINES_BYTES,
 }
 _DIRECTORIES = ("calls", "checkpoints", "compiled", "logs", "traces")
@@ -51,6 +54,19 @@ class RunFiles:
     def shown_steps(self) -> Path:
         """How far callbacks have seen the run."""
         return self.root / "shown"
+
+    @property
+    def reached(self) -> Path:
+        """How many optimizer steps the ranks had taken when they were ended without their driver."""
+        return self.root / "reached"
+
+    def steps_reached(self) -> int:
+        """What `reached` says; 0: nothing, or nobody could write it."""
+        try:
+            content = read_own(self.reached, _NUMBER_BYTES)
+        except OSError:
+            return 0
+        return int(content) if content.isdigit() else 0
 
     @property
     def history(self) -> Path:
@@ -77,6 +93,7 @@ class RunDirectory(RunFiles):
       calls.jsonl     one line per completed call; calls/ holds results that are no JSON
       checkpoints/    see `torchtrainer.checkpoint.store`
       shown           how far callbacks have seen the run
+      reached         how many steps the ranks had taken when they were ended without their driver
       history.jsonl   one line per train() or validate()
       compiled/       what torch.compile has made
       traces/         one file per process and profile_steps()

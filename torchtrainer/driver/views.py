@@ -31,6 +31,7 @@ class WorkerView:
         ranks: that it carries; none: it is a newcomer, which has not joined, or a spare.
         like: the rank that it was built like.
         pid: 0 before the process exists.
+        machine: its host name; empty: that of the driver.
         phase, phase_since: what its training thread does, and since when (monotonic).
         heard_at: when it was heard of last (monotonic).
         spoke: it has sent a heartbeat.
@@ -48,6 +49,7 @@ class WorkerView:
     ranks: tuple[int, ...] = ()
     like: int = 0
     pid: int = 0
+    machine: str = ""
     phase: str = "start"
     phase_since: float = 0.0
     heard_at: float = 0.0

@@ -14,6 +14,7 @@ from torchtrainer.driver.controller import Listener
 from torchtrainer.driver.policies import MIN_SAVE_EVERY_S, STEPPING_METHODS, save_interval_s
 from torchtrainer.driver.views import WorkerView
 from torchtrainer.engines.base import CallResult, GroupPlan
+from torchtrainer.engines.inline_peers import Peers
 from torchtrainer.engines.launched_memory import LaunchedMemory
 from torchtrainer.errors import EngineError, InvalidArgumentError, InvalidArgumentTypeError
 from torchtrainer.observe.devices import read_process_use
@@ -75,8 +76,18 @@ class InlineGroup:
         if gather:
             torch.set_num_threads(plan.threads)
         run_initialization_hook(plan.spec)
-        self._runtime: RankRuntime | None = self._built(plan, collective, device, local_rank)
         self._device = str(device)
+        self._peers = self._find_peers() if gather else None
+        self._runtime: RankRuntime | None = self._built(plan, collective, device, local_rank)
+
+    def _find_peers(self) -> Peers:
+        from torchtrainer.train.progress import StepMark
+
+        shared = self._memory.paths if self._memory is not None else None
+        if shared is None:
+            return Peers(self._collective, self._device, None)
+        self._progress.mark = StepMark(shared["steps"], self._collective.rank)
+        return Peers(self._collective, self._device, shared["steps"])
 
     def _built(self, plan: GroupPlan, collective: Collective, device: torch.device, local_rank: int) -> RankRuntime:
         from torchtrainer.worker.seating import build_alone, build_launched
@@ -127,24 +138,28 @@ class InlineGroup:
 
     @property
     def views(self) -> tuple[WorkerView, ...]:
-        """This process's rank."""
+        """This process, and the others of the launch as far as it sees them."""
         at = self._progress
-        return (
-            WorkerView(
-                worker=self._collective.rank,
-                ranks=(self._collective.rank,) if self._gather else tuple(range(self.world_size)),
-                pid=os.getpid(),
-                phase=at.phase,
-                phase_since=at.phase_since,
-                heard_at=time.monotonic(),
-                spoke=True,
-                step=at.step,
-                epoch=at.epoch,
-                batch=at.batch,
-                device=self._device,
-                cpu_s=time.process_time(),
-            ),
+        own = WorkerView(
+            worker=self._collective.rank,
+            ranks=self._ranks,
+            pid=os.getpid(),
+            phase=at.phase,
+            phase_since=at.phase_since,
+            heard_at=time.monotonic(),
+            spoke=True,
+            step=at.step,
+            epoch=at.epoch,
+            batch=at.batch,
+            device=self._device,
+            cpu_s=time.process_time(),
         )
+        return (own,) if self._peers is None else self._peers.views(own)
+
+    @property
+    def _ranks(self) -> tuple[int, ...]:
+        """The ranks of this process."""
+        return (self._collective.rank,) if self._gather else tuple(range(self.world_size))
 
     @property
     def operator(self) -> Any:
@@ -278,6 +293,8 @@ class InlineGroup:
         if not force:
             self._collective.barrier()  # a rank that leaves early would cut off what the others still receive
         self._collective.close()
+        if self._peers is not None:
+            self._peers.close()
         if self._memory is not None:
             self._memory.close()
         # DDP holds the group in reference cycles. It has to go while the interpreter is whole: its threads give tensors
@@ -313,7 +330,7 @@ class InlineGroup:
                 batch=at.batch,
                 batches=at.batches,
                 samples=at.samples,
-                loss=at.loss(self.views[0].ranks),
+                loss=at.loss(self._ranks),
                 rss_bytes=(use and use.rss_bytes) or 0,
                 cpu_s=use.cpu_s if use else 0.0,
                 ranks=[self._collective.rank],

@@ -54,11 +54,13 @@ class SharedMemory:
     @classmethod
     def of(cls, world_size: int, private_dir: Path) -> SharedMemory:
         """Empty files for a group of so many ranks; the workers make them as long as they have to be."""
+        steps = MemoryFile.new("steps", private_dir)
+        os.ftruncate(steps.fd, world_size * STEP_BYTES)
         return cls(
             gradients=MemoryFile.new("gradients", private_dir),
             cards=[MemoryFile.new(f"card-{place}", private_dir) for place in range(world_size + 1)],
             shared=MemoryFile.new("shared", private_dir),
-            steps=MemoryFile.new("steps", private_dir),
+            steps=steps,
         )
 
     def paths(self) -> dict[str, Any]:
@@ -73,6 +75,11 @@ class SharedMemory:
     def step_of(self, worker: int) -> int:
         """Optimizer steps that a worker has completed, alive or not; see `torchtrainer.train.progress.StepMark`."""
         return int.from_bytes(os.pread(self.steps.fd, STEP_BYTES, worker * STEP_BYTES), "little")
+
+    def furthest(self) -> int:
+        """Optimizer steps of the worker that has completed most."""
+        size_bytes = os.fstat(self.steps.fd).st_size
+        return max((self.step_of(worker) for worker in range(size_bytes // STEP_BYTES)), default=0)
 
     def close(self) -> None:
         """Gives the memory back."""

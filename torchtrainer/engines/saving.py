@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 
 from torchtrainer.control.messages import CheckpointEnded, SnapshotAnswer, SnapshotDone, SnapshotTaken, SnapshotWanted
 from torchtrainer.control.wire import Message
+from torchtrainer.driver.run_dir import BorrowedRunDirectory
 from torchtrainer.engines.groups import Group, writer_spec
 from torchtrainer.engines.snapshots import read_outcome
 from torchtrainer.process.child import ChildSpec
 from torchtrainer.process.paths import EnginePaths, private_directory
+from torchtrainer.process.whole_file import replace_file
 
 
 class Saving:
@@ -96,6 +99,7 @@ class Saving:
         """
         groups = [group for group in groups if group.snapshots is not None]
         for group in groups:
+            _note_reached(group)
             self.write_if_due(group)
         limit_s = max((one.snapshots.orders.write_s for one in groups if one.snapshots is not None), default=0.0)
         deadline = time.monotonic() + limit_s
@@ -114,3 +118,11 @@ class Saving:
         for rank in group.pids:
             self._to_worker(name, rank, SnapshotDone(group=name, worker=rank, number=ended.number))
         self._to_driver(ended)
+
+
+def _note_reached(group: Group) -> None:
+    """Writes down how far the ranks were, for the next start of the script; a disk that does not take it keeps nobody up."""
+    run_dir = group.snapshots.orders.run_dir if group.snapshots is not None else ""
+    if run_dir:
+        with contextlib.suppress(OSError):
+            replace_file(BorrowedRunDirectory(run_dir).reached, str(group.memory.furthest()).encode())

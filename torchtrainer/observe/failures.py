@@ -149,9 +149,22 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
+def taken_again(steps: int) -> str:
+    """What is said of steps that were lost."""
+    return f"{counted(steps, 'step') if steps else 'no step'} {'is' if steps < 2 else 'are'} taken again"
+
+
 def spell_s(seconds: float) -> str:
     """Seconds with as many digits as matter."""
     return f"{seconds:.2f}" if seconds < 1 else f"{seconds:.1f}" if seconds < 10 else f"{seconds:.0f}"
+
+
+def spell_age(seconds: float) -> str:
+    """How long ago something was, in its largest unit."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
 
 
 def _listed(numbers: Collection[int]) -> str:

@@ -24,7 +24,8 @@ class ProcessStatus:
         machine: host name.
         device: ``cpu`` or ``cuda:N``.
         step: optimizer steps done.
-        phase: what its training thread is doing.
+        phase: what its training thread is doing; empty under a launcher for the processes of other ranks, which this one does not
+            ask.
         use: use of its device; None: not known yet.
     """
 

@@ -191,8 +191,8 @@ def _check(path: Path, found: os.stat_result, *, writing: bool) -> None:
 def _check_others(path: Path, found: os.stat_result) -> None:
     if others_may_write(path, found):
         raise UnsafeFileError(
-            f"other users may write to {path} (mode {stat.S_IMODE(found.st_mode):o}), so that what is in it need not be yours: "
-            f"look at it, and run chmod go-w {path}"
+            f"{path}: other users may write to it (mode {stat.S_IMODE(found.st_mode):o}): run chmod go-w {path}, if what is in it is "
+            "yours"
         )
 
 
