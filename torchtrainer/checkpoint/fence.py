@@ -6,6 +6,7 @@ undo each other: the highest one stays.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -67,7 +68,10 @@ def claim(root: Path, generation: int) -> Path:
     for name in _names(root):
         match = _CLAIM.fullmatch(name)
         if match is not None and int(match[1]) < generation:
-            (root / name).unlink(missing_ok=True)
+            with contextlib.suppress(
+                IsADirectoryError, PermissionError
+            ):  # something else with such a name is nobody's claim
+                (root / name).unlink(missing_ok=True)
     return root
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from torchtrainer.process.own_files import open_own, open_to_read
+from torchtrainer.process.own_files import UnsafeFileError, open_own, open_to_read
 
 STDERR_TAIL_BYTES = 16000
 _READ_BYTES = 1 << 16
@@ -38,7 +38,7 @@ class LogTail:
         if self._fd is None:
             try:
                 self._fd = open_own(self._path, os.O_RDONLY)
-            except OSError:  # not there yet, or not what a worker writes
+            except (FileNotFoundError, UnsafeFileError):  # not there yet, or not what a worker writes
                 return ""
             os.lseek(self._fd, self._start, os.SEEK_SET)
         chunks = [self._partial]
@@ -77,7 +77,7 @@ def last_text(path: Path, start: int = 0, limit_bytes: int = STDERR_TAIL_BYTES) 
             size = log.seek(0, os.SEEK_END)
             log.seek(max(start, size - limit_bytes))
             data = log.read(limit_bytes)
-    except OSError:
+    except (FileNotFoundError, UnsafeFileError):
         return ""
     if size - start > limit_bytes:
         data = data[data.find(b"\n") + 1 :]

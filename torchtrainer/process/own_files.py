@@ -58,15 +58,14 @@ def open_own(path: Path, flags: int, mode: int = 0o600) -> int:
         if error.errno in _OF_ANOTHER_KIND:
             check_file(path)
         raise
-    if flags & os.O_EXCL:  # it was made just now
-        return fd
     try:
-        _check(path, os.fstat(fd), writing=flags & (os.O_WRONLY | os.O_RDWR) != 0)
+        if not flags & os.O_EXCL:  # else it was made just now
+            _check(path, os.fstat(fd), writing=flags & (os.O_WRONLY | os.O_RDWR) != 0)
+        if hasattr(os, "O_NONBLOCK"):
+            os.set_blocking(fd, True)
     except BaseException:
         os.close(fd)
         raise
-    if hasattr(os, "set_blocking"):
-        os.set_blocking(fd, True)  # takes no keyword
     return fd
 
 
