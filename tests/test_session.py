@@ -164,7 +164,7 @@ LR = 0.1
 DEVICES = {"started": time.time(), "lr": float(os.environ.get("MY_LR", "0.1"))}
 session.configure(may_change=os.environ.get("MAY", "").split(), resume={"True": True}.get(os.environ.get("RESUME"), "auto"))
 state = session.latest_checkpoint() or {"step": 0}
-print("from", state["step"], flush=True)
+print(f"from {state['step']}", flush=True)
 for step in range(state["step"] + 1, 5):
     session.save_checkpoint({"step": step}, step)
     if os.environ.get("END") == "kill" and step == 2:
