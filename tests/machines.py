@@ -1,0 +1,112 @@
+"""Launches of a TorchTrainer script on several nodes, step by step: what the tests of faults on several machines have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nodes import Desk, Launcher, Node, Worker, nodes_and_desk
+
+OURS = (sys.executable, "-m", "torchtrainer", "run")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+PORT = 29400
+QUICK = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=4,join_timeout=60,read_timeout=30"
+"""A rendezvous that waits no longer than a busy machine needs; the keys take whole seconds."""
+HELD_STEP = 8
+"""Every rank asks the desk before it goes on from there."""
+TIMEOUT_S = 10.0
+
+TRAINS = f"""
+import hashlib
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from torchtrainer import CheckpointConfig, TorchTrainer, TrainingOperator
+
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+orders = desk.makefile()
+
+class Reporting(TrainingOperator):
+    def train_batch(self, batch, batch_info):
+        say(step=self.global_step)
+        if self.global_step == {HELD_STEP}:
+            obey(orders.readline() or "exit 1")
+        return super().train_batch(batch, batch_info)
+
+def model_creator(config):
+    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Dropout(0.3), torch.nn.Linear(16, 2))
+
+def data_creator(config):
+    x = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=4, shuffle=True)
+
+trainer = TorchTrainer(
+    model_creator=model_creator, data_creator=data_creator, loss_creator=torch.nn.CrossEntropyLoss,
+    optimizer_creator=lambda model, config: torch.optim.AdamW(model.parameters(), lr=0.01),
+    training_operator_cls=Reporting, num_workers=int(os.environ["WORLD_SIZE"]), seed=3,
+    run_dir=os.environ["RUN"], timeout_s=float(os.environ["TIMEOUT_S"]), checkpoint=CheckpointConfig(every_steps=3),
+)
+for _ in range(2):
+    trainer.train()
+models = trainer.state_dict()["models"][0].values()
+say(digest=hashlib.sha256(b"".join(one.numpy().tobytes() for one in models)).hexdigest(), step=trainer.status().step)
+trainer.shutdown()
+"""
+"""Two passes of 12 steps on 2 ranks, a checkpoint after every third step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """Nodes, and the launch of a training script on them."""
+
+    nodes: list[Node]
+    desk: Desk
+    command: Sequence[str]
+    script: str
+
+    def launch(self, node: Node, *options: str, nnodes: str = "2", conf: str = QUICK) -> Launcher:
+        """Starts a launcher that meets the others at the first node's address."""
+        endpoint = f"{self.nodes[0].address}:{PORT}"
+        where = ("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--local-addr", node.address)
+        common = (*where, "--rdzv-id", "machines", "--rdzv-conf", conf, "--max-restarts", "3", *options)
+        return node.start([*self.command, "--nnodes", nnodes, *common, self.script], self.desk.environ)
+
+    def launch_all(self, *options: str, **rendezvous: str) -> list[Launcher]:
+        return [self.launch(node, *options, **rendezvous) for node in self.nodes]
+
+    def held(self, launchers: Sequence[Launcher], nodes: int = 2) -> list[Worker]:
+        """The workers of a world, by rank, all of them held at their step."""
+        workers = self.desk.world(nodes=nodes, launchers=launchers)
+        for worker in workers:
+            while (said := worker.next()).get("step") != HELD_STEP:
+                assert "step" in said, f"rank {worker['RANK']} ended\n{texts(launchers)}"
+        return workers
+
+
+def texts(launchers: Sequence[Launcher]) -> str:
+    """What launchers wrote, for messages of tests."""
+    return "\n".join(f"--- {one.node.name}\n{one.text}" for one in launchers)
+
+
+def last_word(worker: Worker) -> dict[str, Any]:
+    """Reads what a worker says to its end; returns the last of it."""
+    last: dict[str, Any] = {}
+    while said := worker.next():
+        last = said
+    return last
+
+
+@contextlib.contextmanager
+def machines(
+    directory: Path, count: int = 2, *, command: Sequence[str] = OURS, shared: bool = True, rest: str = TRAINS
+) -> Iterator[Machines]:
+    """Nodes with a training script; the run directory is one for all of them, or one for each."""
+    with nodes_and_desk(directory, count) as (nodes, desk):
+        run = str(directory / "run") if shared else "run"
+        desk.environ.update(RUN=run, TIMEOUT_S=str(TIMEOUT_S), OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+        desk.environ.setdefault("PYTHONPATH", os.pathsep.join(sys.path))
+        yield Machines(nodes=nodes, desk=desk, command=command, script=desk.script(directory, rest))
