@@ -51,6 +51,7 @@ class Orders:
         hang_timeout_s: seconds without progress after which it is a failure; None: never.
         stop_timeout_s: from asking workers to end to killing them.
         closed_membership: no other machine can join, so nobody has to be asked.
+        virtual_local_rank: every worker believes to be local rank 0 with one device.
     """
 
     program: Program
@@ -59,6 +60,7 @@ class Orders:
     hang_timeout_s: float | None
     stop_timeout_s: float
     closed_membership: bool
+    virtual_local_rank: bool
 
 
 class Agent(LocalElasticAgent):
@@ -149,7 +151,7 @@ class Agent(LocalElasticAgent):
             master_addr=worker_group.master_addr,
             master_port=worker_group.master_port,
             agent_store=spec.rdzv_handler.use_agent_store,
-            virtual_local_rank=getattr(spec, "virtual_local_rank", False),
+            virtual_local_rank=self._orders.virtual_local_rank,
             launch_dir=str(self._paths.root),
         )
 

@@ -110,6 +110,17 @@ def _check_names(args: argparse.Namespace) -> None:
             raise ValueError(f"{option} {name!r} is not known: this torch has {', '.join(sorted(names))}")
 
 
+def _check_features(args: argparse.Namespace, config: LaunchConfig) -> None:
+    """Says which option the installed torch has nothing for; the others are ours to do, whatever torch knows of them."""
+    for name, field in (
+        ("numa_binding", "numa_options"),
+        ("duplicate_stdout_filters", "duplicate_stdout_filters"),
+        ("duplicate_stderr_filters", "duplicate_stderr_filters"),
+    ):
+        if getattr(args, name) and not hasattr(config, field):
+            raise ValueError(f"--{name.replace('_', '-')} needs a newer torch than {torch.__version__}")
+
+
 class Launch:
     """A launch that is about to happen: options are checked and read, nothing runs yet.
 
@@ -132,6 +143,7 @@ class Launch:
         self._closed = resolve_rendezvous(args)
         _check_names(args)
         config, entrypoint, arguments = torchrun.config_from_args(args)
+        _check_features(args, config)
         if args.log_dir is None and config.logs_specs is not None:
             paths.note_log_dir(config.logs_specs.root_log_dir)
         if threads_assumed and "OMP_NUM_THREADS" not in os.environ:  # torch sets it for several workers, and it is one
@@ -168,9 +180,7 @@ class Launch:
             SignalException: a signal ended it, and its workers are gone.
             RendezvousError and others of torch: the machines did not come together.
         """
-        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = self._config_value(
-            "signals_to_handle", self._args.signals_to_handle
-        )
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = self._value("signals_to_handle")
         agents: list[Agent] = []
         reports = {}
         dump = getattr(signal, "SIGUSR2", None)
@@ -194,7 +204,7 @@ class Launch:
             return outcome
 
     def _run_agent(self, agent: Agent) -> Outcome:
-        log = self._config.event_log_handler
+        log = self._value("event_log_handler")
         initialize_metrics(MetricsConfig(self._config.metrics_cfg))
         try:
             result = agent.run()
@@ -219,7 +229,8 @@ class Launch:
             forked=self._program.exec_reason is None and numa is None,
             signals=self.signals,
             hang_timeout_s=self._args.hang_timeout_s,
-            stop_timeout_s=float(self._config_value("shutdown_timeout", DEFAULT_STOP_TIMEOUT_S)),
+            stop_timeout_s=self._stop_timeout_s(),
+            virtual_local_rank=bool(self._value("virtual_local_rank")),
             closed_membership=self._closed,
         )
 
@@ -242,7 +253,7 @@ class Launch:
     def _spec(self, handler: RendezvousHandler) -> WorkerSpec:
         config = self._config
         address, port = self._static_address()
-        values = {
+        values: dict[str, Any] = {
             "role": config.role,
             "local_world_size": config.nproc_per_node,
             "entrypoint": self._entrypoint,
@@ -253,7 +264,7 @@ class Launch:
             "master_addr": address,
             "master_port": port,
             "local_addr": config.local_addr,
-            **{name: self._config_value(name, None) for name in NEWER_SPEC_FIELDS},
+            **{name: getattr(self._config, name, None) for name in NEWER_SPEC_FIELDS},
         }
         known = {field.name for field in dataclasses.fields(WorkerSpec)}
         return WorkerSpec(**{name: value for name, value in values.items() if name in known})
@@ -273,15 +284,20 @@ class Launch:
             "logs_specs": self._config.logs_specs,
             "start_method": self._config.start_method,
             "log_line_prefix_template": self._config.log_line_prefix_template,
-            "shutdown_timeout": int(self._config_value("shutdown_timeout", DEFAULT_STOP_TIMEOUT_S)),
+            "shutdown_timeout": int(self._stop_timeout_s()),
         }
         known = inspect.signature(LocalElasticAgent.__init__).parameters
         return {name: value for name, value in options.items() if name in known}
 
-    def _config_value(self, name: str, default: Any) -> Any:
-        """A field of torch's configuration that older versions do not have."""
-        value = getattr(self._config, name, default)
-        return default if value is None else value
+    def _value(self, name: str) -> Any:
+        """A field of torch's configuration; where an older torch has none, the option of the same name."""
+        return getattr(self._config, name, getattr(self._args, name))
+
+    def _stop_timeout_s(self) -> float:
+        chosen = self._value("shutdown_timeout")
+        if chosen is None:
+            chosen = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", DEFAULT_STOP_TIMEOUT_S)
+        return float(chosen)
 
 
 NEWER_SPEC_FIELDS = (
