@@ -68,15 +68,27 @@ class Machines:
     command: Sequence[str]
     script: str
 
-    def launch(self, node: Node, *options: str, nnodes: str = "2", conf: str = QUICK) -> Launcher:
-        """Starts a launcher that meets the others at the first node's address."""
-        endpoint = f"{self.nodes[0].address}:{PORT}"
-        where = ("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--local-addr", node.address)
-        common = (*where, "--rdzv-id", "machines", "--rdzv-conf", conf, "--max-restarts", "3", *options)
-        return node.start([*self.command, "--nnodes", nnodes, *common, self.script], self.desk.environ)
+    def launch(self, node: Node, *, host: int = 0, nnodes: str = "2", static: bool = False) -> Launcher:
+        """Starts a launcher that meets the others at the address of the hosting node."""
+        address = self.nodes[host].address
+        where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{PORT}", "--rdzv-conf", QUICK]
+        if static:
+            where = ["--master-addr", address, "--master-port", str(PORT), "--node-rank", str(node.number - 1)]
+        common = ("--local-addr", node.address, "--rdzv-id", "machines", "--max-restarts", "3", "--nnodes", nnodes)
+        return node.start([*self.command, *where, *common, self.script], self.desk.environ)
 
-    def launch_all(self, *options: str, **rendezvous: str) -> list[Launcher]:
-        return [self.launch(node, *options, **rendezvous) for node in self.nodes]
+    def launch_all(self, **how: Any) -> list[Launcher]:
+        return [self.launch(node, **how) for node in self.nodes]
+
+    def finish(self, launchers: Sequence[Launcher], workers: Sequence[Worker]) -> set[str]:
+        """Lets the workers go on to a good end, with nothing left; returns the digests of their models."""
+        for worker in workers:
+            worker.tell("go")
+        said = [last_word(worker) for worker in workers]
+        assert [launcher.finish() for launcher in launchers] == [0] * len(launchers), texts(launchers)
+        for node in self.nodes:
+            node.assert_empty()
+        return {one["digest"] for one in said}
 
     def held(self, launchers: Sequence[Launcher], nodes: int = 2) -> list[Worker]:
         """The workers of a world, by rank, all of them held at their step."""

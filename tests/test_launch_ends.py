@@ -309,9 +309,9 @@ OF_LAUNCHER = (
     ),
     Case(
         happens="SIGTERM while the rendezvous is connected to",
-        says=(),
-        code=-signal.SIGTERM,
-        kept=-signal.SIGTERM,
+        says=("stopped by SIGTERM after",),
+        code=143,
+        kept=143,
         options=f"{TWO_MACHINES} --rdzv-conf is_host=0",
         act=send_in_connection,
     ),

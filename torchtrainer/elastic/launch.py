@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import json
 import os
 import signal
 import sys
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,16 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from torchtrainer.elastic import run_path
 from torchtrainer.elastic.agent import Agent, Orders, Preempted, raise_signal
-from torchtrainer.elastic.endpoint import await_endpoint
+from torchtrainer.elastic.endpoint import Reach, UnreachableError, await_endpoint, connect_timeout_s
+from torchtrainer.elastic.loopback import dynamic_handler, listen_here
+from torchtrainer.errors import EngineError
 from torchtrainer.launcher.failure import WorkerEnd, preempted
 from torchtrainer.launcher.fork_safety import Program
 from torchtrainer.launcher.summary import Summary
 from torchtrainer.launcher.watch import Watch
 from torchtrainer.process.paths import LaunchPaths
 from torchtrainer.process.starters import Starter
+from torchtrainer.topology import LOOPBACK
 
 DEFAULT_MASTER_PORT = 29500
 """Where static rendezvous meets if no port is given, as torchrun has it."""
@@ -54,12 +59,14 @@ class Outcome:
         failure: what torch's launcher would raise; None: all workers ran to their end.
         ends: of the workers of the last attempt, root cause first.
         preempted: workers stopped for a preemption with their state saved.
+        connected: the rendezvous was there; without it no worker can have been started.
     """
 
     return_values: dict[int, Any]
     failure: BaseException | None
     ends: tuple[WorkerEnd, ...]
     preempted: bool
+    connected: bool = True
 
 
 def record_failure(failure: BaseException, ends: Sequence[WorkerEnd]) -> None:
@@ -186,13 +193,14 @@ class Launch:
         dump = getattr(signal, "SIGUSR2", None)
         if dump is not None and dump not in self.signals:
             reports[dump] = lambda: agents[0].print_stacks() if agents else None
-        # Before the signals are watched: torch connects inside C++ and keeps the interpreter for itself meanwhile, so only
-        # their default action ends that. No worker runs yet.
-        handler = self.handler = self._make_handler()
         with Watch(starter, self.signals, reports, raise_signal) as watch:
-            agent = Agent(
-                self._orders(), watch, self._paths, summary, spec=self._spec(handler), **self._agent_options()
-            )
+            try:
+                handler = self.handler = watch.run(self._make_handler, self._patience())
+            except SignalException as error:
+                return Outcome(return_values={}, failure=error, ends=(), preempted=False, connected=False)
+            reach = Reach(self._args, self._config.rdzv_configs)
+            options = {"spec": self._spec(handler), **self._agent_options()}
+            agent = Agent(self._orders(), watch, self._paths, summary, reach, **options)
             agents.append(agent)
             outcome = None
             try:
@@ -200,7 +208,8 @@ class Launch:
             finally:
                 # Not after a signal: closed is closed, and the other machines are to form again without this one.
                 if outcome is None or not isinstance(outcome.failure, SignalException):
-                    handler.shutdown()
+                    with contextlib.suppress(UnreachableError):  # which it was without this machine's word too
+                        watch.run(handler.shutdown, reach.look)
             return outcome
 
     def _run_agent(self, agent: Agent) -> Outcome:
@@ -232,11 +241,31 @@ class Launch:
             stop_timeout_s=self._stop_timeout_s(),
             virtual_local_rank=bool(self._value("virtual_local_rank")),
             closed_membership=self._closed,
+            machines=self._args.nnodes,
         )
 
     def _make_handler(self) -> RendezvousHandler:
+        params = self._parameters()
+        if self._closed:
+            return dynamic_handler(params)
         await_endpoint(self._args, self._config.rdzv_configs)
-        return registry.get_rendezvous_handler(self._parameters())
+        handler = registry.get_rendezvous_handler(params)
+        listen_here(handler, params)
+        return handler
+
+    def _patience(self) -> Callable[[], None]:
+        """What ends the wait for a host that takes connections and does not answer, which torch would wait for without end."""
+        limit_s = 2 * connect_timeout_s(self._args, self._config.rdzv_configs)
+        deadline_s = time.monotonic() + limit_s
+
+        def look() -> None:
+            if time.monotonic() > deadline_s:
+                raise EngineError(
+                    f"the rendezvous {self._args.rdzv_backend} at {self._config.rdzv_endpoint} takes connections but does not "
+                    f"answer, for {limit_s:g} s: is it a launcher that listens there, and does its machine respond?"
+                )
+
+        return look
 
     def _parameters(self) -> RendezvousParameters:
         config = self._config
@@ -246,7 +275,7 @@ class Launch:
             run_id=config.run_id,
             min_nodes=config.min_nodes,
             max_nodes=config.max_nodes,
-            local_addr=config.local_addr,
+            local_addr=config.local_addr or (LOOPBACK if self._closed else None),
             **config.rdzv_configs,
         )
 

@@ -189,7 +189,7 @@ def _exit_code(outcome: Outcome, summary: Summary, *, keep: bool) -> int:
     received = getattr(outcome.failure, "sigval", None)
     if received is not None:
         summary.ended(f"stopped by {signal.Signals(received).name}")
-        return EXIT_SIGNALLED + received if keep else EXIT_FAILED
+        return EXIT_SIGNALLED + received if keep or not outcome.connected else EXIT_FAILED
     summary.ended("failed")
     return exit_code_of(outcome.ends[0]) if keep and outcome.ends else EXIT_FAILED
 
