@@ -165,4 +165,4 @@ def test_ranks_that_do_not_share_the_run_directory_go_on_or_are_told(tmp_path, u
         workers[0].tell("go")
         assert [launcher.finish() for launcher in launchers] == [1, 1], texts(launchers)
         for launcher in launchers:
-            assert "shared file system" in launcher.text, texts(launchers)
+            assert "must be on a file system that all" in launcher.text, texts(launchers)

@@ -354,7 +354,7 @@ print("returned")
 
 
 WRONG_VALUES = {
-    "--nproc-per-node=many x": "--nproc-per-node",
+    "--nproc-per-node=many x": "nproc_per_node",  # may be a device that only torch knows
     "--nproc-per-node=0 x": "--nproc-per-node",
     "--nnodes=3:1 x": "--nnodes",
     "--max-restarts=-1 x": "--max-restarts",
