@@ -60,6 +60,65 @@ trainer.shutdown()
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fault:
+    """What happens to a machine, and what becomes of the training.
+
+    Attributes:
+        happens: in words.
+        says: what the launcher of that machine writes.
+        others: what those of the other machines write.
+        outcome: of the training, in words.
+    """
+
+    happens: str
+    says: str = ""
+    others: str = ""
+    outcome: str
+
+    def row(self) -> str:
+        """The line of the table."""
+        said = (f"`{text}`" if text else "nothing" for text in (self.says, self.others))
+        return f"| {self.happens} | {' | '.join(said)} | {self.outcome} |"
+
+
+AGAIN = "all ranks start again from the newest checkpoint: the same bits"
+CUT = {"says": "has not been reachable for", "others": "waiting for other machines: wanted 2"}
+BACK = "its launch ends with exit code 1 after `timeout_s`; the others wait, and go on when a launcher is started there again: the same bits"
+FAULTS = {
+    "killed": Fault(happens="a worker is killed", says="was killed by SIGKILL", others="all workers", outcome=AGAIN),
+    "launcher": Fault(happens="its launcher is killed, and started again", others="all workers", outcome=AGAIN),
+    "short": Fault(happens="its link is cut for less than `timeout_s`", outcome="goes on, without a restart"),
+    "cut": Fault(happens="its link is cut for longer", **CUT, outcome=BACK),
+    "cut one way": Fault(happens="what it sends is lost", **CUT, outcome=BACK),
+    "cut the other way": Fault(happens="what is sent to it is lost", **CUT, outcome=BACK),
+    "power": Fault(
+        happens="it loses its power, `--nnodes 2`",
+        others="waiting for other machines: wanted 2",
+        outcome="the others wait after `timeout_s`, and go on when it is back: the same bits",
+    ),
+    "power, elastic": Fault(
+        happens="it loses its power, `--nnodes 1:2`",
+        others="all workers",
+        outcome="the others go on without it after `timeout_s`, with fewer ranks; with it when it is back",
+    ),
+    "netem": Fault(happens="200 ms of delay, 5 % of packets lost", outcome="goes on, slowly"),
+    "not shared": Fault(
+        happens="a worker is killed, and the run directory is not shared",
+        says="must be on a file system that all",
+        others="must be on a file system that all",
+        outcome="all launches end with exit code 1",
+    ),
+}
+"""What is shown in the page on how launches end; every row is a test of ``test_launch_machines.py``."""
+
+
+def faults_table() -> str:
+    """The table in Markdown."""
+    header = "| what happens to a machine | its launcher says | the others say | the training |"
+    return "\n".join([header, "|--|--|--|--|", *(fault.row() for fault in FAULTS.values())]) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Machines:
     """Nodes, and the launch of a training script on them."""
 

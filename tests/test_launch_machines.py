@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from machines import Machines, last_word, machines, texts
+from machines import FAULTS, Machines, last_word, machines, texts
 from nodes import Node, why_no_netem, why_no_nodes
 
 pytestmark = [
@@ -52,6 +52,9 @@ def test_training_goes_on_after_workers_of_one_machine_and_then_the_other_were_k
             workers[first].tell("kill")
             workers[1 - first].tell("go")
         assert cluster.finish(launchers, cluster.held(launchers)) == undisturbed
+        for launcher in launchers:
+            assert FAULTS["killed"].says in launcher.text, texts(launchers)
+            assert FAULTS["killed"].others in launcher.text, texts(launchers)
 
 
 @SOAK
@@ -66,6 +69,7 @@ def test_a_machine_whose_launcher_was_killed_comes_back(tmp_path, undisturbed, s
             launchers[1].node.assert_empty()
             workers[0].tell("go")
             launchers[1] = cluster.launch(cluster.nodes[1], static=static)
+        assert FAULTS["launcher"].others in launchers[0].text, texts(launchers)
         workers = cluster.held(launchers)
         workers[0].tell("kill")
         workers[1].tell("go")
@@ -120,10 +124,10 @@ def test_a_machine_that_is_cut_off_says_so_writes_nothing_and_can_come_back(tmp_
             worker.tell("go")
         assert not any("digest" in last_word(worker) for worker in workers)
         assert launchers[away].finish() == 1
-        assert "has not been reachable for" in launchers[away].text.strip().splitlines()[-1], texts(launchers)
+        assert FAULTS[how].says in launchers[away].text.strip().splitlines()[-1], texts(launchers)
         cluster.nodes[away].assert_empty()
         assert checkpoints(cluster) == there
-        launchers[stays].await_text("waiting for other machines: wanted 2")
+        launchers[stays].await_text(FAULTS[how].others)
         MENDS[how](cluster.nodes[away], cluster.nodes[stays])
         launchers[away] = cluster.launch(cluster.nodes[away], host=host)
         assert cluster.finish(launchers, cluster.held(launchers)) == undisturbed
@@ -137,6 +141,8 @@ def test_training_goes_on_when_a_machine_that_lost_its_power_is_back(tmp_path, u
         workers = cluster.held(launchers)
         cluster.nodes[1].lose_power()
         workers[0].tell("go")
+        fault = FAULTS["power" if nnodes == "2" else "power, elastic"]
+        launchers[0].await_text(fault.others)
         if nnodes == "1:2":  # the other one does not wait
             (alone,) = cluster.held(launchers[:1], nodes=1)
             assert alone["WORLD_SIZE"] == 1
@@ -165,4 +171,4 @@ def test_ranks_that_do_not_share_the_run_directory_go_on_or_are_told(tmp_path, u
         workers[0].tell("go")
         assert [launcher.finish() for launcher in launchers] == [1, 1], texts(launchers)
         for launcher in launchers:
-            assert "must be on a file system that all" in launcher.text, texts(launchers)
+            assert FAULTS["not shared"].says in launcher.text, texts(launchers)
