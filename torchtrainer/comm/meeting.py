@@ -14,6 +14,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch's stubs leave them out
 
@@ -151,12 +152,18 @@ def _own_store(topology: Topology, timeout: timedelta) -> Store:
     """Rank 0 hosts the store, the others connect to it; on loopback if no rank is on another machine."""
     hosts = topology.rank == 0
     host = LOOPBACK if topology.one_machine else topology.master_addr
-    options: dict[str, Any] = {"is_master": hosts, "timeout": timeout, "wait_for_workers": False, "multi_tenant": True}
     try:
-        if hosts and topology.one_machine:  # given only a name, torch would listen on every interface
-            listener = socket.create_server((host, topology.master_port), backlog=1024)
-            options["master_listen_fd"] = listener.detach()  # torch closes it with the store
-        store: Store = TCPStore(host, topology.master_port, topology.world_size, **options)
+        if hosts and topology.one_machine:
+            return loopback_store(host, topology.master_port, timeout)
+        store: Store = TCPStore(
+            host,
+            topology.master_port,
+            topology.world_size,
+            is_master=hosts,
+            timeout=timeout,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
     except (OSError, dist.DistNetworkError) as error:
         if not hosts:
             raise
@@ -166,3 +173,28 @@ def _own_store(topology: Topology, timeout: timedelta) -> Store:
             "to a free port, for all ranks"
         ) from error
     return store
+
+
+def loopback_store(host: str, port: int, timeout: timedelta) -> TCPStore:
+    """Hosts a store that listens at one address: given only a name, torch would listen on every interface.
+
+    Args:
+        host: a name of loopback.
+        port: 0: a free one, which the store knows.
+        timeout: of its operations.
+
+    Raises:
+        OSError: the port is in use.
+    """
+    listener = socket.create_server((host, port), backlog=1024)
+    libuv = torch.__version__ >= (2, 8)  # type: ignore[operator]  # it took no socket before; the stubs know no tuples
+    return TCPStore(
+        host,
+        listener.getsockname()[1],
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=listener.detach(),  # torch closes it with the store
+        use_libuv=libuv,
+    )

@@ -5,17 +5,16 @@ torch would listen on every interface, on two ports, and unpickles what its rend
 
 from __future__ import annotations
 
-import socket
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch's stubs leave it out
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
+from torchtrainer.comm.meeting import loopback_store
 from torchtrainer.errors import EngineError
 from torchtrainer.topology import LOOPBACK
 
@@ -42,17 +41,6 @@ def listen_here(handler: RendezvousHandler, params: RendezvousParameters) -> Non
 
 def _listening_store(host: str, port: int, timeout: timedelta = dist.default_pg_timeout) -> Any:
     try:
-        listener = socket.create_server((host, port), backlog=1024)
+        return loopback_store(host, port, timeout)
     except OSError as error:
         raise EngineError(f"cannot listen at {host}:{port}: {error.strerror} (is the port in use?)") from error
-    port = listener.getsockname()[1]
-    # The store closes the descriptor.
-    return TCPStore(
-        host,
-        port,
-        is_master=True,
-        timeout=timeout,
-        wait_for_workers=False,
-        multi_tenant=True,
-        master_listen_fd=listener.detach(),
-    )
