@@ -19,7 +19,8 @@ QUICK = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=4,join
 """A rendezvous that waits no longer than a busy machine needs; the keys take whole seconds."""
 HELD_STEP = 8
 """Every rank asks the desk before it goes on from there."""
-TIMEOUT_S = 10.0
+TIMEOUT_S = 20.0
+"""Longer than a busy machine takes to start a rank."""
 
 TRAINS = f"""
 import hashlib
@@ -126,6 +127,7 @@ class Machines:
     desk: Desk
     command: Sequence[str]
     script: str
+    shared: bool
 
     def launch(self, node: Node, *, host: int = 0, nnodes: str = "2", static: bool = False) -> Launcher:
         """Starts a launcher that meets the others at the address of the hosting node."""
@@ -134,7 +136,8 @@ class Machines:
         if static:
             where = ["--master-addr", address, "--master-port", str(PORT), "--node-rank", str(node.number - 1)]
         common = ("--local-addr", node.address, "--rdzv-id", "machines", "--max-restarts", "3", "--nnodes", nnodes)
-        return node.start([*self.command, *where, *common, self.script], self.desk.environ)
+        before = [] if self.shared else ["sh", "-c", 'mount -t tmpfs none "$RUN" && exec "$@"', "sh"]
+        return node.start([*before, *self.command, *where, *common, self.script], self.desk.environ)
 
     def launch_all(self, **how: Any) -> list[Launcher]:
         return [self.launch(node, **how) for node in self.nodes]
@@ -175,9 +178,11 @@ def last_word(worker: Worker) -> dict[str, Any]:
 def machines(
     directory: Path, count: int = 2, *, command: Sequence[str] = OURS, shared: bool = True, rest: str = TRAINS
 ) -> Iterator[Machines]:
-    """Nodes with a training script; the run directory is one for all of them, or one for each."""
+    """Nodes with a training script; the run directory is one for all of them, or one for each, as long as its launcher lives."""
     with nodes_and_desk(directory, count) as (nodes, desk):
-        run = str(directory / "run") if shared else "run"
-        desk.environ.update(RUN=run, TIMEOUT_S=str(TIMEOUT_S), OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+        (directory / "run").mkdir()
+        desk.environ.update(
+            RUN=str(directory / "run"), TIMEOUT_S=str(TIMEOUT_S), OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1"
+        )
         desk.environ.setdefault("PYTHONPATH", os.pathsep.join(sys.path))
-        yield Machines(nodes=nodes, desk=desk, command=command, script=desk.script(directory, rest))
+        yield Machines(nodes=nodes, desk=desk, command=command, script=desk.script(directory, rest), shared=shared)

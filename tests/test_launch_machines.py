@@ -79,6 +79,7 @@ def test_a_machine_whose_launcher_was_killed_comes_back(tmp_path, undisturbed, s
 # The network
 
 
+@SOAK
 def test_a_link_that_is_cut_for_less_than_the_time_out_costs_no_restart(tmp_path, undisturbed) -> None:
     with machines(tmp_path) as cluster:
         launchers = cluster.launch_all()
@@ -162,7 +163,8 @@ def test_delay_and_loss_change_nothing(tmp_path, undisturbed) -> None:
         assert cluster.finish(launchers, cluster.held(launchers)) == undisturbed
 
 
-def test_ranks_that_do_not_share_the_run_directory_go_on_or_are_told(tmp_path, undisturbed) -> None:
+@SOAK
+def test_ranks_that_do_not_share_the_run_directory_are_told(tmp_path) -> None:
     """Rank 0 reads and writes it; after a restart, every rank has to read the checkpoint."""
     with machines(tmp_path, shared=False) as cluster:
         launchers = cluster.launch_all()

@@ -145,6 +145,29 @@ def test_the_same_script_is_the_same_run_to_the_last_bit(tmp_path, alone, launch
 
 
 @TWO_WAYS
+def test_every_rank_prints_again_when_its_trainer_is_shut_down(tmp_path, launcher) -> None:
+    text = output_of(
+        launcher,
+        tmp_path,
+        CREATORS
+        + """
+before = sys.stdout
+for number in range(2):
+    trainer = TorchTrainer(**CREATORS)
+    sys.stdout.write(f"during {number}\\n")
+    for _ in range(2):
+        trainer.shutdown()
+    assert sys.stdout is before
+    sys.stdout.write(f"after {number}\\n")
+with TorchTrainer(**CREATORS):
+    sys.stdout = sys.stderr
+assert sys.stdout is sys.stderr, "what the script puts there stays"
+""",
+    )
+    assert sorted(text.splitlines()) == ["after 0", "after 0", "after 1", "after 1", "during 0", "during 1"]
+
+
+@TWO_WAYS
 @pytest.mark.soak
 def test_ranks_meet_again_for_a_second_trainer(tmp_path, launcher) -> None:
     text = output_of(
