@@ -26,8 +26,10 @@ def undisturbed(tmp_path_factory) -> set[str]:
     return digests
 
 
-def checkpoints(cluster: Machines) -> list[str]:
-    return sorted(path.name for path in Path(cluster.desk.environ["RUN"], "checkpoints").iterdir())
+def checkpoints(cluster: Machines) -> set[int]:
+    """The steps of the checkpoints that are there."""
+    found = Path(cluster.desk.environ["RUN"], "checkpoints").glob("step-*")
+    return {int(path.name.split("-")[1]) for path in found}
 
 
 # A machine's own counts
@@ -118,7 +120,6 @@ def test_a_machine_that_is_cut_off_says_so_writes_nothing_and_can_come_back(tmp_
     with machines(tmp_path) as cluster:
         launchers = cluster.launch_all(host=host)
         workers = cluster.held(launchers)
-        there = checkpoints(cluster)
         away, stays = 1 - host, host
         BREAKS[how](cluster.nodes[away], cluster.nodes[stays])
         for worker in workers:
@@ -127,7 +128,7 @@ def test_a_machine_that_is_cut_off_says_so_writes_nothing_and_can_come_back(tmp_
         assert launchers[away].finish() == 1
         assert FAULTS[how].says in launchers[away].text.strip().splitlines()[-1], texts(launchers)
         cluster.nodes[away].assert_empty()
-        assert checkpoints(cluster) == there
+        assert checkpoints(cluster) <= {3, 6}, "each is of all ranks, and begun before the cut"
         launchers[stays].await_text(FAULTS[how].others)
         MENDS[how](cluster.nodes[away], cluster.nodes[stays])
         launchers[away] = cluster.launch(cluster.nodes[away], host=host)
