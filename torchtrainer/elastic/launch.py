@@ -208,7 +208,8 @@ class Launch:
             finally:
                 # Not after a signal: closed is closed, and the other machines are to form again without this one.
                 if outcome is None or not isinstance(outcome.failure, SignalException):
-                    with contextlib.suppress(UnreachableError):  # which it was without this machine's word too
+                    # Cut off, the others know without this machine's word; told to end once more, it does not wait to give it.
+                    with contextlib.suppress(UnreachableError, SignalException):
                         watch.run(handler.shutdown, reach.look)
             return outcome
 
