@@ -2,6 +2,7 @@
 #
 #   make demo    train on real images with 2 workers, kill one of them, and print what that cost and the accuracy
 #   make test    the test suite
+#   make torches the fast tests and those of the launcher with the oldest torch and the newest, each in an environment of its own
 #   make lint    ruff and mypy
 #   make soak    the long tests
 #   make bench   the benchmarks
@@ -10,10 +11,12 @@
 #
 # pip is used as it is configured on the machine: where it is set up to find a CPU-only build of torch, that one is installed.
 # DEMO_ARGS, TEST_ARGS and BENCH_ARGS are handed on: make test TEST_ARGS="-k sampler".
+# TORCHES says which versions of torch: make torches TORCHES="2.6 2.7 2.8 newest" has all those where the code asks for a feature.
 
 PYTHON ?= python3
 VENV ?= .venv
 TEST_PROCESSES ?= 2
+TORCHES ?= 2.6 newest
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 DOCS_INSTALLED := $(VENV)/installed-docs.stamp
@@ -21,7 +24,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint soak bench docs clean
+.PHONY: help demo test torches lint soak bench docs clean
+.PRECIOUS: $(VENV)-torch-%/installed.stamp  # long to make
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -31,6 +35,13 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(TEST_ARGS)
+
+torches: $(TORCHES:%=torch-%)
+
+torch-%: $(VENV)-torch-%/installed.stamp
+	$(VENV)-torch-$*/bin/python -c 'import torch; print("torch", torch.__version__)'
+	$(VENV)-torch-$*/bin/python -m pytest -n $(TEST_PROCESSES) -m "not slow and not soak and not kernel" $(TEST_ARGS)
+	$(VENV)-torch-$*/bin/python -m pytest -n $(TEST_PROCESSES) -m "slow and not soak" tests/test_launch_*.py tests/test_spmd*.py $(TEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
@@ -47,7 +58,7 @@ docs: $(DOCS_INSTALLED)
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 clean:
-	rm -rf $(VENV) docs/_build build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-torch-* docs/_build build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml | $(BIN)/python
@@ -58,10 +69,19 @@ $(DOCS_INSTALLED): pyproject.toml $(INSTALLED)
 	$(PIP) install --editable '.[docs]'
 	@touch $@
 
-# Some distributions ship Python without ensurepip; virtualenv brings its own pip.
+$(VENV)-torch-%/installed.stamp: pyproject.toml
+	$(call new_environment,$(VENV)-torch-$*)
+	$(VENV)-torch-$*/bin/python -m pip --disable-pip-version-check install "torch$(if $(filter newest,$*),,==$*.*)" --editable '.[test]'
+	@touch $@
+
 $(BIN)/python:
+	$(call new_environment,$(VENV))
+
+# Some distributions ship Python without ensurepip; virtualenv brings its own pip.
+define new_environment
 	@$(PYTHON) -c 'import sys; sys.exit("torchtrainer needs Python 3.10 or newer, got " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.10") if sys.version_info < (3, 10) else None'
-	@if $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
-	elif $(PYTHON) -c 'import virtualenv' 2>/dev/null; then $(PYTHON) -m virtualenv $(VENV); \
-	elif command -v virtualenv >/dev/null; then virtualenv --python $(PYTHON) $(VENV); \
+	@if $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then $(PYTHON) -m venv $(1); \
+	elif $(PYTHON) -c 'import virtualenv' 2>/dev/null; then $(PYTHON) -m virtualenv $(1); \
+	elif command -v virtualenv >/dev/null; then virtualenv --python $(PYTHON) $(1); \
 	else echo "$(PYTHON) has neither ensurepip nor virtualenv: install one of them (on Debian and Ubuntu: python3-venv)" >&2; exit 1; fi
+endef

@@ -122,6 +122,19 @@ def why_no_nodes() -> str | None:
     return None
 
 
+@functools.cache
+def why_no_netem() -> str | None:
+    """Why packets cannot be delayed and lost on this machine; None if they can."""
+    if why_no_nodes() is not None or not shutil.which("tc"):
+        return why_no_nodes() or "not installed: tc"
+    with tempfile.TemporaryDirectory() as directory, Lan(Path(directory), count=1) as lan:
+        try:
+            lan.nodes[0].disturb("delay", "1ms")
+        except subprocess.CalledProcessError:
+            return "this kernel has no netem"
+    return None
+
+
 @dataclass(kw_only=True)
 class Launcher:
     """A launcher that was started in a node. Its output goes to files, so that nobody has to read along."""
@@ -134,6 +147,13 @@ class Launcher:
     def text(self) -> str:
         """What it wrote so far, standard output first."""
         return "\n".join((self.directory / name).read_text(errors="replace") for name in ("out", "err"))
+
+    def await_text(self, text: str) -> None:
+        """Waits until it has written something."""
+        deadline = time.monotonic() + DEADLINE_S
+        while text not in self.text:
+            assert time.monotonic() < deadline, f"{self.node.name}: did not write {text!r}\n{self.text}"
+            os.sched_yield()
 
     def finish(self, deadline_s: float = DEADLINE_S) -> int:
         """Waits for its end; returns the exit code."""
@@ -151,6 +171,7 @@ class Node:
     name: str
     address: str
     namespace: str
+    switch: str
     directory: Path
     hosts: Path
     launchers: list[Launcher] = field(default_factory=list)
@@ -175,6 +196,39 @@ class Node:
             )
         self.launchers.append(Launcher(node=self, process=process, directory=directory))
         return self.launchers[-1]
+
+    @property
+    def port(self) -> str:
+        """Where its cable ends, in the namespace of the bridge."""
+        return f"port{self.number}"
+
+    def cut(self) -> None:
+        """Takes its cable off the bridge: packets are lost without a word, in both directions."""
+        run_ip("-n", self.switch, "link", "set", self.port, "nomaster")
+
+    def heal(self) -> None:
+        """Puts it back."""
+        run_ip("-n", self.switch, "link", "set", self.port, "master", "bridge")
+
+    def cut_towards(self, other: Node) -> None:
+        """Loses the packets to another node; those from there arrive."""
+        nobody = ("lladdr", "02:00:00:00:00:fe", "nud", "permanent", "dev", "eth0")
+        run_ip("-n", self.namespace, "neighbour", "replace", other.address, *nobody)
+
+    def heal_towards(self, other: Node) -> None:
+        """Undoes `cut_towards`."""
+        run_ip("-n", self.namespace, "neighbour", "delete", other.address, "dev", "eth0")
+
+    def disturb(self, *how: str) -> None:
+        """Delays and loses packets from here, as ``tc`` says it."""
+        subprocess.run(["tc", "-n", self.namespace, "qdisc", "add", "dev", "eth0", "root", "netem", *how], check=True)
+
+    def lose_power(self) -> None:
+        """Ends all that runs here, without a packet that says so."""
+        self.cut()
+        for pid in pids_in(self.namespace):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def assert_empty(self) -> None:
         """Fails if a process still runs here after the time it is given."""
@@ -203,6 +257,7 @@ class Lan:
                 name=f"node-{number}",
                 address=f"10.77.0.{number}",
                 namespace=f"{self._prefix}-{number}",
+                switch=f"{self._prefix}-lan",
                 directory=directory / f"node-{number}",
                 hosts=hosts,
             )
@@ -213,14 +268,13 @@ class Lan:
 
     def __enter__(self) -> Lan:
         with contextlib.ExitStack() as stack:
-            switch = self._add_namespace(stack, f"{self._prefix}-lan")
+            self._add_namespace(stack, switch := f"{self._prefix}-lan")
             run_ip("-n", switch, "link", "add", "bridge", "up", "type", "bridge")
             for node in self.nodes:
                 node.directory.mkdir()
                 namespace = self._add_namespace(stack, node.namespace)
-                port = f"port{node.number}"
                 peer = ("peer", "name", "eth0", "netns", namespace)
-                run_ip("-n", switch, "link", "add", port, "up", "master", "bridge", "type", "veth", *peer)
+                run_ip("-n", switch, "link", "add", node.port, "up", "master", "bridge", "type", "veth", *peer)
                 run_ip("-n", namespace, "address", "add", f"{node.address}/24", "dev", "eth0")
                 run_ip("-n", namespace, "link", "set", "eth0", "up")
                 run_ip("-n", namespace, "link", "set", "lo", "up")

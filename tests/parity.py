@@ -405,6 +405,8 @@ def _reports(run: Run, clean: _Cleaner) -> dict[str, Any]:
     for report in reports.values():
         if report["environ"].get(FREE_PORT) != str(run.port):
             report["environ"][FREE_PORT] = "<free port>"
+        if report["environ"].get("MASTER_ADDR") in ("127.0.0.1", socket.getfqdn()):  # on one machine, ours is loopback
+            report["environ"]["MASTER_ADDR"] = "<this machine>"
         report["random of its own"] = len(set(drawn)) == len(drawn)
     return {name: clean.all(report) for name, report in reports.items()}
 

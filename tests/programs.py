@@ -13,8 +13,10 @@ import textwrap
 import time
 import weakref
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
+TORCH = tuple(int(part) for part in version("torch").split(".")[:2])
 MARK = "TORCHTRAINER_TEST_MARK"
 DEADLINE_S = 60.0
 """Only a deadlock takes this long."""
@@ -95,8 +97,9 @@ class Program:
         assert not left, f"left behind: {left}"
 
     def private_directories(self) -> list[str]:
-        """What is in the program's temporary directory, but for the cache that torch keeps there."""
-        return [str(e) for e in self.temporary.iterdir() if not e.name.startswith("torchinductor_")]
+        """What is in the program's temporary directory, but for what torch keeps there: up to 2.7 an empty directory, too."""
+        torchs = ("torchinductor_", "tmp") if TORCH < (2, 8) else ("torchinductor_",)
+        return [str(e) for e in self.temporary.iterdir() if not e.name.startswith(torchs)]
 
 
 def start_program(tmp_path: Path, text: str, *arguments: str, python: tuple[str, ...] = (), **environ: str) -> Program:

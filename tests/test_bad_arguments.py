@@ -252,7 +252,6 @@ METHODS = {
     "save": ("x",),
     "load": ("x",),
     "resize": (2,),
-    "shutdown": (),
 }
 
 
@@ -263,4 +262,6 @@ def test_no_method_works_after_shutdown() -> None:
     for method, arguments in METHODS.items():
         with pytest.raises(TrainerClosedError, match="shut down: create a new TorchTrainer"):
             getattr(trainer, method)(*arguments)
+    trainer.shutdown()  # is done already
+    trainer.shutdown(force=True)
     assert workers() == before

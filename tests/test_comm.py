@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from contextlib import closing, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch's stubs leave it out
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch's stubs leave them out
 from torch.nn.parallel import DistributedDataParallel
 
 from torchtrainer.comm.group import SingleCollective, close_group, join_group, open_group
+from torchtrainer.comm.meeting import private_store
 from torchtrainer.comm.wrapping import unwrap, wrap
 from torchtrainer.errors import EngineError, InvalidArgumentError
 from torchtrainer.topology import Topology, detect, to_environ
@@ -237,10 +239,13 @@ def case_agent_store(rank: int, world_size: int, place: Path) -> Any:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=(place / "port").read_text(),
         TORCHELASTIC_USE_AGENT_STORE="True",
-        TORCHELASTIC_RESTART_COUNT="0",
+        TORCHELASTIC_RESTART_COUNT=str(rank),  # each machine counts for itself
     )
     topology = detect(os.environ)
     assert topology is not None
+    if rank == 0 and (place / "late").exists():  # the others take what was left behind for an offer of this one
+        store = TCPStore("127.0.0.1", topology.master_port, is_master=False, timeout=timedelta(seconds=30))
+        store.wait([f"torchtrainer/meeting/left/{other}" for other in range(1, world_size)])
     collective = join_group(topology, backend="gloo", timeout_s=30.0, device=CPU)
     outcome = {"ranks": collective.all_gather(rank), "listening": sorted(_listening())}
     collective.barrier()
@@ -422,6 +427,36 @@ def test_ranks_connect_to_the_store_of_the_launcher(place: Path) -> None:
     for outcome in run_ranks(case_agent_store, 2, place):
         assert outcome["ranks"] == [0, 1]
     assert store.num_keys() > 1
+
+
+@pytest.mark.parametrize("left", ["an offer", "signatures", "a meeting", "a larger meeting"])
+def test_ranks_meet_in_a_store_that_holds_what_earlier_ones_left(place: Path, left: str) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = PrefixStore("torchtrainer/meeting", store)
+    meeting.set("offer", "left")
+    if left == "an offer":
+        (place / "late").touch()
+    else:
+        for rank in (1, 2):
+            meeting.set(f"left/{rank}", "theirs")
+    if "meeting" in left:
+        meeting.set("left/signed", json.dumps(["theirs"] * (5 if left == "a larger meeting" else 2)))
+    (place / "port").write_text(str(store.port))
+    for _ in range(2):  # the second time, what the first ranks left is there too
+        for outcome in run_ranks(case_agent_store, 3, place):
+            assert outcome["ranks"] == [0, 1, 2]
+
+
+def test_ranks_that_do_not_come_to_the_meeting_are_named() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    soon = timedelta(seconds=0.2)
+    with pytest.raises(EngineError, match=r"rank 2 waited for rank 0 .* 0\.2 s.*timeout_s"):
+        private_store(store, rank=2, world_size=4, timeout=soon)
+    PrefixStore("torchtrainer/meeting", store).set("offer", "left")
+    with pytest.raises(EngineError, match="rank 1 waited for rank 0"):
+        private_store(store, rank=1, world_size=4, timeout=soon)
+    with pytest.raises(EngineError, match="rank 0 waited for ranks 1, 2, 3 "):
+        private_store(store, rank=0, world_size=4, timeout=soon)
 
 
 def test_a_single_rank_needs_no_group() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,32 @@ def test_another_user_cannot_reach_the_control_socket(program) -> None:
 
 def test_no_environment_value_shows_in_a_command_line(program) -> None:
     assert not [line for line in marked_processes(program.mark) if "do-not-tell" in line]
+
+
+LISTENS = """
+import os, signal
+import torch.distributed as dist
+dist.init_process_group("gloo")
+os.write(1, b"here\\n")
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("options", ["", "--standalone", "--master-addr localhost --master-port {port}"])
+def test_a_launcher_on_one_machine_listens_on_loopback_only(tmp_path, options) -> None:
+    (tmp_path / "listens.py").write_text(LISTENS)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        given = options.format(port=probe.getsockname()[1]).split()
+    command = [sys.executable, "-m", "torchtrainer", "run", "--nproc-per-node", "2", *given, "listens.py"]
+    running = start_program(tmp_path, f"import os; os.execv({command[0]!r}, {command!r})", OMP_NUM_THREADS="1")
+    for _ in range(2):
+        running.wait_for("here")
+    pid = running.process.pid
+    own = {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+    found = {address for address, inode in listening_inodes(pid) if f"socket:[{inode}]" in own}
+    running.process.terminate()
+    running.finish()
+    running.assert_nothing_left()
+    assert found, "it hosts the rendezvous"
+    assert found <= LOOPBACK

@@ -14,6 +14,8 @@ import pytest
 from launched import RUN, launch
 from programs import Program, run_program, start_program
 
+import torchtrainer.launch
+import torchtrainer.run
 from torchtrainer.launcher.script import _answer_stack_dumps
 from torchtrainer.process.signals import STACK_DUMP_SIGNAL
 
@@ -323,3 +325,50 @@ def test_a_program_gets_the_signal_that_ended_the_launch(tmp_path):
     assert program.finish() == 0, program.errors
     program.assert_nothing_left()
     assert program.output.splitlines()[-1] == f"SignalException {signal.Signals.SIGTERM!r}"
+
+
+@pytest.mark.parametrize("who", ["torchrun", "accelerate"])
+def test_a_program_that_makes_torchruns_options_can_launch_here_in_its_place(tmp_path, who):
+    (tmp_path / "script.py").write_text(
+        "import os, sys\nos.write(1, f'{os.environ[\"RANK\"]} {sys.argv[1:]}\\n'.encode())"
+    )
+    launching = {
+        "torchrun": "torchrun.main(['--nproc-per-node=2', '--master-port=0', 'script.py', '--x'])",
+        "accelerate": """
+from accelerate.commands.launch import launch_command_parser, multi_gpu_launcher
+known = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no script.py --x"
+multi_gpu_launcher(launch_command_parser().parse_args(known.split()))
+""",
+    }[who]
+    text = f"""
+import torch.distributed.run as torchrun
+import torchtrainer.run
+torchrun.run = torchtrainer.run.run
+{launching}
+print("returned")
+"""
+    program = run_program(tmp_path, text, OMP_NUM_THREADS="1")
+    assert program.process.returncode == 0, program.errors
+    assert sorted(program.output.splitlines()) == ["0 ['--x']", "1 ['--x']", "returned"]
+    assert "2 ranks on" in program.errors, "it is ours that launched"
+
+
+WRONG_VALUES = {
+    "--nproc-per-node=many x": "nproc_per_node",  # may be a device that only torch knows
+    "--nproc-per-node=0 x": "--nproc-per-node",
+    "--nnodes=3:1 x": "--nnodes",
+    "--max-restarts=-1 x": "--max-restarts",
+    "--no-python --module x": "--no-python and --module exclude",
+    "--rdzv-conf=nothing x": "--rdzv-conf",
+    "--local-ranks-filter=a x": "--local-ranks-filter",
+}
+
+
+@pytest.mark.parametrize("launcher", [torchtrainer.run, torchtrainer.launch])
+@pytest.mark.parametrize("line", WRONG_VALUES)
+def test_a_program_gets_an_exception_for_wrong_values_and_no_exit(launcher, line):
+    options = ["--use-env", *line.split()] if launcher is torchtrainer.launch else line.split()
+    with pytest.raises(ValueError, match=WRONG_VALUES[line]):
+        launcher.main(options)
+    with pytest.raises(SystemExit, match="2"):
+        launcher.main(["--no-such-option", "x"])

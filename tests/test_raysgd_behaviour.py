@@ -370,7 +370,6 @@ def test_a_dead_trainer_refuses_everything(make, workers, force) -> None:
         trainer.train,
         trainer.validate,
         trainer.state_dict,
-        trainer.shutdown,
         lambda: trainer.apply_all_workers(os.getpid),
         lambda: trainer.load("nothing.pt"),
     ):

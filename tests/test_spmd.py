@@ -119,7 +119,8 @@ trainer.shutdown()
 try:
     trainer.train()
 except RuntimeError as error:
-    print("shut down:", error)
+    if os.environ.get("RANK", "0") == "0":  # the others print again, too
+        print("shut down:", error)
 """
 )
 
@@ -142,10 +143,36 @@ def test_the_same_script_is_the_same_run_to_the_last_bit(tmp_path, alone, launch
     assert status == [f"status 8 1 True {ranks}"], "61 samples on 2 ranks in batches of 4 are 8 steps"
     assert [line for line in lines if not line.startswith("status")] == alone
     (run,) = (tmp_path / "runs" / "program").iterdir()
-    assert (run / "logs" / "rank_1" / "stdout.log").read_text().splitlines() == lines, "ranks agree on every result"
+    assert lines[-1].startswith("shut down:")
+    assert (run / "logs" / "rank_1" / "stdout.log").read_text().splitlines() == lines[:-1], (
+        "ranks agree on every result"
+    )
     assert len((run / "history.jsonl").read_text().splitlines()) == 7
     here = {entry.name for entry in tmp_path.iterdir()}
     assert here == {"program.py", "runs", "saved.pt"}
+
+
+@TWO_WAYS
+def test_every_rank_prints_again_when_its_trainer_is_shut_down(tmp_path, launcher) -> None:
+    text = output_of(
+        launcher,
+        tmp_path,
+        CREATORS
+        + """
+before = sys.stdout
+for number in range(2):
+    trainer = TorchTrainer(**CREATORS)
+    sys.stdout.write(f"during {number}\\n")
+    for _ in range(2):
+        trainer.shutdown()
+    assert sys.stdout is before
+    sys.stdout.write(f"after {number}\\n")
+with TorchTrainer(**CREATORS):
+    sys.stdout = sys.stderr
+assert sys.stdout is sys.stderr, "what the script puts there stays"
+""",
+    )
+    assert sorted(text.splitlines()) == ["after 0", "after 0", "after 1", "after 1", "during 0", "during 1"]
 
 
 @TWO_WAYS
@@ -184,7 +211,7 @@ print("still there", total.item())
 dist.destroy_process_group()
 """,
     )
-    assert text.split("\n") == ["64", "64", "still there 2.0", ""]
+    assert sorted(text.split()) == sorted(["64", "64", *["still", "there", "2.0"] * 2]), "both print afterwards"
 
 
 @TWO_WAYS

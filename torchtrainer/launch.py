@@ -9,18 +9,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from torchtrainer.launcher.options import Form, parse
+from torchtrainer.launcher.options import Form, parse_unchecked
 from torchtrainer.launcher.program import main as program_main
 from torchtrainer.launcher.program import run_here
 
 
 def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses a command line; None: that of this process.
+    """Parses a command line; None: that of this process. `launch` checks the values.
 
     Raises:
-        SystemExit: with status 2 for wrong usage.
+        SystemExit: with status 2 for unknown options and missing arguments.
     """
-    return parse(sys.argv[1:] if args is None else args, Form.LAUNCH)
+    return parse_unchecked(sys.argv[1:] if args is None else args, Form.LAUNCH)
 
 
 def launch(args: argparse.Namespace) -> None:

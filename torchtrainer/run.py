@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from torchtrainer.launcher.options import Form, make_parser, parse
+from torchtrainer.launcher.options import Form, make_parser, parse_unchecked
 from torchtrainer.launcher.program import main as program_main
 from torchtrainer.launcher.program import run_here
 
@@ -20,21 +20,22 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses a command line; None: that of this process.
+    """Parses a command line; None: that of this process. `run` checks the values.
 
     Raises:
-        SystemExit: with status 2 for wrong usage.
+        SystemExit: with status 2 for unknown options and missing arguments.
     """
-    return parse(sys.argv[1:] if args is None else args, Form.MODULE_RUN)
+    return parse_unchecked(sys.argv[1:] if args is None else args, Form.MODULE_RUN)
 
 
 def run(args: argparse.Namespace) -> None:
     """Launches on this machine, within the calling process and from its main thread.
 
     Args:
-        args: as `parse_args` returns them.
+        args: as `parse_args` returns them, or ``torch.distributed.run.parse_args``. They stay as they are.
 
     Raises:
+        ValueError: a value is wrong, or options exclude each other.
         ChildFailedError: workers failed: torch's class, with torch's fields.
         SignalException: a signal ended it.
         SystemExit: with 75, if workers stopped for a preemption with their state saved.

@@ -86,11 +86,6 @@ def current() -> Topology | None:
     return detect(os.environ)
 
 
-def attempt() -> str:
-    """Which start of the ranks this is: torchrun 2.14 keeps one store for all, with what dead ranks left in it."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-
-
 def detect(environ: Mapping[str, str]) -> Topology | None:
     """Read a launcher's variables; None if there is no launch.
 

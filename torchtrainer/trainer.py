@@ -605,15 +605,11 @@ class TorchTrainer:
         self._living_group().resize(processes)
 
     def shutdown(self, force: bool = False) -> None:
-        """Ends the workers and returns when they are gone.
+        """Ends the workers and returns when they are gone. A trainer that was shut down stays so: calling it again does nothing.
 
         Args:
             force: do not wait for them to clean up.
-
-        Raises:
-            TrainerClosedError: the trainer was shut down before.
         """
-        self._living_group()
         self._close("finished", force)
 
     def _close(self, reason: RunState, force: bool) -> None:

@@ -51,7 +51,9 @@ def before_torch() -> dict[str, object]:
         "third party": THIRD_PARTY,
         "filters": FILTERS,
         "own loggers": LOGGERS,
-        "builtins": sorted(vars(builtins)),
+        "builtins": sorted(
+            name for name in vars(builtins) if not name.startswith("__pybind11_internals")
+        ),  # up to torch 2.7
         "main": {**main_module(), "names": sorted(n for n in globals() if n.startswith("__"))},
         "interpreter": interpreter(),
         "streams": streams(),

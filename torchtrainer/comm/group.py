@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import socket
 import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -17,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed import FileStore, PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch's stubs leave them out
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed import FileStore  # type: ignore[attr-defined]  # torch's stubs leave it out
 
 from torchtrainer.comm.flat import broadcast_tensors
+from torchtrainer.comm.meeting import MeetingPlace
 from torchtrainer.errors import EngineError, InvalidArgumentError
-from torchtrainer.topology import LOOPBACK, Topology, attempt
+from torchtrainer.topology import Topology
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -215,39 +214,6 @@ def open_group(
     return _form(backend, rank, world_size, timeout_s, device, where, make_store)
 
 
-class MeetingPlace:
-    """The store in which the ranks of a launch meet, for one process group after another.
-
-    Under a launcher that hosts the store (torchrun's agent store) it is that one. Otherwise rank 0 hosts it: on loopback
-    only when all ranks are on this machine. It is kept until the process ends: a store that went with its group could
-    still be found, and its addresses taken for new ones, by a rank that is quicker than rank 0 to form the next group.
-
-    Args:
-        topology: what the launcher said, alike on all ranks but for the rank.
-    """
-
-    def __init__(self, topology: Topology) -> None:
-        self.topology = topology
-        self._store: Store | None = None
-        self._groups = 0
-
-    def next_store(self, timeout: timedelta) -> Store:
-        """A store for a new group, apart from those of the groups before it; every rank asks equally often."""
-        if self._store is None:
-            self._store = self._open(timeout)
-        self._groups += 1
-        store: Store = PrefixStore(f"torchtrainer/{attempt()}/{self._groups}", self._store)
-        store.set_timeout(timeout)
-        return store
-
-    def _open(self, timeout: timedelta) -> Store:
-        at = self.topology
-        if at.agent_store:
-            agents: Store = next(iter(rendezvous("env://", at.rank, at.world_size, timeout=timeout)))[0]
-            return agents
-        return _tcp_store(at, timeout)
-
-
 def join_group(
     topology: Topology,
     *,
@@ -344,24 +310,3 @@ def _exchange_device(backend: str, device: torch.device | None) -> torch.device:
     if device is not None:
         return device
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _tcp_store(topology: Topology, timeout: timedelta) -> Store:
-    """Rank 0 hosts the store, the others connect to it; on loopback if no rank is on another machine."""
-    hosts = topology.rank == 0
-    host = LOOPBACK if topology.one_machine else topology.master_addr
-    options: dict[str, Any] = {"is_master": hosts, "timeout": timeout, "wait_for_workers": False, "multi_tenant": True}
-    try:
-        if hosts and topology.one_machine:  # given only a name, torch would listen on every interface
-            listener = socket.create_server((host, topology.master_port), backlog=1024)
-            options["master_listen_fd"] = listener.detach()  # torch closes it with the store
-        store: Store = TCPStore(host, topology.master_port, topology.world_size, **options)
-    except (OSError, dist.DistNetworkError) as error:
-        if not hosts:
-            raise
-        raise EngineError(
-            f"rank 0 cannot listen on port {topology.master_port} of {host}: {error}. Another program, or another run "
-            f"on this machine, may be using it: set the environment variable MASTER_PORT (now {topology.master_port}) "
-            "to a free port, for all ranks"
-        ) from error
-    return store

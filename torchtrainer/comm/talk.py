@@ -6,6 +6,7 @@ A store carries them, so that nothing is paid while nobody has anything to say b
 from __future__ import annotations
 
 import json
+import secrets
 from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +17,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from torchtrainer.comm.group import Collective, GroupCollective, SingleCollective
 from torchtrainer.errors import EngineError
-from torchtrainer.topology import attempt, current
+from torchtrainer.topology import current
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -105,16 +106,15 @@ class StoreTalk:
         return found
 
 
-_talks = [0]
-"""How many talks this process has opened: alike on all ranks, so it names the next one."""
-
-
 def open_talk(collective: Collective) -> Talk:
-    """A talk between the ranks of a collective, over the store in which its group met; every rank opens equally many."""
+    """A talk between the ranks of a collective, over the store in which its group met. A collective call.
+
+    Rank 0 names it: a script may have formed the group itself, in a store that holds what earlier ranks said.
+    """
     if not isinstance(collective, GroupCollective):
         return OwnTalk()
-    _talks[0] += 1
-    return StoreTalk(PrefixStore(f"torchtrainer/talk/{attempt()}/{_talks[0]}", _get_default_store()))
+    name = collective.all_gather(secrets.token_hex(8))[0]
+    return StoreTalk(PrefixStore(f"torchtrainer/talk/{name}", _get_default_store()))
 
 
 def attached() -> Collective:

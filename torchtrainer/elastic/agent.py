@@ -7,6 +7,7 @@ answered at once, restarts are refilled by progress, and the real error is told.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -21,17 +22,20 @@ from torch.distributed.elastic.metrics.api import put_metric
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.utils.api import macros
 
+from torchtrainer.elastic.endpoint import Reach, UnreachableError
 from torchtrainer.elastic.environment import Launch, worker_environment
-from torchtrainer.elastic.store import renew_store, store_of_restart
+from torchtrainer.elastic.store import renew_store, static_store
 from torchtrainer.elastic.workers import Attempt, Workers
 from torchtrainer.launcher.activity import HangDetector, read_step, sample, stacks_of
 from torchtrainer.launcher.failure import WorkerEnd, describe, preempted
 from torchtrainer.launcher.fork_safety import Program
 from torchtrainer.launcher.summary import Summary
-from torchtrainer.launcher.watch import Watch
+from torchtrainer.launcher.watch import Call, Watch
 from torchtrainer.process.oom import OomWatch
 from torchtrainer.process.paths import LaunchPaths
 
+WAIT_UNTOLD_S = 5.0
+"""How long a launcher waits for other machines before it says so."""
 ACTIVITY_CHECK_S = 1.0
 """How often workers are looked at for a hang."""
 
@@ -51,6 +55,8 @@ class Orders:
         hang_timeout_s: seconds without progress after which it is a failure; None: never.
         stop_timeout_s: from asking workers to end to killing them.
         closed_membership: no other machine can join, so nobody has to be asked.
+        machines: how many there have to be, as the user said it.
+        virtual_local_rank: every worker believes to be local rank 0 with one device.
     """
 
     program: Program
@@ -59,6 +65,8 @@ class Orders:
     hang_timeout_s: float | None
     stop_timeout_s: float
     closed_membership: bool
+    machines: str
+    virtual_local_rank: bool
 
 
 class Agent(LocalElasticAgent):
@@ -69,20 +77,25 @@ class Agent(LocalElasticAgent):
         watch: starts processes and hears of their ends and of signals.
         paths: the launcher's private files.
         summary: tells the user.
+        reach: of the machine that hosts the rendezvous.
         agent: arguments of torch's agent.
     """
 
-    def __init__(self, orders: Orders, watch: Watch, paths: LaunchPaths, summary: Summary, **agent: Any) -> None:
+    def __init__(
+        self, orders: Orders, watch: Watch, paths: LaunchPaths, summary: Summary, reach: Reach, **agent: Any
+    ) -> None:
         super().__init__(**agent)
         self._orders = orders
         self._watch = watch
         self._paths = paths
         self._summary = summary
+        self._reach = reach
         self._attempt = 0
         self._generation = 0
         self._best_step = 0
         self._hangs: HangDetector | None = None
         self._next_look_s = 0.0
+        self._question: Call[int] | None = None
         self._oom = OomWatch()
         self.ends: list[WorkerEnd] = []
 
@@ -91,11 +104,32 @@ class Agent(LocalElasticAgent):
     def _rendezvous(self, worker_group: Any) -> None:
         if self._generation:
             renew_store(worker_group.spec.rdzv_handler)
-        self._watch.run(lambda: super(Agent, self)._rendezvous(worker_group))
+        if self._question is not None:  # torch's handler does one thing at a time
+            self._watch.finish(self._question, self._reach.look)
+            self._question = None
+        began_s, told = time.monotonic(), False
+
+        def meanwhile() -> None:
+            nonlocal told
+            self._reach.look()
+            if not told and time.monotonic() - began_s > WAIT_UNTOLD_S:
+                told = True
+                self._summary.says(
+                    f"waiting for other machines: wanted {self._orders.machines}, within the time-outs of --rdzv-conf"
+                )
+
+        self._watch.run(lambda: super(Agent, self)._rendezvous(worker_group), meanwhile)
 
     def _assign_worker_ranks(self, store: Any, group_rank: int, group_world_size: int, spec: Any) -> Any:
-        if self._generation and spec.rdzv_handler.get_backend() == "static":
-            store = store_of_restart(spec.rdzv_handler, store, self._attempt, group_rank, group_world_size)
+        if spec.rdzv_handler.get_backend() == "static" and group_world_size > 1:
+            store = static_store(
+                spec.rdzv_handler,
+                store,
+                group_rank,
+                group_world_size,
+                again=self._generation > 0,
+                say=self._summary.says,
+            )
         return super()._assign_worker_ranks(store, group_rank, group_world_size, spec)
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
@@ -149,7 +183,7 @@ class Agent(LocalElasticAgent):
             master_addr=worker_group.master_addr,
             master_port=worker_group.master_port,
             agent_store=spec.rdzv_handler.use_agent_store,
-            virtual_local_rank=getattr(spec, "virtual_local_rank", False),
+            virtual_local_rank=self._orders.virtual_local_rank,
             launch_dir=str(self._paths.root),
         )
 
@@ -181,7 +215,8 @@ class Agent(LocalElasticAgent):
             put_metric(f"workers.{spec.role}.remaining_restarts", self._remaining_restarts)
             put_metric(f"workers.{spec.role}.{result.state.name.lower()}", 1)
             if result.state == WorkerState.SUCCEEDED:
-                self._watch.run(self._exit_barrier)
+                with contextlib.suppress(UnreachableError):  # all is done here
+                    self._watch.run(self._exit_barrier, self._reach.look)
                 return result
             if result.state in {WorkerState.UNHEALTHY, WorkerState.FAILED}:
                 if not self._restart_after_failure(group):
@@ -189,9 +224,21 @@ class Agent(LocalElasticAgent):
                     return result
             elif self._hangs is not None and self._is_hung():
                 continue  # its workers were killed: the next look finds them failed
-            elif not self._orders.closed_membership and self._watch.run(spec.rdzv_handler.num_nodes_waiting) > 0:
+            elif not self._orders.closed_membership and self._do_others_wait(spec.rdzv_handler):
                 self._summary.says("a machine joined or left: all workers start again")
                 self._restart_workers(group)
+
+    def _do_others_wait(self, handler: Any) -> bool:
+        """Whether machines wait to join.
+
+        The loop goes on until the answer is there: from a host that is cut off none comes, and workers fail meanwhile.
+        """
+        if self._question is None:
+            self._question = self._watch.begin(handler.num_nodes_waiting)
+        if not self._question.done:
+            return False
+        answered, self._question = self._question, None
+        return answered.result() > 0
 
     def _restart_after_failure(self, group: Any) -> bool:
         """Restarts the workers if the budget allows it; keeps what is known of the failure otherwise."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import json
 import os
 import signal
 import sys
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,9 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from torchtrainer.elastic import run_path
 from torchtrainer.elastic.agent import Agent, Orders, Preempted, raise_signal
-from torchtrainer.elastic.endpoint import await_endpoint
+from torchtrainer.elastic.endpoint import Reach, UnreachableError, await_endpoint, connect_timeout_s
+from torchtrainer.elastic.loopback import dynamic_handler, listen_here
+from torchtrainer.errors import EngineError
 from torchtrainer.launcher.failure import WorkerEnd, preempted
 from torchtrainer.launcher.fork_safety import Program
 from torchtrainer.launcher.summary import Summary
@@ -39,6 +43,7 @@ from torchtrainer.launcher.watch import Watch
 from torchtrainer.process.cgroups import usable_cores
 from torchtrainer.process.paths import LaunchPaths
 from torchtrainer.process.starters import Starter
+from torchtrainer.topology import LOOPBACK
 
 DEFAULT_MASTER_PORT = 29500
 """Where static rendezvous meets if no port is given, as torchrun has it."""
@@ -55,12 +60,14 @@ class Outcome:
         failure: what torch's launcher would raise; None: all workers ran to their end.
         ends: of the workers of the last attempt, root cause first.
         preempted: workers stopped for a preemption with their state saved.
+        connected: the rendezvous was there; without it no worker can have been started.
     """
 
     return_values: dict[int, Any]
     failure: BaseException | None
     ends: tuple[WorkerEnd, ...]
     preempted: bool
+    connected: bool = True
 
 
 def record_failure(failure: BaseException, ends: Sequence[WorkerEnd]) -> None:
@@ -115,6 +122,17 @@ def _one_per_core(workers: str) -> bool:
     return workers == "cpu" or (workers == "auto" and not torch.accelerator.is_available())
 
 
+def _check_features(args: argparse.Namespace, config: LaunchConfig) -> None:
+    """Says which option the installed torch has nothing for; the others are ours to do, whatever torch knows of them."""
+    for name, field in (
+        ("numa_binding", "numa_options"),
+        ("duplicate_stdout_filters", "duplicate_stdout_filters"),
+        ("duplicate_stderr_filters", "duplicate_stderr_filters"),
+    ):
+        if getattr(args, name) and not hasattr(config, field):
+            raise ValueError(f"--{name.replace('_', '-')} needs a newer torch than {torch.__version__}")
+
+
 class Launch:
     """A launch that is about to happen: options are checked and read, nothing runs yet.
 
@@ -139,6 +157,7 @@ class Launch:
         config, entrypoint, arguments = torchrun.config_from_args(args)
         if _one_per_core(args.nproc_per_node.strip()):  # torch knows nothing of the quota of a container
             config.nproc_per_node = min(config.nproc_per_node, usable_cores())
+        _check_features(args, config)
         if args.log_dir is None and config.logs_specs is not None:
             paths.note_log_dir(config.logs_specs.root_log_dir)
         if threads_assumed and "OMP_NUM_THREADS" not in os.environ:  # torch sets it for several workers, and it is one
@@ -175,21 +194,20 @@ class Launch:
             SignalException: a signal ended it, and its workers are gone.
             RendezvousError and others of torch: the machines did not come together.
         """
-        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = self._config_value(
-            "signals_to_handle", self._args.signals_to_handle
-        )
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = self._value("signals_to_handle")
         agents: list[Agent] = []
         reports = {}
         dump = getattr(signal, "SIGUSR2", None)
         if dump is not None and dump not in self.signals:
             reports[dump] = lambda: agents[0].print_stacks() if agents else None
-        # Before the signals are watched: torch connects inside C++ and keeps the interpreter for itself meanwhile, so only
-        # their default action ends that. No worker runs yet.
-        handler = self.handler = self._make_handler()
         with Watch(starter, self.signals, reports, raise_signal) as watch:
-            agent = Agent(
-                self._orders(), watch, self._paths, summary, spec=self._spec(handler), **self._agent_options()
-            )
+            try:
+                handler = self.handler = watch.run(self._make_handler, self._patience())
+            except SignalException as error:
+                return Outcome(return_values={}, failure=error, ends=(), preempted=False, connected=False)
+            reach = Reach(self._args, self._config.rdzv_configs)
+            options = {"spec": self._spec(handler), **self._agent_options()}
+            agent = Agent(self._orders(), watch, self._paths, summary, reach, **options)
             agents.append(agent)
             outcome = None
             try:
@@ -197,11 +215,13 @@ class Launch:
             finally:
                 # Not after a signal: closed is closed, and the other machines are to form again without this one.
                 if outcome is None or not isinstance(outcome.failure, SignalException):
-                    handler.shutdown()
+                    # Cut off, the others know without this machine's word; told to end once more, it does not wait to give it.
+                    with contextlib.suppress(UnreachableError, SignalException):
+                        watch.run(handler.shutdown, reach.look)
             return outcome
 
     def _run_agent(self, agent: Agent) -> Outcome:
-        log = self._config.event_log_handler
+        log = self._value("event_log_handler")
         initialize_metrics(MetricsConfig(self._config.metrics_cfg))
         try:
             result = agent.run()
@@ -226,13 +246,34 @@ class Launch:
             forked=self._program.exec_reason is None and numa is None,
             signals=self.signals,
             hang_timeout_s=self._args.hang_timeout_s,
-            stop_timeout_s=float(self._config_value("shutdown_timeout", DEFAULT_STOP_TIMEOUT_S)),
+            stop_timeout_s=self._stop_timeout_s(),
+            virtual_local_rank=bool(self._value("virtual_local_rank")),
             closed_membership=self._closed,
+            machines=self._args.nnodes,
         )
 
     def _make_handler(self) -> RendezvousHandler:
+        params = self._parameters()
+        if self._closed:
+            return dynamic_handler(params)
         await_endpoint(self._args, self._config.rdzv_configs)
-        return registry.get_rendezvous_handler(self._parameters())
+        handler = registry.get_rendezvous_handler(params)
+        listen_here(handler, params)
+        return handler
+
+    def _patience(self) -> Callable[[], None]:
+        """What ends the wait for a host that takes connections and does not answer, which torch would wait for without end."""
+        limit_s = 2 * connect_timeout_s(self._args, self._config.rdzv_configs)
+        deadline_s = time.monotonic() + limit_s
+
+        def look() -> None:
+            if time.monotonic() > deadline_s:
+                raise EngineError(
+                    f"the rendezvous {self._args.rdzv_backend} at {self._config.rdzv_endpoint} takes connections but does not "
+                    f"answer, for {limit_s:g} s: is it a launcher that listens there, and does its machine respond?"
+                )
+
+        return look
 
     def _parameters(self) -> RendezvousParameters:
         config = self._config
@@ -242,14 +283,14 @@ class Launch:
             run_id=config.run_id,
             min_nodes=config.min_nodes,
             max_nodes=config.max_nodes,
-            local_addr=config.local_addr,
+            local_addr=config.local_addr or (LOOPBACK if self._closed else None),
             **config.rdzv_configs,
         )
 
     def _spec(self, handler: RendezvousHandler) -> WorkerSpec:
         config = self._config
         address, port = self._static_address()
-        values = {
+        values: dict[str, Any] = {
             "role": config.role,
             "local_world_size": config.nproc_per_node,
             "entrypoint": self._entrypoint,
@@ -260,7 +301,7 @@ class Launch:
             "master_addr": address,
             "master_port": port,
             "local_addr": config.local_addr,
-            **{name: self._config_value(name, None) for name in NEWER_SPEC_FIELDS},
+            **{name: getattr(self._config, name, None) for name in NEWER_SPEC_FIELDS},
         }
         known = {field.name for field in dataclasses.fields(WorkerSpec)}
         return WorkerSpec(**{name: value for name, value in values.items() if name in known})
@@ -280,15 +321,20 @@ class Launch:
             "logs_specs": self._config.logs_specs,
             "start_method": self._config.start_method,
             "log_line_prefix_template": self._config.log_line_prefix_template,
-            "shutdown_timeout": int(self._config_value("shutdown_timeout", DEFAULT_STOP_TIMEOUT_S)),
+            "shutdown_timeout": int(self._stop_timeout_s()),
         }
         known = inspect.signature(LocalElasticAgent.__init__).parameters
         return {name: value for name, value in options.items() if name in known}
 
-    def _config_value(self, name: str, default: Any) -> Any:
-        """A field of torch's configuration that older versions do not have."""
-        value = getattr(self._config, name, default)
-        return default if value is None else value
+    def _value(self, name: str) -> Any:
+        """A field of torch's configuration; where an older torch has none, the option of the same name."""
+        return getattr(self._config, name, getattr(self._args, name))
+
+    def _stop_timeout_s(self) -> float:
+        chosen = self._value("shutdown_timeout")
+        if chosen is None:
+            chosen = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", DEFAULT_STOP_TIMEOUT_S)
+        return float(chosen)
 
 
 NEWER_SPEC_FIELDS = (

@@ -6,13 +6,15 @@ then do not form, or fail at once. It also tells its address only once, so that 
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.elastic.rendezvous import RendezvousHandler
+
+from torchtrainer.comm.meeting import met_before, private_store
+from torchtrainer.errors import EngineError
 
 STATIC_MEETING_S = 60.0
 """How long machines of a static rendezvous wait for each other before a restart; then each goes on alone, as with torchrun."""
@@ -25,30 +27,41 @@ def renew_store(handler: RendezvousHandler) -> None:
             setattr(handler, name, None)
 
 
-def store_of_restart(handler: RendezvousHandler, store: Any, attempt: int, rank: int, world_size: int) -> Any:
+def static_store(
+    handler: RendezvousHandler, store: Any, rank: int, world_size: int, *, again: bool, say: Callable[[str], None]
+) -> Any:
     """Waits until all machines of a static rendezvous are about to start again, and empties the store of their workers.
+
+    A machine says so by meeting the others: none can know how often the others have started. One whose launcher was
+    started again in the middle of a launch finds that there was a meeting, and comes to the next.
 
     Args:
         handler: of torch, static.
         store: of the agents.
-        attempt: restarts before.
         rank, world_size: this machine, and how many there are.
+        again: this launcher has started workers before.
+        say: tells the user that a machine did not come.
 
     Returns:
-        A store in which the agents' keys of earlier attempts are not found; the same one if the others did not come.
+        A store in which the agents' keys of earlier starts are not found; the same one at the first start, and if the others
+        did not come.
     """
-    fresh: Any = PrefixStore(f"torchtrainer/restart_{attempt}", store)
+    if not again and not met_before(store):
+        return store
     limit = timedelta(seconds=STATIC_MEETING_S)
-    fresh.set(f"ready/{rank}", "")
-    # Somebody's workers may go on without the others: nothing was wrong with them.
-    with contextlib.suppress(dist.DistStoreError):
+    try:
+        fresh: Any = private_store(store, rank=rank, world_size=world_size, timeout=limit)
         if rank == 0:
-            fresh.wait([f"ready/{other}" for other in range(world_size)], limit)
             _forget_workers(handler)
             fresh.set("emptied", "")
         fresh.wait(["emptied"], limit)
-        return fresh
-    return store
+    except (EngineError, dist.DistStoreError):  # nothing may be wrong with the workers of those who did not come
+        say(
+            f"not all of the {world_size} machines came to start again within {STATIC_MEETING_S:g} s: workers start here, and "
+            "wait for those of the others"
+        )
+        return store
+    return fresh
 
 
 def _forget_workers(handler: RendezvousHandler) -> None:

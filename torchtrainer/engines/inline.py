@@ -19,7 +19,8 @@ from torchtrainer.process.paths import RankPaths, private_directory
 from torchtrainer.topology import Topology, to_environ
 
 if TYPE_CHECKING:
-    from torchtrainer.comm.group import Collective, MeetingPlace
+    from torchtrainer.comm.group import Collective
+    from torchtrainer.comm.meeting import MeetingPlace
 
 T = TypeVar("T")
 
@@ -49,7 +50,8 @@ class SpmdEngine:
         self.topology = topology
         self._place: MeetingPlace | None = None
         self._joined: Collective | None = None
-        self._log: TextIO | None = None
+        self._logs: list[TextIO] = []
+        self._stdout = sys.stdout
 
     def share(
         self,
@@ -83,12 +85,11 @@ class SpmdEngine:
     def start_group(self, plan: GroupPlan, listener: Listener) -> InlineGroup:
         """Builds this process's rank.
 
-        Only rank 0 prints: standard output of the other ranks goes to their log files from here on, or nowhere if
+        Only rank 0 prints: until the group ends, standard output of the other ranks goes to their log files, or nowhere if
         nothing is kept.
         """
         collective = self._joined or self._join(plan.settings, plan.gpus)
-        if self.topology.rank:
-            self._send_stdout_to_log(plan)
+        give_back = self._send_stdout_to_log(plan) if self.topology.rank else lambda: None
         try:
             group = InlineGroup(
                 plan,
@@ -97,9 +98,11 @@ class SpmdEngine:
                 listener=listener,
                 gather=True,
                 one_machine=self.topology.one_machine,
+                on_end=give_back,
             )
             self._wait_until_built(collective)
         except BaseException:
+            give_back()
             self._leave()
             raise
         self._joined = None  # the group's now
@@ -115,7 +118,8 @@ class SpmdEngine:
             ) from error
 
     def _join(self, settings: TrainSettings, gpus: tuple[int, ...]) -> Collective:
-        from torchtrainer.comm.group import MeetingPlace, join_group
+        from torchtrainer.comm.group import join_group
+        from torchtrainer.comm.meeting import MeetingPlace
 
         self._leave()
         self._place = self._place or MeetingPlace(self.topology)
@@ -134,7 +138,8 @@ class SpmdEngine:
         if joined is not None:
             joined.close()
 
-    def _send_stdout_to_log(self, plan: GroupPlan) -> None:
+    def _send_stdout_to_log(self, plan: GroupPlan) -> Callable[[], None]:
+        """Returns what gives standard output back, to the log of another trainer that still lives or to where it went before."""
         if plan.logs_stay:
             paths = RankPaths.of(plan.log_dir, self.topology.rank)
             private_directory(paths.root)
@@ -142,10 +147,20 @@ class SpmdEngine:
         else:
             fd = os.open(os.devnull, os.O_WRONLY)
         flush_output()
-        if self._log is not None:
-            self._log.close()
-        self._log = open(fd, "w", buffering=1)  # noqa: SIM115
-        sys.stdout = self._log
+        log = open(fd, "w", buffering=1)  # noqa: SIM115
+        if not self._logs:
+            self._stdout = sys.stdout
+        self._logs.append(log)
+        sys.stdout = log
+
+        def give_back() -> None:
+            if log in self._logs:
+                self._logs.remove(log)
+                if sys.stdout is log:  # else the script has put something else there since, which may write to the log
+                    sys.stdout = self._logs[-1] if self._logs else self._stdout
+                    log.close()
+
+        return give_back
 
 
 _attached: list[SpmdEngine] = []

@@ -25,8 +25,8 @@ BUSY_LOOK_S = 0.005
 """The same while the ranks agree."""
 BUSY_S = 1.0
 """For how long after the last message a rank looks so often."""
-JOIN_S = 5.0
-"""How long the thread gets to end: longer than a store takes to answer."""
+JOIN_S = 1.0
+"""How long the thread gets to end: longer than a store takes to answer. One that is cut off does not, and nobody waits for it."""
 
 
 class Agreement:
@@ -64,6 +64,7 @@ class Agreement:
         self._call, self._running = 0, False
         self._stop_wanted = self._save_wanted = False
         self._orders: Orders = []
+        self._untold: Orders = []
         self._saved_at = time.monotonic()
         self._busy_until = 0.0
         self._closing = threading.Event()
@@ -108,10 +109,15 @@ class Agreement:
             return
 
     def _turn(self) -> None:
+        """Talks to the other ranks without the lock: a store that is cut off does not answer, and only this thread may wait for it."""
         self._look()
         with self._lock:
-            self._tell_wish()
-            self._follow(self._talk.orders())
+            self._note_wish()
+        self._tell_noted()
+        orders = self._talk.orders()
+        with self._lock:
+            self._follow(orders)
+        self._tell_noted()
         if self._rounds is None:
             return
         for told in self._talk.told():
@@ -120,9 +126,9 @@ class Agreement:
             self._saved_at = time.monotonic()
             self._give(self._rounds.hear({"kind": "wish", "call": self._call, "stop": False}))
 
-    def _tell_wish(self) -> None:
+    def _note_wish(self) -> None:
         if self._running and self._save_wanted:
-            self._tell("wish", call=self._call, stop=self._stop_wanted)
+            self._note("wish", call=self._call, stop=self._stop_wanted)
             self._stop_wanted = self._save_wanted = False
 
     def _follow(self, orders: Orders) -> None:
@@ -135,12 +141,12 @@ class Agreement:
             elif order["call"] == self._call and self._running:
                 self._do(order)
             elif order["kind"] != "stop_at":
-                self._tell("ended", round=order["round"])
+                self._note("ended", round=order["round"])
         self._orders = early
 
     def _do(self, order: dict[str, Any]) -> None:
         if order["kind"] == "ask":
-            self._tell("in", round=order["round"])
+            self._note("in", round=order["round"])
         elif order["kind"] == "prepare":
             self.gate.prepare(order["call"], order["round"])
         else:
@@ -148,11 +154,16 @@ class Agreement:
             self.gate.decide(StopAt(group="", save=True, **fields))
 
     def _announce(self, call: int, number: int, boundary: int) -> None:
-        self._tell("at", call=call, round=number, boundary=boundary)
+        self._note("at", call=call, round=number, boundary=boundary)
 
-    def _tell(self, kind: str, **more: Any) -> None:
-        self._talk.tell({"kind": kind, "rank": self._rank, **more})
-        self._busy_until = time.monotonic() + BUSY_S
+    def _note(self, kind: str, **more: Any) -> None:
+        self._untold.append({"kind": kind, "rank": self._rank, **more})
+
+    def _tell_noted(self) -> None:
+        for message in self._untold:
+            self._talk.tell(message)
+            self._busy_until = time.monotonic() + BUSY_S
+        self._untold.clear()
 
     def _give(self, orders: Orders) -> None:
         for order in orders:

@@ -44,6 +44,7 @@ class InlineGroup:
         listener: of the trainer in this process; that of rank 0 sees the progress of its rank.
         gather: results of the other ranks are wanted.
         one_machine: all processes are on this machine.
+        on_end: called when the rank is closed.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class InlineGroup:
         listener: Listener,
         gather: bool,
         one_machine: bool = False,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         import torch
 
@@ -64,6 +66,7 @@ class InlineGroup:
         self.world_size = collective.world_size if gather else plan.world_size
         self._collective = collective
         self._gather = gather
+        self._on_end = on_end
         self._listener = listener
         self._progress = Progress()
         self._save_every_s = plan.save_every_s
@@ -284,6 +287,12 @@ class InlineGroup:
         runtime, self._runtime = self._runtime, None
         if runtime is None:
             return
+        try:
+            self._close(runtime, force)
+        finally:
+            self._on_end()
+
+    def _close(self, runtime: RankRuntime, force: bool) -> None:
         if self._agreement is not None:
             self._agreement.close()
         if self._saver is not None:

@@ -15,7 +15,7 @@ import argparse
 import enum
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -227,6 +227,55 @@ def parse(argv: Sequence[str], form: Form) -> argparse.Namespace:
         SystemExit: with status 2 after a usage error, which is shown on stderr as one line after the usage; with 0 after
             ``--help`` and ``--print-completion``, with 1 where the latter has no shtab.
     """
+    parser, namespace = _parsed(argv, form)
+    complaint = _complaint(namespace, parser.given)
+    if complaint is not None:
+        parser.error(complaint)
+    return namespace
+
+
+def parse_unchecked(argv: Sequence[str], form: Form) -> argparse.Namespace:
+    """Parses a command line, and leaves values that are wrong to `checked`, as torch's ``parse_args`` leaves them to its ``run``.
+
+    Raises:
+        SystemExit: as argparse has it, for unknown options, missing arguments and values of the wrong type.
+    """
+    return _parsed(argv, form)[1]
+
+
+def checked(args: argparse.Namespace) -> argparse.Namespace:
+    """A copy of somebody's options, checked and complete.
+
+    Args:
+        args: of `parse_unchecked`, or of ``torch.distributed.run``, of this version of torch or an older one.
+
+    Raises:
+        ValueError: a value is wrong, or options exclude each other.
+    """
+    complete = argparse.Namespace(**vars(args))
+    for option in (option for options in OPTION_GROUPS.values() for option in options):
+        value = getattr(args, option.value_name) if hasattr(args, option.value_name) else _default_of(option)
+        # Programs that make the options themselves have numbers for text, and text for numbers, which torch takes alike.
+        if option.reads in (int, float) and isinstance(value, str):
+            value = _number(option, value)
+        elif option.reads is str and isinstance(value, int):
+            value = str(value)
+        setattr(complete, option.value_name, value)
+    complaint = _complaint(complete, {})
+    if complaint is not None:
+        raise ValueError(complaint)
+    return complete
+
+
+def _number(option: Option, text: str) -> int | float:
+    try:
+        number: int | float = option.reads(text)
+    except ValueError:
+        raise ValueError(f"argument --{option.name}: must be a number, not {text!r}") from None
+    return number
+
+
+def _parsed(argv: Sequence[str], form: Form) -> tuple[LaunchParser, argparse.Namespace]:
     parser = make_parser(form)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -234,27 +283,30 @@ def parse(argv: Sequence[str], form: Form) -> argparse.Namespace:
     if form is Form.RUN:
         reordered = _with_workers_first(parser, argv, namespace.training_script_args)
         if reordered is not None:
-            return parse(reordered, form)
-    for options in OPTION_GROUPS.values():
-        for option in options:
-            _check(parser, option, getattr(namespace, option.value_name))
-    conflict = conflict_in(namespace)
-    if conflict is not None:
-        parser.error(conflict)
-    return namespace
+            return _parsed(reordered, form)
+    return parser, namespace
 
 
-def _check(parser: LaunchParser, option: Option, value: Any) -> None:
-    if isinstance(value, Unreadable):
-        complaint: str | None = value.complaint
-    else:
-        complaint = option.check(value) if option.check is not None and value is not None else None
-    if complaint is None:
-        return
-    spelling = parser.given.get(option.value_name)
-    if spelling is not None:
-        parser.error(f"argument {spelling}: {complaint}")
-    parser.error(f"{option.variable}={os.environ[option.variable]!r}: {complaint}")
+def _complaint(namespace: argparse.Namespace, given: Mapping[str, str]) -> str | None:
+    """What is wrong with the values; None if nothing is.
+
+    Args:
+        namespace: all of them.
+        given: by the name of a value, the spelling that a command line gave it with.
+    """
+    for option in (option for options in OPTION_GROUPS.values() for option in options):
+        value = getattr(namespace, option.value_name)
+        if isinstance(value, Unreadable):
+            complaint: str | None = value.complaint
+        else:
+            complaint = option.check(value) if option.check is not None and value is not None else None
+        if complaint is None:
+            continue
+        spelling = given.get(option.value_name)
+        if spelling is None and option.environment and option.variable in os.environ:
+            return f"{option.variable}={os.environ[option.variable]!r}: {complaint}"
+        return f"argument {spelling or '--' + option.name}: {complaint}"
+    return conflict_in(namespace)
 
 
 def _with_workers_first(parser: LaunchParser, argv: Sequence[str], arguments: Sequence[str]) -> list[str] | None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 from torchtrainer.errors import EngineError
 from torchtrainer.launcher.failure import EXIT_SIGNALLED, exit_code_of
 from torchtrainer.launcher.fork_safety import Program, program_of
-from torchtrainer.launcher.options import Form, parse
+from torchtrainer.launcher.options import Form, checked, parse
 from torchtrainer.launcher.script import become_program
 from torchtrainer.launcher.summary import Summary, process_start_s, say
 from torchtrainer.process.child import flush_output, leave
@@ -107,7 +107,7 @@ def run_here(args: argparse.Namespace) -> dict[int, object]:
     """Launches from within a program that has a life of its own, and returns what torch's launcher would.
 
     Args:
-        args: as `options.parse` returns them.
+        args: as `options.parse_unchecked` returns them, or torch's own.
 
     Returns:
         None for each global rank of this machine.
@@ -116,7 +116,9 @@ def run_here(args: argparse.Namespace) -> dict[int, object]:
         ChildFailedError: workers failed.
         SignalException: a signal ended it, and its workers are gone.
         SystemExit: with 75, if workers stopped for a preemption with their state saved.
+        ValueError: a value is wrong, or options exclude each other.
     """
+    args = checked(args)
     program, starter, paths, threads_assumed = _prepared_elsewhere(args)
     try:
         from torchtrainer.elastic.launch import Launch
@@ -187,7 +189,7 @@ def _exit_code(outcome: Outcome, summary: Summary, *, keep: bool) -> int:
     received = getattr(outcome.failure, "sigval", None)
     if received is not None:
         summary.ended(f"stopped by {signal.Signals(received).name}")
-        return EXIT_SIGNALLED + received if keep else EXIT_FAILED
+        return EXIT_SIGNALLED + received if keep or not outcome.connected else EXIT_FAILED
     summary.ended("failed")
     return exit_code_of(outcome.ends[0]) if keep and outcome.ends else EXIT_FAILED
 

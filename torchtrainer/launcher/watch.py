@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torchtrainer.errors import EngineError
 from torchtrainer.process.starters import ChildExited, ChildStarted, Starter, StarterFailed
@@ -43,6 +43,25 @@ class Ended:
     at_s: float
     at_ns: int
     order: int
+
+
+class Call(Generic[T]):
+    """A call in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.outcome: list[tuple[bool, Any]] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether the function has returned or raised."""
+        return bool(self.outcome)
+
+    def result(self) -> T:
+        """What it returned; raises what it raised."""
+        succeeded, value = self.outcome[0]
+        if succeeded:
+            return value  # type: ignore[no-any-return]
+        raise value
 
 
 class Watch:
@@ -77,7 +96,7 @@ class Watch:
         self._ending = False
         self.lost = False
         self._previous: dict[signal.Signals, Any] = {}
-        self._left_behind = False
+        self._calls: list[Call[Any]] = []
         self._woken, self._wake = os.pipe()
         os.set_blocking(self._woken, False)
         os.set_blocking(self._wake, False)
@@ -93,7 +112,9 @@ class Watch:
     ) -> None:
         for signum, previous in self._previous.items():
             signal.signal(signum, signal.SIG_DFL if previous is None else previous)
-        if not self._left_behind:  # a thread that is still in a call would write into whatever has the number then
+        if all(
+            call.done for call in self._calls
+        ):  # a thread that is still in one would write into whatever has the number then
             os.close(self._woken)
             os.close(self._wake)
 
@@ -138,31 +159,39 @@ class Watch:
         self._received = [] if self._ending else ending
         return bool(ending)
 
-    def run(self, function: Callable[[], T]) -> T:
-        """Returns what a function returns that may block for long, in a thread of its own, while signals are answered.
+    def begin(self, function: Callable[[], T]) -> Call[T]:
+        """Calls a function that may block for long, in a thread of its own, which ends a `wait` when it is done."""
+        call = Call[T]()
 
-        If a signal ends the launch, the thread is left behind: it is a daemon.
-        """
-        outcome: list[tuple[bool, Any]] = []
-
-        def call() -> None:
+        def run() -> None:
             try:
-                outcome.append((True, function()))
-            except BaseException as error:  # handed to the caller below
-                outcome.append((False, error))
+                call.outcome.append((True, function()))
+            except BaseException as error:  # handed to whoever asks for the result
+                call.outcome.append((False, error))
             _write_byte(self._wake)
 
-        threading.Thread(target=call, name="torchtrainer-rendezvous", daemon=True).start()
-        while not outcome:
-            try:
-                self.wait(RUN_CHECK_S)
-            except BaseException:
-                self._left_behind = not outcome
-                raise
-        succeeded, value = outcome[0]
-        if succeeded:
-            return value  # type: ignore[no-any-return]
-        raise value
+        self._calls = [one for one in self._calls if not one.done] + [call]
+        threading.Thread(target=run, name="torchtrainer-rendezvous", daemon=True).start()
+        return call
+
+    def finish(self, call: Call[T], meanwhile: Callable[[], None] = lambda: None) -> T:
+        """Returns what the function of a call returns, or raises what it raises, while signals are answered.
+
+        If a signal ends the launch, or ``meanwhile`` raises, the thread is left behind: it is a daemon.
+
+        Args:
+            call: as `begin` returned it.
+            meanwhile: called about once a second until the function returns.
+        """
+        while not call.done:
+            self.wait(RUN_CHECK_S)
+            if not call.done:
+                meanwhile()
+        return call.result()
+
+    def run(self, function: Callable[[], T], meanwhile: Callable[[], None] = lambda: None) -> T:
+        """`begin` and `finish` in one."""
+        return self.finish(self.begin(function), meanwhile)
 
     def _select(self, timeout_s: float) -> None:
         fds = self.starter.fds()
