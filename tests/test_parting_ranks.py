@@ -198,7 +198,7 @@ def test_large_parameters_are_looked_at_in_pieces_of_their_memory() -> None:
     parameters[1].data = parameters[1].data.contiguous(memory_format=torch.channels_last)
     pieces = [piece for one in parameters for piece in _pieces_of(one)]
     assert sum(piece.words.nbytes for piece in pieces) == sum(one.nbytes for one in parameters)
-    assert max(piece.words.nbytes for piece in pieces) <= 64 * 1024 < parameters[0].nbytes
+    assert max(piece.words.nbytes for piece in pieces) <= 16 * 1024 < parameters[0].nbytes
     for parameter in parameters:
         for place in (0, parameter.numel() - 1):
             before = [int(piece.words.sum()) for piece in pieces]

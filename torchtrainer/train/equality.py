@@ -22,7 +22,7 @@ from torchtrainer.train.trained import TrainedParameters, known_parameters, para
 if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
 
-_LOOK_BYTES = 64 * 1024
+_LOOK_BYTES = 16 * 1024
 """Of parameters, at most, that are looked at in each step."""
 NOTHING_SEEN: Sequence[int] = (0,) * LOOK_PARTS
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -152,13 +152,15 @@ class Look:
         """The sums for the step that comes, `LOOK_PARTS` of them."""
         if not self._looks:
             return NOTHING_SEEN
+        import numpy  # torch has made views by it
+
         pieces = self._latest = self._looks[self._operator.global_step % len(self._looks)]
         sums = []
         for parameter, address, words in pieces:
             if parameter.data_ptr() != address:  # somebody has given it other memory
                 self.watch()
                 return self.take()
-            sums.append(int(words.sum()))
+            sums.append(int(numpy.add.reduce(words)))
         return sums + [0] * (LOOK_PARTS - len(sums))
 
     def named(self, mine: Sequence[int], theirs: Sequence[int]) -> str:
