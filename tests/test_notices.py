@@ -698,7 +698,7 @@ def wrap():
         "init(); watch = watching()",
         "watch = watching(); init()",
         "watch = watching(); wrap()",
-        "init(); watch = watching(); wrap(); init()",
+        "init(); watch = watching(); init(); wrap()",
     ],
     ids=["before", "after", "over ours", "twice"],
 )

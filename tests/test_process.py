@@ -57,6 +57,11 @@ def look(arguments):
         json.dump(seen, file)
     return arguments["code"]
 
+def wait(arguments):
+    while not os.path.exists(arguments["out"]):
+        time.sleep(0.001)
+    return arguments["code"]
+
 def stay(arguments):
     with open(arguments["out"], "w") as file:
         file.write(str(os.getpid()))
@@ -224,9 +229,11 @@ def test_signals_that_a_child_ignores_do_nothing_from_its_first_instruction_on(t
     try:
         wait_for(starter, StarterReady)
         for number in range(24):
-            starter.start(child(tmp_path, "look", ignored_signals=SIGNALS, code=number))
+            out = tmp_path / f"go-{number}"
+            starter.start(child(tmp_path, "wait", ignored_signals=SIGNALS, code=number, out=str(out)))
             pid = wait_for(starter, ChildStarted).pid
             os.kill(pid, getattr(signal, SIGNALS[number % len(SIGNALS)]))
+            out.touch()
             assert wait_for(starter, ChildExited).exit_code == number
     finally:
         starter.close()
