@@ -131,7 +131,7 @@ class Starters:
     def on_ready(self, event: StarterReady) -> None:
         """The spawner is ready: starts what waits for it, in another way if it has threads."""
         if event.threads > 1:
-            self.exec_from_now_on()  # a fork would copy one thread and the others' locks
+            self._second = self._second or ExecStarter()  # a fork would copy one thread and the others' locks
         if self._lost and self._modules:  # what the spawner before was told
             self._first.preload(self._modules)
         self._lost = 0
@@ -140,8 +140,10 @@ class Starters:
             self.start(spec)
 
     def exec_from_now_on(self) -> None:
-        """No process is forked any more."""
+        """No process is forked any more, and nobody wants what was asked for so far."""
         self._second = self._second or ExecStarter()
+        self._waiting = None
+        self._asked.clear()
 
     def close(self) -> None:
         """Ends the starters themselves, not the processes they started."""
