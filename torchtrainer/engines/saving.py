@@ -88,6 +88,7 @@ class Saving:
             return
         for ended in group.snapshots.give_up(group.spec.group, group.memory.step_of(worker)):
             self._tell_ended(group, ended)
+        self._answer(group, group.snapshots.answers(group.spec.group))  # who waited for what was given up
 
     def begin_again(self, groups: Iterable[Group]) -> None:
         """Starts every writer once more: they went with whoever had started them."""
