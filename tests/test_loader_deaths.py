@@ -248,7 +248,7 @@ def test_deaths_between_two_calls_are_made_up_for_in_the_next(tmp_path) -> None:
     with case.trainer(tmp_path) as trainer:
         found = outcome(case, trainer, during=lambda: trainer.apply_all_workers(kill_children))
         assert found == as_undisturbed(case)
-        assert sorted(one.rank for one in trainer.status().failures) == [0, 1]
+        assert sorted(one.rank for one in trainer.status().failures) == [0, 0, 1, 1]
 
 
 class Deadly(Samples):

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
 from torchtrainer.process.crashes import crash_file
+from torchtrainer.process.guard import open_pidfd
 from torchtrainer.process.oom import OomWatch
 from torchtrainer.process.signals import MAY_BE_OUT_OF_MEMORY
 
@@ -133,7 +134,7 @@ class WatchedLoader:
         if self.look() or not self._processes:
             return self.died is not None
         if isinstance(error, OSError | EOFError):
-            multiprocessing.connection.wait([one.sentinel for one in self._processes], SETTLE_S)
+            _await_an_end([one.pid for one in self._processes], SETTLE_S)
             return self.look()
         if type(error) is RuntimeError and "exited unexpectedly" in str(error):  # torch asks every few seconds
             ended = next((one for one in self._processes if one.exitcode is not None), None)
@@ -181,6 +182,16 @@ class WatchedLoader:
 
 def _processes_of(iterator: Any) -> Sequence[Any]:
     return tuple(getattr(iterator, "_workers", ()))
+
+
+def _await_an_end(pids: Sequence[int], timeout_s: float) -> None:
+    """Waits until one of these processes has ended; ``sentinel`` of `multiprocessing` only says that it has closed its files."""
+    found = [fd for fd in map(open_pidfd, pids) if fd is not None]
+    try:
+        multiprocessing.connection.wait(found, timeout_s)
+    finally:
+        for fd in found:
+            os.close(fd)
 
 
 def _forget(iterator: Any) -> None:
