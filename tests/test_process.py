@@ -122,8 +122,8 @@ def test_a_worker_sees_what_its_spec_says_and_nothing_else(tmp_path, starter) ->
     assert (seen["cwd"], seen["path"]) == (spec["cwd"], spec["sys_path"])
     assert seen["session_leader"] and seen["sigterm"] and seen["sigint"]
     assert (seen["threads"], seen["wakeup_fd"], seen["stdin"]) == (1, -1, "")
-    # stdin, stdout, stderr, the file for stacks, and the directory that is being listed
-    assert len(seen["descriptors"]) == 5, seen["descriptors"]
+    # stdin, stdout, stderr, the files for stacks and for a crash, and the directory that is being listed
+    assert len(seen["descriptors"]) == 6, seen["descriptors"]
     assert (tmp_path / "logs" / "rank_0" / "stdout.log").read_text() == "to stdout\n"
     assert (tmp_path / "logs" / "rank_0" / "stderr.log").read_text() == "to stderr\n"
 

@@ -5,6 +5,7 @@ User code may redirect or close its standard error. Of many threads Python dumps
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -32,8 +33,10 @@ class CrashFile:
         if sys.platform != "win32":
             import fcntl  # there is none on Windows
 
-            low, self._fd = self._fd, fcntl.fcntl(self._fd, fcntl.F_DUPFD_CLOEXEC, _HIGH)
-            os.close(low)
+            low = self._fd
+            with contextlib.suppress(OSError):  # so many are not allowed
+                self._fd = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, _HIGH)
+                os.close(low)
         self._path, self._read = path, size_of(path)
         faulthandler.enable(file=self._fd, all_threads=False)
 
