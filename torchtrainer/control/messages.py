@@ -510,7 +510,7 @@ class EngineFailed(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRepaired(Message):
-    """The spawner was lost and is replaced; the workers of the group go on. ``text``: how it was lost."""
+    """The spawner was lost and is replaced; the workers of the group go on. ``text``: how it was lost, and by what it is replaced."""
 
     group: str
     text: str

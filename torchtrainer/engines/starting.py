@@ -27,12 +27,12 @@ from torchtrainer.process.starters import (
 )
 
 MAX_LOST = 3
-"""So many spawners in a row may be lost before one of them was ready."""
+"""So many spawners in a row may be lost before one of them was ready; then processes are started without one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpawnerReplaced:
-    """A spawner is gone, and a new one takes its place. ``text``: how it was lost."""
+    """A spawner is gone, and something else takes its place. ``text``: how it was lost, and what that is."""
 
     text: str
 
@@ -56,6 +56,7 @@ class Starters:
         self._orphans = Orphans()
         self._modules: list[str] = []
         self._lost = 0
+        self._was_ready = False
 
     def _spawner(self) -> Starter:
         return preloaded_starter(PRELOAD, self._environ, None if self._lifeline is None else self._lifeline[0])
@@ -89,18 +90,28 @@ class Starters:
         return [event]
 
     def _replace(self, lost: StarterFailed) -> list[StarterEvent | SpawnerReplaced]:
-        """Adopts what the lost spawner had forked, and starts a new one unless none came to be several times in a row."""
+        """Adopts what the lost spawner had forked, and starts a new one, or does without if too many were lost."""
         gone = self._orphans.adopt(self._living)
         self._living.difference_update(event.pid for event in gone)
         self._lost += 1
-        if self._lost > MAX_LOST:
+        if self._lost > MAX_LOST and not self._was_ready:
             return [*gone, lost]
-        if self._second is None:
-            self._waiting = [*(self._waiting or []), *self._asked.values()]
-            self._asked.clear()
-            self._first.close()
+        if self._second is not None:
+            return list(gone)
+        self._waiting = [*(self._waiting or []), *self._asked.values()]
+        self._asked.clear()
+        self._first.close()
+        if self._lost <= MAX_LOST:
             self._first = self._spawner()
-        return [*gone, SpawnerReplaced(text=lost.text)]
+            return [*gone, SpawnerReplaced(text=f"{lost.text}; a new one is started")]
+        self._second = ExecStarter()
+        self._start_waiting()
+        return [*gone, SpawnerReplaced(text=f"{lost.text}; processes are started without one from now on")]
+
+    def _start_waiting(self) -> None:
+        waiting, self._waiting = self._waiting or [], None
+        for spec in waiting:
+            self.start(spec)
 
     def start(self, spec: ChildSpec) -> None:
         """Starts a process, or does so when that becomes possible.
@@ -134,10 +145,8 @@ class Starters:
             self._second = self._second or ExecStarter()  # a fork would copy one thread and the others' locks
         if self._lost and self._modules:  # what the spawner before was told
             self._first.preload(self._modules)
-        self._lost = 0
-        waiting, self._waiting = self._waiting or [], None
-        for spec in waiting:
-            self.start(spec)
+        self._lost, self._was_ready = 0, True
+        self._start_waiting()
 
     def exec_from_now_on(self) -> None:
         """No process is forked any more, and nobody wants what was asked for so far."""

@@ -212,7 +212,7 @@ class Watch:
 
     def on_engine_repaired(self, repaired: EngineRepaired) -> None:
         """The process that starts workers was lost, and is replaced."""
-        self._say(f"{repaired.text}; a new one is started, and the workers go on")
+        self._say(f"{repaired.text}, and the workers go on")
 
     def on_failure(self, cause: Cause, error: BaseException) -> None:
         """The group failed."""
