@@ -101,17 +101,10 @@ class Starters:
         self._waiting = [*(self._waiting or []), *self._asked.values()]
         self._asked.clear()
         self._first.close()
-        if self._lost <= MAX_LOST:
-            self._first = self._spawner()
-            return [*gone, SpawnerReplaced(text=f"{lost.text}; a new one is started")]
-        self._second = ExecStarter()
-        self._start_waiting()
-        return [*gone, SpawnerReplaced(text=f"{lost.text}; processes are started without one from now on")]
-
-    def _start_waiting(self) -> None:
-        waiting, self._waiting = self._waiting or [], None
-        for spec in waiting:
-            self.start(spec)
+        again = self._lost <= MAX_LOST
+        self._first = self._spawner() if again else ExecStarter()
+        what = "a new one is started" if again else "processes are started without one from now on"
+        return [*gone, SpawnerReplaced(text=f"{lost.text}; {what}")]
 
     def start(self, spec: ChildSpec) -> None:
         """Starts a process, or does so when that becomes possible.
@@ -146,7 +139,9 @@ class Starters:
         if self._lost and self._modules:  # what the spawner before was told
             self._first.preload(self._modules)
         self._lost, self._was_ready = 0, True
-        self._start_waiting()
+        waiting, self._waiting = self._waiting or [], None
+        for spec in waiting:
+            self.start(spec)
 
     def exec_from_now_on(self) -> None:
         """No process is forked any more, and nobody wants what was asked for so far."""
