@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from failing import workers
 from programs import CREATORS, marked_processes, start_program
 from recovery_programs import (
+    DEADLINE_S,
     GONE_S,
     Job,
     Plan,
@@ -22,8 +26,11 @@ from recovery_programs import (
     undisturbed,
     wait_for,
 )
+from test_process import child
 
 from torchtrainer import CheckpointConfig
+from torchtrainer.engines.starting import MAX_LOST, SpawnerReplaced, Starters
+from torchtrainer.process.starters import ChildExited, ChildStarted, StarterReady
 
 SOAK = pytest.mark.soak
 EPOCHS = 2
@@ -48,8 +55,14 @@ def children_of(pid: int) -> list[int]:
 
 def spawners() -> list[int]:
     """The processes that fork workers for this one: those below the host that lead no session."""
-    below = [pid for host in children_of(os.getpid()) for pid in children_of(host)]
-    return [pid for pid in below if b"spawner" in Path(f"/proc/{pid}/cmdline").read_bytes() and os.getsid(pid) != pid]
+    return [pid for host in children_of(os.getpid()) for pid in children_of(host) if is_spawner(pid)]
+
+
+def is_spawner(pid: int) -> bool:
+    try:
+        return b"spawner" in Path(f"/proc/{pid}/cmdline").read_bytes() and os.getsid(pid) != pid
+    except OSError:
+        return False
 
 
 def kill_spawner() -> int:
@@ -78,7 +91,7 @@ PHASES = {
     "load": (Job(loader_workers=1), spawner("load", 6)),
     **{
         phase: pytest.param(Job(), spawner(phase), marks=SOAK)
-        for phase in ("backward", "exchanged", "step", "stepped", "scheduler", "validation")
+        for phase in ("backward", "step", "stepped", "scheduler", "validation")
     },
     "three ranks": pytest.param(Job(ranks=3), spawner("backward"), marks=SOAK),
     "own loop": pytest.param(Job(operator="own epoch"), spawner("forward", 5), marks=SOAK),
@@ -127,6 +140,43 @@ def test_again_and_again_between_calls_and_before_it_is_ready() -> None:
     with job.trainer() as trainer:
         wait_for(lambda: spawners() not in ([], [first]))
         assert_as_undisturbed([one_epoch(trainer)], job)
+
+
+def until(starters: Starters, kind: type) -> Any:
+    """The next event of a kind."""
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        for event in starters.events():
+            if isinstance(event, StarterReady):
+                starters.on_ready(event)
+            if isinstance(event, kind):
+                return event
+        select.select(starters.fds(), [], [], 0.05)
+    raise AssertionError(f"no {kind.__name__} within {DEADLINE_S} s")
+
+
+def test_after_many_losses_in_a_row_processes_are_started_without_one(tmp_path) -> None:
+    starters = Starters("fork")
+    try:
+        spawner_pid = until(starters, StarterReady).pid
+        starters.start(child(tmp_path, "stay"))
+        first = until(starters, ChildStarted).pid
+        told, before = [], {first}
+        while len(told) <= MAX_LOST:
+            os.kill(spawner_pid, signal.SIGKILL)
+            told.append(until(starters, SpawnerReplaced).text)
+            before.add(spawner_pid)
+            spawner_pid = next((pid for pid in children_of(os.getpid()) if is_spawner(pid) and pid not in before), 0)
+        assert [text.rpartition("; ")[2] for text in told[-2:]] == [
+            "a new one is started",
+            "processes are started without one from now on",
+        ]
+        starters.start({**child(tmp_path, "look"), "key": "a/1"})
+        assert until(starters, ChildExited).exit_code == 0
+        os.kill(first, signal.SIGKILL)
+        assert until(starters, ChildExited).pid == first, "it had gone on, and its end is seen"
+    finally:
+        starters.close()
 
 
 def test_when_the_host_dies_after_it_nothing_is_left(tmp_path) -> None:
