@@ -161,6 +161,7 @@ def test_after_many_losses_in_a_row_processes_are_started_without_one(tmp_path) 
         until(starters, StarterReady)
         starters.start(child(tmp_path, "stay"))
         first = until(starters, ChildStarted).pid
+        wait_for((tmp_path / "out.done").exists)
         told: list[str] = []
         while len(told) <= MAX_LOST:
             wait_for(lambda: any(map(is_spawner, children_of(os.getpid()))))

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from torchtrainer.process.logs import last_text, size_of
+from torchtrainer.process.own_files import open_own
 
 HEADING = "Fatal Python error:"
 NO_STACK = "(in a native thread, in which no Python code ran)"
@@ -29,7 +30,7 @@ class CrashFile:
 
     def write_to(self, path: Path) -> None:
         """Has crashes of this process written to a file from now on."""
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._fd = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         if sys.platform != "win32":
             import fcntl  # there is none on Windows
 
