@@ -34,7 +34,7 @@ from torchtrainer.process.starters import ChildExited, ChildStarted, StarterRead
 
 SOAK = pytest.mark.soak
 EPOCHS = 2
-TOLD = "was killed by SIGKILL; a new one is started, and the workers go on"
+TOLD = "; a new one is started, and the workers go on"
 
 
 @pytest.fixture(autouse=True)
