@@ -80,10 +80,18 @@ def workers() -> set[int]:
     found: set[int] = set()
     generation = _children(os.getpid())
     for depth in range(1, 6):
-        if depth > 2:  # 1: the host, 2: the spawner, which stay for the next trainer
-            found.update(generation)
+        if depth > 1:  # 1: the host, which stays for the next trainer, as does the spawner below it
+            found.update(pid for pid in generation if depth > 2 or _leads_session(pid))
         generation = [child for parent in generation for child in _children(parent)]
     return {pid for pid in found if _lives(pid)}
+
+
+def _leads_session(pid: int) -> bool:
+    """As workers do, also where the spawner that had forked them is gone."""
+    try:
+        return os.getsid(pid) == pid
+    except ProcessLookupError:
+        return False
 
 
 def _children(pid: int) -> list[int]:

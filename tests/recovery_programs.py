@@ -55,6 +55,7 @@ class Strike:
         life: the how manieth process of this rank it is, from 1.
         signum: of the signal, or ``WAIT``, or ``RAISE``.
         once: not again; else in every later process of the rank too.
+        spawner: the process that forks workers gets it, not the rank's.
     """
 
     phase: str
@@ -63,11 +64,12 @@ class Strike:
     life: int = 1
     signum: int = signal.SIGKILL
     once: bool = True
+    spawner: bool = False
 
     @property
     def name(self) -> str:
         """Of its file."""
-        return f"{self.phase}-{self.rank}-{self.at}-{self.life}"
+        return f"{self.phase}-{self.rank}-{self.at}-{self.life}{'-spawner' if self.spawner else ''}"
 
     def hits(self, place: _Place, phase: str) -> bool:
         """Whether this is the place."""
@@ -151,7 +153,7 @@ def visit(phase: str) -> None:
         if one.hits(here, phase) and not Path(here.plan.directory, DISARMED).exists():
             first = _created(here.plan.path(one), str(here.pid))
             if first or not one.once:  # another process of the same loader may have come here before
-                _strike(one.signum, here.pid)
+                _strike(one.signum, _parent_of(here.pid) if one.spawner else here.pid)
 
 
 def _strike(signum: int, pid: int) -> None:
@@ -160,6 +162,10 @@ def _strike(signum: int, pid: int) -> None:
     if signum == WAIT:
         wait_for_good()
     os.kill(pid, signum)
+
+
+def _parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def wait_for_good() -> None:

@@ -69,11 +69,10 @@ def test_ctrl_c_ends_a_script_with_everything_in_it(tmp_path) -> None:
     program.assert_nothing_left()
 
 
-@pytest.mark.parametrize("who", [pytest.param("host", marks=pytest.mark.soak), "spawner"])
-def test_losing_the_engine_ends_the_call_with_an_error(tmp_path, who) -> None:
+@pytest.mark.soak
+def test_losing_the_host_ends_the_call_with_an_error(tmp_path) -> None:
     program = in_the_pass(tmp_path)
-    # Workers are forked from the spawner and have its command line: the spawner is the eldest.
-    pid = min(int(line.split()[0]) for line in marked_processes(program.mark) if f".{who} " in line)
+    pid = min(int(line.split()[0]) for line in marked_processes(program.mark) if ".host " in line)
     os.kill(pid, signal.SIGKILL)
     assert program.finish() == 1
     assert "EngineError" in program.errors

@@ -36,6 +36,7 @@ from torch.utils.data import (
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError, UnshardableLoaderError
 from torchtrainer.train.data import RankLoader
 from torchtrainer.train.data_order import Dealing
+from torchtrainer.train.refetching import Losing
 
 
 class Ranks:
@@ -101,6 +102,7 @@ def rank_loader(loader: Any, collective: Any = None, **changes: Any) -> RankLoad
     options: dict[str, Any] = {
         "seed": 3,
         "dealing": Dealing(**how),
+        "losing": Losing(tell=lambda loss: None),
         "training": True,
         "device": torch.device("cpu"),
         "name": "train",
@@ -388,7 +390,7 @@ def test_every_setting_reaches_the_workers():
     )
     ours = rank_loader(loader)
     batches = [batch.data for batch in one_pass(ours)]
-    inner = ours._passes._reader._loader
+    inner = ours._passes._reader._loader.loader
     for name in ("num_workers", "timeout", "persistent_workers", "prefetch_factor", "in_order"):
         assert getattr(inner, name) == getattr(loader, name)
     assert inner.multiprocessing_context is loader.multiprocessing_context
@@ -405,7 +407,7 @@ def test_every_setting_reaches_the_workers():
 def test_workers_end_with_their_pass():
     ours = rank_loader(DataLoader(Numbers(8), batch_size=2, num_workers=1))
     ours.next_batch()
-    workers = ours._passes._reader._iterator._workers
+    workers = ours._passes._reader._loader._iterator._workers
     assert all(worker.is_alive() for worker in workers)
     one_pass(ours)
     assert not any(worker.is_alive() for worker in workers)
@@ -737,7 +739,7 @@ from torch.utils.data import DataLoader
 from tests.test_data import Numbers, rank_loader
 loader = rank_loader(DataLoader(Numbers(99), batch_size=2, num_workers=1, persistent_workers=True))
 loader.next_batch()
-print(loader._passes._reader._iterator._workers[0].pid, flush=True)
+print(loader._passes._reader._loader._iterator._workers[0].pid, flush=True)
 sys.stdin.read()
 """
 

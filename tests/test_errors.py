@@ -12,6 +12,7 @@ from torchtrainer.control.messages import Failure
 from torchtrainer.driver.causes import CrashLoop, EngineLost, StartTimedOut, UserCodeFailed, WorkerDied, WorkerHung
 from torchtrainer.driver.policies import root_cause
 from torchtrainer.driver.report import LINE_CHARS, TRACEBACK_LINES, Scene, error_of, rank_of, short_cause
+from torchtrainer.process.crashes import last_crash
 
 CLASSES = [
     kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.TorchTrainerError)
@@ -164,26 +165,21 @@ def test_replacements_that_cannot_be_built_are_a_crash_loop_too() -> None:
     assert "worker_connect_s" in str(error)
 
 
-def test_a_crashed_worker_shows_the_stack_that_it_died_in() -> None:
-    tail = "\n".join(
-        [
-            "noise",
-            "Fatal Python error: Segmentation fault",
-            "",
-            "Thread 0x1 (most recent call first):",
-            *['  File "zmq.py", line 1 in poll'] * 30,
-            "",
-            "Current thread 0x2 (most recent call first):",
-            '  File "mine.py", line 7 in train_batch',
-            "",
-            "Extension modules: numpy, torch, " + "x" * 3000,
-        ]
-    )
-    text = str(error_of(died(exit_code=-11, stderr_tail=tail), SCENE))
+def test_a_crashed_worker_shows_the_stack_that_it_died_in(tmp_path) -> None:
+    file = tmp_path / "crash.txt"
+    file.write_text("Fatal Python error: Aborted\n\nof an earlier process\n")
+    before = file.stat().st_size
+    assert last_crash(file, before) == ""
+    stack = 'Current thread 0x2 (most recent call first):\n  File "mine.py", line 7 in train_batch\n'
+    with file.open("a") as more:
+        more.write(f"Fatal Python error: Bus error\n\nof a loader\n\nFatal Python error: Segmentation fault\n\n{stack}")
+        more.write(f"\nExtension modules: numpy, torch, {'x' * 3000}\n")
+    text = str(error_of(died(exit_code=-11, crash=last_crash(file, before), stderr_tail="noise"), SCENE))
     assert "was killed by SIGSEGV" in text
     assert "Fatal Python error: Segmentation fault" in text
     assert 'File "mine.py", line 7 in train_batch' in text
-    assert "zmq.py" not in text
+    assert "noise" in text
+    assert "Bus error" not in text
     assert "Extension modules" not in text
 
 

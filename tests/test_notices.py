@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from metadata_servers import Answer, Aws, Azure, Gcp, MetadataService
-from programs import start_program
+from programs import CREATORS, marked_processes, start_program
 
 from torchtrainer.config import PreemptionConfig
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError
@@ -26,6 +26,7 @@ from torchtrainer.preempt.notice import Notice, is_more_urgent
 from torchtrainer.preempt.poller import FAILURES_TO_TELL
 from torchtrainer.preempt.slurm import requeue
 from torchtrainer.preempt.watch import NoticeWatch
+from torchtrainer.process.signals import EXIT_PREEMPTED
 
 DEADLINE_S = 30.0
 """Only a deadlock takes this long."""
@@ -676,6 +677,100 @@ print("restored", signal.getsignal(signal.SIGUSR1) is user, signal.getsignal(sig
     assert program.wait_for("user's") == "user's True True\n"
     assert program.wait_for("restored") == "restored True True\n"
     assert program.finish() == 0, program.errors
+
+
+RAY = """
+def init():  # what ray.init() does to the signal
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(signum))
+
+def wrap():
+    ours = signal.getsignal(signal.SIGTERM)
+    def over(signum, frame):
+        print("over ours", flush=True)
+        ours(signum, frame)
+    signal.signal(signal.SIGTERM, over)
+"""
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        "init(); watch = watching()",
+        "watch = watching(); init()",
+        "watch = watching(); wrap()",
+        "init(); watch = watching(); init(); wrap()",
+    ],
+    ids=["before", "after", "over ours", "twice"],
+)
+def test_a_handler_that_exits_neither_takes_the_signal_away_nor_ends_the_process(tmp_path, setup):
+    program = start_program(
+        tmp_path,
+        PROGRAM
+        + RAY
+        + f"""
+{setup}
+assert watch.pending() is None  # as every call asks
+print("ready")
+print("noticed", next_notice(watch).source)
+watch.close()
+print("left", callable(signal.getsignal(signal.SIGTERM)))
+""",
+    )
+    program.wait_for("ready")
+    send(program, "SIGTERM")
+    assert program.wait_for("noticed") == "noticed SIGTERM\n"
+    assert program.wait_for("left") == "left True\n"
+    assert program.finish() == 0, program.errors
+    assert program.output.count("over ours") == ("wrap" in setup)
+
+
+IN_A_CALL = (
+    CREATORS
+    + """
+import signal
+
+def init():  # what ray.init() does to the signal
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(signum))
+
+class Forever(TrainingOperator):
+    def train_epoch(self, iterator, info):
+        for step, batch in enumerate(iterator):
+            self.train_batch(batch, {})
+            if self.world_rank == 0 and step == 1:
+                print("in the pass", flush=True)
+        return {}
+
+def data_creator(config):
+    return DataLoader(dataset(200_000, 0), batch_size=1)
+
+CREATORS["data_creator"] = data_creator
+MORE = dict(**CREATORS, run_dir="run", training_operator_cls=Forever)
+"""
+)
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "init(); TorchTrainer(**MORE).train()",
+        "trainer = TorchTrainer(**MORE); init(); trainer.train()",
+        "trainer = TorchTrainer(**MORE); trainer.apply_all_workers(init); trainer.train()",
+    ],
+    ids=["before", "after the trainer", "in the ranks"],
+)
+def test_a_preemption_saves_the_state_although_another_library_has_taken_the_signal(tmp_path, ending):
+    program = start_program(tmp_path, IN_A_CALL + ending)
+    program.wait_for("in the pass")
+    if "workers" in ending:
+        pids = [int(line.split()[0]) for line in marked_processes(program.mark)]
+        os.kill(
+            max(pid for pid in pids if os.getsid(pid) == pid), signal.SIGTERM
+        )  # one that was forked last: a rank, which hands it on
+    else:
+        send(program, "SIGTERM")
+    assert program.finish() == EXIT_PREEMPTED, program.errors
+    assert list((tmp_path / "run").rglob("manifest.json"))
+    program.assert_nothing_left()
 
 
 IN_A_THREAD = """

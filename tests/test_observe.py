@@ -13,7 +13,7 @@ import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 from programs import run_program
@@ -44,13 +44,13 @@ from torchtrainer.observe.events import (
     ValidateEvent,
 )
 from torchtrainer.observe.failure_watch import FailureWatch
-from torchtrainer.observe.failures import FailureRecord
+from torchtrainer.observe.failures import FailureRecord, How
 from torchtrainer.observe.history import History, HistoryFile, read_history
 from torchtrainer.observe.notices import PacedNotices, notice
 from torchtrainer.observe.plot import curves_of
 from torchtrainer.observe.progress_bar import PassBar, StartBar, summarize
 from torchtrainer.observe.status import ProcessStatus, Status
-from torchtrainer.observe.timeline import plot_failures
+from torchtrainer.observe.timeline import HOW_COLOURS, HOW_NAMES, plot_failures
 
 STEP = StepEvent(epoch=2, step=40, batch=10, batches=40, samples=640)
 EPOCHS: list[dict[str, Any]] = [
@@ -373,6 +373,12 @@ def test_time_line_shows_who_failed_when_and_for_how_long(tmp_path: Path) -> Non
         assert (tmp_path / "failures.png").stat().st_size > 1000
     finally:
         pyplot.close(figure)
+
+
+def test_every_way_to_recover_has_a_name_and_a_colour_of_its_own() -> None:
+    ways = set(get_args(How))
+    assert set(HOW_COLOURS) == set(HOW_NAMES) == ways
+    assert len(set(HOW_COLOURS.values())) == len(ways)
 
 
 def test_time_line_of_a_run_without_failures_is_empty(tmp_path: Path) -> None:

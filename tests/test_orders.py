@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from torchtrainer import TorchTrainer, TrainingOperator, UnshardableLoaderError
 from torchtrainer.train.data import RankLoader
 from torchtrainer.train.data_order import Dealing
+from torchtrainer.train.refetching import Losing
 
 SAMPLES, BATCH = 22, 4
 
@@ -165,7 +166,15 @@ def loader_of(kind: type[Counting]) -> DataLoader:
 
 
 def alone(loader: DataLoader) -> RankLoader:
-    options = {"seed": 5, "collective": None, "training": True, "device": None, "name": "train", "dealing": Dealing()}
+    options = {
+        "seed": 5,
+        "collective": None,
+        "training": True,
+        "device": None,
+        "name": "train",
+        "dealing": Dealing(),
+        "losing": Losing(tell=print),
+    }
     return RankLoader(loader, rank=0, world_size=1, **options)
 
 

@@ -23,6 +23,7 @@ from torchtrainer.process.paths import SOCKET_PATH_LIMIT, EnginePaths, private_d
 from torchtrainer.process.signals import STACK_DUMP_SIGNAL, describe_exit
 from torchtrainer.process.starters import (
     ChildExited,
+    ChildNotStarted,
     ChildStarted,
     ExecStarter,
     StarterEvent,
@@ -56,6 +57,11 @@ def look(arguments):
         json.dump(seen, file)
     return arguments["code"]
 
+def wait(arguments):
+    while not os.path.exists(arguments["out"]):
+        time.sleep(0.001)
+    return arguments["code"]
+
 def stay(arguments):
     with open(arguments["out"], "w") as file:
         file.write(str(os.getpid()))
@@ -65,7 +71,7 @@ def stay(arguments):
 """
 
 
-def child(tmp_path: Path, function: str, **arguments) -> ChildSpec:
+def child(tmp_path: Path, function: str, ignored_signals: tuple[str, ...] = (), **arguments) -> ChildSpec:
     (tmp_path / "entry.py").write_text(ENTRY)
     (tmp_path / "logs").mkdir(exist_ok=True)
     return ChildSpec(
@@ -78,6 +84,7 @@ def child(tmp_path: Path, function: str, **arguments) -> ChildSpec:
         log_dir=str(tmp_path / "logs"),
         rank=0,
         multiprocessing_dir=str(tmp_path / "mp"),
+        ignored_signals=list(ignored_signals),
     )
 
 
@@ -115,8 +122,8 @@ def test_a_worker_sees_what_its_spec_says_and_nothing_else(tmp_path, starter) ->
     assert (seen["cwd"], seen["path"]) == (spec["cwd"], spec["sys_path"])
     assert seen["session_leader"] and seen["sigterm"] and seen["sigint"]
     assert (seen["threads"], seen["wakeup_fd"], seen["stdin"]) == (1, -1, "")
-    # stdin, stdout, stderr, the file for stacks, and the directory that is being listed
-    assert len(seen["descriptors"]) == 5, seen["descriptors"]
+    # stdin, stdout, stderr, the files for stacks and for a crash, and the directory that is being listed
+    assert len(seen["descriptors"]) == 6, seen["descriptors"]
     assert (tmp_path / "logs" / "rank_0" / "stdout.log").read_text() == "to stdout\n"
     assert (tmp_path / "logs" / "rank_0" / "stderr.log").read_text() == "to stderr\n"
 
@@ -180,6 +187,54 @@ def test_a_module_that_cannot_be_imported_fails_the_spawner_with_its_traceback()
             select.select(starter.fds(), [], [], 0.05)
             events = starter.events()
         assert isinstance(events[0], StarterFailed) and "no_such_module_at_all" in events[0].text
+        events = events[1:]
+        while starter.fds():  # until the process is gone, which is told no second time
+            select.select(starter.fds(), [], [], DEADLINE_S)
+            events += starter.events()
+        assert events == []
+    finally:
+        starter.close()
+
+
+def test_a_fork_that_fails_is_told_once_and_ends_nothing(tmp_path) -> None:
+    (tmp_path / "few.py").write_text(
+        """
+import os
+fork, failed = os.fork, []
+def once_failing():
+    if not failed:
+        failed.append(True)
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    return fork()
+os.fork = once_failing
+"""
+    )
+    starter = preloaded_starter(["few"], {**os.environ, "PYTHONPATH": str(tmp_path)})
+    try:
+        wait_for(starter, StarterReady)
+        starter.start(child(tmp_path, "look"))
+        told = wait_for(starter, ChildNotStarted)
+        assert (told.key, "Resource temporarily unavailable" in told.text) == ("a/0", True)
+        starter.start(child(tmp_path, "look"))
+        assert wait_for(starter, ChildExited).exit_code == 0
+    finally:
+        starter.close()
+
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+
+
+def test_signals_that_a_child_ignores_do_nothing_from_its_first_instruction_on(tmp_path) -> None:
+    starter = preloaded_starter(["json"], dict(os.environ))
+    try:
+        wait_for(starter, StarterReady)
+        for number in range(24):
+            out = tmp_path / f"go-{number}"
+            starter.start(child(tmp_path, "wait", ignored_signals=SIGNALS, code=number, out=str(out)))
+            pid = wait_for(starter, ChildStarted).pid
+            os.kill(pid, getattr(signal, SIGNALS[number % len(SIGNALS)]))
+            out.touch()
+            assert wait_for(starter, ChildExited).exit_code == number
     finally:
         starter.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import random
 from collections import OrderedDict
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torchtrainer import SnapshotError
 from torchtrainer.checkpoint.memory import available_bytes, map_shared
 from torchtrainer.checkpoint.snapshot import Region, assemble, deal
-from torchtrainer.control.messages import SnapshotTaken, SnapshotWanted
+from torchtrainer.control.messages import CheckpointEnded, SnapshotAnswer, SnapshotTaken, SnapshotWanted
 from torchtrainer.engines.snapshots import CheckpointOrders, Snapshots
 
 
@@ -189,6 +190,87 @@ def test_a_snapshot_that_was_left_out_is_not_missed_when_a_worker_is_gone(tmp_pa
     assert one.give_up("g", 7) == []
     assert want(one, 0, 3) == [(0, True)]
     assert [ended.number for ended in one.give_up("g", 8)] == [3], "rank 1 did not copy this one"
+    one.close()
+
+
+def test_who_waits_for_a_snapshot_that_is_given_up_gets_an_answer(tmp_path) -> None:
+    one = snapshots(tmp_path)
+    assert want(one, 0, 1) + want(one, 1, 1) == [(0, True), (1, True)]
+    taken(one, 0, 1)
+    assert want(one, 0, 2, must=True) == []
+    assert [ended.number for ended in one.give_up("g", 7)] == [1], "rank 1 is gone, and did not copy"
+    assert [answer.go for _, answer in one.answers("g")] == [True]
+    assert one.give_up("g", 7) != [], "the second one is under way now"
+    assert one.give_up("g", 7) == [], "what was told is not told again"
+    one.close()
+
+
+class Story:
+    """Three ranks that ask, are answered and copy, a writer, and workers that are lost: in an order that a seed chooses."""
+
+    def __init__(self, one: Snapshots, seed: int) -> None:
+        self.one, self.chance, self.ranks = one, random.Random(seed), range(3)
+        self.at = dict.fromkeys(self.ranks, 0)
+        self.waiting: set[int] = set()
+        self.copying: dict[int, int] = {}
+        self.told: dict[int, set[bool]] = {}
+        self.ended: list[int] = []
+
+    def answer(self, given: list[tuple[int, SnapshotAnswer]]) -> None:
+        for rank, said in given:
+            self.told.setdefault(said.number, set()).add(said.go)
+            self.waiting.discard(rank)
+            if said.go:
+                self.copying[rank] = said.number
+
+    def ask(self) -> None:
+        """The rank that is behind comes to its next snapshot: they are in step."""
+        rank = min(self.ranks, key=lambda rank: (self.at[rank], self.chance.random()))
+        if rank in self.waiting or rank in self.copying:
+            return
+        self.at[rank] += 1
+        self.waiting.add(rank)
+        must = self.chance.random() < 0.3
+        self.answer(self.one.want(SnapshotWanted(group="g", worker=rank, number=self.at[rank], must=must)))
+
+    def copy(self) -> None:
+        if not self.copying:
+            return
+        rank = self.chance.choice(sorted(self.copying))
+        error = "no memory" if self.chance.random() < 0.1 else ""
+        failed = taken(self.one, rank, self.copying.pop(rank), error=error)
+        self.ended += [failed.number] if isinstance(failed, CheckpointEnded) else []
+
+    def write(self) -> None:
+        if self.one.writing:
+            self.ended.append(self.one.end({}, "g").number)
+            self.answer(self.one.answers("g"))
+        elif due := self.one.due(ranks_left=True):
+            self.one.begin(due)
+
+    def lose(self) -> None:
+        """Another worker does what was left of its rank's share of the step, and asks on for it."""
+        if self.chance.random() < 0.1:
+            self.copying.pop(self.chance.choice(self.ranks), None)
+            self.ended += [lost.number for lost in self.one.give_up("g", 7)]
+            self.answer(self.one.answers("g"))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_in_any_order_of_events_answers_are_alike_and_each_snapshot_ends_once(tmp_path, seed) -> None:
+    one = snapshots(tmp_path, 3)
+    story = Story(one, seed)
+    for _ in range(400):
+        story.chance.choice((story.ask, story.copy, story.copy, story.write, story.lose))()
+    steps = 0
+    while story.copying or story.waiting or one.writing or one.due(ranks_left=True):
+        for go_on in (story.copy, story.write, story.ask):
+            go_on()
+        steps += 1
+        assert steps < 1000, f"all wait: {story.at}"
+    assert all(len(said) == 1 for said in story.told.values())
+    assert len(story.ended) == len(set(story.ended))
+    assert len(story.ended) > 10
     one.close()
 
 

@@ -177,6 +177,7 @@ class TrainSettings:
         use_gpu: whether ranks train on GPUs.
         backend: ``nccl`` or ``gloo``.
         timeout_s: longest wait for any collective, in seconds.
+        max_failures: so many loader processes in a row may die before a batch is read; see `FailureConfig`.
     """
 
     seed: int = 0
@@ -199,6 +200,7 @@ class TrainSettings:
     use_gpu: bool = False
     backend: Literal["nccl", "gloo"] = "gloo"
     timeout_s: float = 1800.0
+    max_failures: int = FailureConfig().max_failures
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

@@ -11,7 +11,15 @@ import torch
 from torchtrainer.comm.group import Collective
 from torchtrainer.config import SchedulerStepFreq, TrainSettings
 from torchtrainer.train import loop, step
-from torchtrainer.train.components import Internals, Registered, dealing_of, in_shape_of, place, refuse_retired
+from torchtrainer.train.components import (
+    Internals,
+    Registered,
+    dealing_of,
+    in_shape_of,
+    losing_of,
+    place,
+    refuse_retired,
+)
 from torchtrainer.train.creators import Creators, attach_created
 from torchtrainer.train.data import RankLoader
 from torchtrainer.train.precision import Amp
@@ -165,6 +173,7 @@ class TrainingOperator:
                     device=self.device,
                     name=name,
                     dealing=dealing_of(self, training=name == "train"),
+                    losing=losing_of(self),
                 )
                 if name == "train":
                     self._internals.loaders[name].accumulate = self._internals.context.settings.accumulate

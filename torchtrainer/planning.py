@@ -266,6 +266,7 @@ def _settings(given: Mapping[str, Any], *, use_gpu: bool) -> TrainSettings:
         use_gpu=use_gpu,
         backend=given["backend"],
         ddp_args=given["ddp_args"] or {},
+        max_failures=given["failure"].max_failures,
         **{name: given[name] for name in AS_GIVEN},
     )
 

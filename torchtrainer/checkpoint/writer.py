@@ -7,7 +7,6 @@ regions that the host holds, and outlives the ranks and the driver.
 from __future__ import annotations
 
 import json
-import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -26,7 +25,6 @@ from torchtrainer.process.whole_file import replace_file
 
 STATE = "state.pt"
 """The file of a checkpoint that holds the whole state, in the form of ``torch.save``."""
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 EXIT_WRITE_FAILED = 1
 
 
@@ -78,9 +76,6 @@ class Written:
 
 def main(arguments: dict[str, Any]) -> int:
     """Writes one checkpoint; entry of the writer process. Returns its exit code."""
-    for name in STOP_SIGNALS:  # the state is saved because somebody wants the processes to stop
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
     order = WriterArguments(**arguments)
     problems: list[str] = []
     started = time.monotonic()

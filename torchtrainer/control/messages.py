@@ -10,8 +10,8 @@ Long because it is the contract of the processes: most of it says what each mess
                host --> worker        SnapshotAnswer, SnapshotDone
     driver --> host                   StartGroup, StartWorker, KillWorker, KillGroup, SignalWorkers, DumpStacks, Quit
     worker --> host                   SnapshotWanted, SnapshotTaken
-    worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Held, Shared, Carried, Bound, Beat, Heard
-    host   --> driver                 EngineReady, EngineFailed, GroupFailed, WorkerStarted, WorkerExited, GroupGone,
+    worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Held, Shared, Carried, Bound, LoaderLost, Beat, Heard
+    host   --> driver                 EngineReady, EngineFailed, EngineRepaired, GroupFailed, WorkerStarted, WorkerExited, GroupGone,
                                       Output, Stacks, CheckpointEnded
 """
 
@@ -407,6 +407,30 @@ class SnapshotTaken(FromWorker):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoaderLost(FromWorker):
+    """A process of a rank's loader died, and the batch that was wanted has been fetched by new ones.
+
+    Attributes:
+        rank: whose loader it is.
+        loader: what the loader is for.
+        pid, exit_code: of the process; ``-n``: killed by signal ``n``.
+        oom: the system killed it for memory.
+        step: optimizer steps that were completed.
+        seconds: from when it was noticed until the batch was there.
+        stack: where it crashed, if it told that.
+    """
+
+    rank: int
+    loader: str
+    pid: int
+    exit_code: int
+    oom: bool
+    step: int
+    seconds: float
+    stack: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Beat(FromWorker):
     """Heartbeat and progress of one worker.
 
@@ -479,8 +503,16 @@ class EngineReady(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFailed(Message):
-    """The spawner could not get ready, or was lost."""
+    """The spawner could not get ready, or was lost and cannot be replaced."""
 
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRepaired(Message):
+    """The spawner was lost and is replaced; the workers of the group go on. ``text``: how it was lost, and by what it is replaced."""
+
+    group: str
     text: str
 
 
@@ -500,6 +532,7 @@ class WorkerExited(FromWorker):
         step: optimizer steps that it had completed.
         max_rss_bytes: peak resident memory.
         stderr_tail: last lines that it wrote to stderr.
+        crash: the stack that it crashed in; empty if it did not.
         oom: the system has just killed a process of this control group for memory.
     """
 
@@ -509,6 +542,7 @@ class WorkerExited(FromWorker):
     oom: bool = False
     max_rss_bytes: int = 0
     stderr_tail: str = ""
+    crash: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

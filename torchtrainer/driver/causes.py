@@ -22,6 +22,7 @@ class WorkerDied:
         ranks, pid, exit_code: which one, by the ranks that it carried or was built like, and how it ended.
         phase, step: where it was by its last heartbeat.
         stderr_tail: its last words.
+        crash: the stack that it crashed in; empty if it did not.
         failure: what it said before, if it left by ``sys.exit``.
         oom: the system killed it for memory.
     """
@@ -32,6 +33,7 @@ class WorkerDied:
     phase: str
     step: int
     stderr_tail: str = ""
+    crash: str = ""
     max_rss_bytes: int = 0
     failure: Failure | None = None
     oom: bool = False
@@ -97,6 +99,18 @@ class CrashLoop:
     failures: int
     last: UserCodeFailed | WorkerDied | WorkerHung | StartTimedOut
     building: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderDied:
+    """A process of a rank's loader ended by itself; not the end of anything else. Attributes as in `LoaderLost`."""
+
+    rank: int
+    loader: str
+    pid: int
+    exit_code: int
+    oom: bool
+    stack: str = ""
 
 
 WorkerLost = WorkerDied | WorkerHung

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from torchtrainer.config import FailureConfig, Timeouts
-from torchtrainer.control.messages import Beat, CheckpointEnded, Heard, Output, Reply, StartGroup
+from torchtrainer.control.messages import Beat, CheckpointEnded, EngineRepaired, Heard, Output, Reply, StartGroup
 from torchtrainer.driver.causes import Cause
 from torchtrainer.driver.connection import POLL_S, HostConnection, Incoming
 from torchtrainer.driver.events import (
@@ -58,6 +58,9 @@ class Listener(Protocol):
 
     def on_heard(self, heard: Heard) -> None:
         """A signal that warns of a preemption came to a rank."""
+
+    def on_engine_repaired(self, repaired: EngineRepaired) -> None:
+        """The process that starts workers was lost, and is replaced."""
 
     def on_failure(self, cause: Cause, error: BaseException) -> None:
         """The group failed."""
@@ -290,6 +293,8 @@ class Controller:
             self._listener.on_checkpoint(news)
         elif isinstance(news, Heard):
             self._listener.on_heard(news)
+        elif isinstance(news, EngineRepaired):
+            self._listener.on_engine_repaired(news)
         elif isinstance(news, Recovered):
             self._listener.on_recovered(news)
         elif isinstance(news, Joined):

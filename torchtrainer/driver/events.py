@@ -7,7 +7,7 @@ from typing import Literal
 
 from torchtrainer.control.messages import Reply
 from torchtrainer.control.wire import Message
-from torchtrainer.driver.causes import Cause, WorkerLost
+from torchtrainer.driver.causes import Cause, LoaderDied, WorkerLost
 from torchtrainer.driver.stragglers import Straggler
 
 # Events that are not messages
@@ -104,24 +104,24 @@ class Raised:
 
 @dataclass(frozen=True, kw_only=True)
 class Recovered:
-    """What a lost worker had left undone is done.
+    """What a lost worker, or a process of a loader, had left undone is done.
 
     Attributes:
-        worker, ranks: that were lost.
+        worker, ranks: that were lost, or whose loader's process was.
         cause: how.
         step: optimizer steps that were completed when it was lost, as far as was known.
         redone: shares of a step that were computed once more.
         seconds: from the loss to this.
-        how: other workers carry the ranks, or a new one does.
+        how: other workers carry the ranks, or a new one does; or a loader's batches were fetched again.
     """
 
     worker: int
     ranks: tuple[int, ...]
-    cause: WorkerLost
+    cause: WorkerLost | LoaderDied
     step: int
     redone: int
     seconds: float
-    how: Literal["carried", "replaced"]
+    how: Literal["carried", "replaced", "refetched"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ from torchtrainer.control.messages import (
     GroupGone,
     Held,
     KillWorker,
+    LoaderLost,
     Reply,
     Shared,
     Stacks,
@@ -75,7 +76,16 @@ from torchtrainer.driver.events import (
 )
 from torchtrainer.driver.moving import begin, end_resizing, on_held, on_shared, proceed, start_missing, trim
 from torchtrainer.driver.policies import root_cause, save_interval_s
-from torchtrainer.driver.recovery import carry, give_up, lose, lose_newcomer, note_step, on_bound, on_carried
+from torchtrainer.driver.recovery import (
+    carry,
+    give_up,
+    lose,
+    lose_newcomer,
+    note_step,
+    on_bound,
+    on_carried,
+    refetched,
+)
 from torchtrainer.driver.states import Calling, Closed, Ending, Idle, Killing, Machine, Result, Starting, in_turn
 from torchtrainer.driver.stragglers import with_lap
 from torchtrainer.driver.supervision import on_stacks, on_tick
@@ -188,6 +198,7 @@ def _cause_of(machine: Machine, view: WorkerView, event: WorkerExited) -> Worker
         phase=view.phase,
         step=view.step,
         stderr_tail=event.stderr_tail,
+        crash=event.crash,
         max_rss_bytes=event.max_rss_bytes,
         oom=event.oom,
     )
@@ -201,6 +212,11 @@ def _forget(machine: Machine, worker: int) -> Machine:
         condemned=tuple(one for one in machine.condemned if one.worker != worker),
         diagnosis=None if diagnosis is not None and diagnosis.worker == worker else diagnosis,
     )
+
+
+def on_loader_lost(machine: Machine, event: LoaderLost, now: float) -> Result:
+    """Sent when a process of a loader died and was made up for; how often that may happen at one batch, the rank itself knows."""
+    return (machine, ()) if machine.view(event.worker) is None else (machine, (refetched(event),))
 
 
 def on_checkpoint_ended(machine: Machine, event: CheckpointEnded, now: float) -> Result:
@@ -282,6 +298,7 @@ _ON: dict[type, Callable[[Machine, Any, float], Result]] = {
     Shared: on_shared,
     Carried: on_carried,
     Bound: on_bound,
+    LoaderLost: on_loader_lost,
     CheckpointEnded: on_checkpoint_ended,
     Stacks: on_stacks,
     GroupFailed: on_group_failed,

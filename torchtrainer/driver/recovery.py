@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torchtrainer.control.messages import Bound, Carried, Carry
-from torchtrainer.driver.causes import CrashLoop, StartTimedOut, UserCodeFailed, WorkerDied, WorkerLost
+from torchtrainer.control.messages import Bound, Carried, Carry, LoaderLost
+from torchtrainer.driver.causes import CrashLoop, LoaderDied, StartTimedOut, UserCodeFailed, WorkerDied, WorkerLost
 from torchtrainer.driver.ending import kill
 from torchtrainer.driver.events import Action, Joined, Recovered, ReplacingStopped, Send
 from torchtrainer.driver.layout import spread
@@ -153,6 +153,26 @@ def on_carried(machine: Machine, event: Carried, now: float) -> Result:
         joined = (Joined(worker=event.worker, ranks=view.ranks),)
     machine, recovered = done(machine, event.ranks, now, event.redone)
     return machine, (*joined, *recovered)
+
+
+def refetched(lost: LoaderLost) -> Recovered:
+    """The recovery of which a rank tells."""
+    return Recovered(
+        worker=lost.worker,
+        ranks=(lost.rank,),
+        cause=LoaderDied(
+            rank=lost.rank,
+            loader=lost.loader,
+            pid=lost.pid,
+            exit_code=lost.exit_code,
+            oom=lost.oom,
+            stack=lost.stack,
+        ),
+        step=lost.step,
+        redone=0,
+        seconds=lost.seconds,
+        how="refetched",
+    )
 
 
 def on_bound(machine: Machine, event: Bound, now: float) -> Result:

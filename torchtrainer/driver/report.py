@@ -12,6 +12,7 @@ from torchtrainer.driver.causes import (
     Cause,
     CrashLoop,
     EngineLost,
+    LoaderDied,
     StartTimedOut,
     UserCodeFailed,
     WorkerDied,
@@ -119,8 +120,10 @@ def error_of(cause: Cause, scene: Scene) -> BaseException:
     return _engine_lost(cause, scene)
 
 
-def short_cause(cause: Cause) -> str:
+def short_cause(cause: Cause | LoaderDied) -> str:
     """A cause in a few words, for tables."""
+    if isinstance(cause, LoaderDied):
+        return f"loader process {'was killed for memory' if cause.oom else describe_exit(cause.exit_code)}"
     if isinstance(cause, UserCodeFailed):
         return f"{cause.failures[0].type_name} in user code"
     if isinstance(cause, WorkerDied):
@@ -189,9 +192,7 @@ def _died(cause: WorkerDied, scene: Scene) -> WorkerDiedError:
         # Its own last report may be a heartbeat old.
         story = [f"{who} {describe_exit(cause.exit_code)} {scene.at(cause.phase, cause.step, ' or later')}."]
         story += _memory(cause)
-        words = last_words(cause.stderr_tail)
-        if words:
-            story += ["The last lines of its stderr:", *(f"  {line}" for line in words)]
+        story += told_last(cause)
     story += scene.what_now()
     story.append(scene.where_log(cause.rank))
     return WorkerDiedError("\n".join(story), cause.rank, cause.exit_code)
@@ -266,14 +267,12 @@ def shortened(text: str) -> str:
     )
 
 
-def last_words(stderr_tail: str) -> list[str]:
-    """The lines of a dead process's stderr that tell most: after a crash the stack that it died in, else the last ones."""
-    lines = [line for line in stderr_tail.splitlines() if line.strip() and not line.startswith("Extension modules:")]
-    crash = next((at for at, line in enumerate(lines) if line.startswith("Fatal Python error:")), None)
-    stack = next((at for at, line in enumerate(lines) if line.startswith("Current thread")), None)
-    if stack is None:
-        return lines[-TAIL_LINES:]
-    return [*([] if crash is None else [lines[crash]]), *lines[stack : stack + STACK_LINES]]
+def told_last(cause: WorkerDied) -> list[str]:
+    """The stack that a process crashed in, and the last lines of its stderr; often nothing."""
+    crash = cause.crash.splitlines()[:STACK_LINES]
+    words = [line for line in cause.stderr_tail.splitlines() if line.strip()][-TAIL_LINES:]
+    parts = (("It crashed here (most recent call first):", crash), ("The last lines of its stderr:", words))
+    return [line for title, lines in parts if lines for line in (title, *(f"  {line}" for line in lines))]
 
 
 def main_thread_first(stacks: str) -> list[str]:

@@ -10,6 +10,7 @@ from torchtrainer.control.messages import StartGroup
 from torchtrainer.engines.memory_files import SharedMemory
 from torchtrainer.engines.snapshots import CheckpointOrders, Snapshots
 from torchtrainer.process.child import ChildSpec
+from torchtrainer.process.guard import kill_session
 from torchtrainer.process.logs import LogTail, size_of
 from torchtrainer.process.paths import EnginePaths, RankPaths
 from torchtrainer.script.take_over import SCRIPT_FILE
@@ -17,6 +18,8 @@ from torchtrainer.topology import WORKER_MARK
 
 WORKER_ENTRY = "torchtrainer.worker.main:main"
 WRITER_ENTRY = "torchtrainer.checkpoint.writer:main"
+STOP_SIGNALS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"]
+"""They do nothing to a writer: the state is saved because somebody wants the processes to stop."""
 WRITER = "writer"
 """Stands in place of a rank in the name of a writer."""
 
@@ -37,7 +40,7 @@ class Group:
         unwanted: those that are to end as soon as they exist.
         like: the rank that each process is built for.
         tails: of what rank 0 writes.
-        logged: by process, the bytes that its rank's ``stderr`` and stacks had when it was started.
+        logged: by process, the bytes that its rank's ``stderr``, stacks and crashes had when it was started.
         awaited: those that are being built or run a call.
         killed: all of them are to end.
         memory: files in memory that the workers share.
@@ -53,7 +56,7 @@ class Group:
     unwanted: set[int] = field(default_factory=set)
     like: dict[int, int] = field(default_factory=dict)
     tails: dict[str, LogTail] = field(default_factory=dict)
-    logged: dict[int, tuple[int, int]] = field(default_factory=dict)
+    logged: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     awaited: set[int] = field(default_factory=set)
     killed: bool = False
     snapshots: Snapshots | None = None
@@ -72,7 +75,15 @@ class Group:
     def note_logs(self, worker: int) -> None:
         """Remembers what is in the logs that a process is about to write to: an earlier one has said that."""
         paths = RankPaths.of(self.spec.log_dir, self.like[worker])
-        self.logged[worker] = size_of(paths.stream("stderr")), size_of(paths.stacks)
+        self.logged[worker] = size_of(paths.stream("stderr")), size_of(paths.stacks), size_of(paths.crash)
+
+    def kill(self) -> None:
+        """Kills every process, and waits for none."""
+        self.killed = True
+        for pid in self.pids.values():
+            kill_session(pid)
+        self.pids.clear()
+        self.unborn.clear()
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -112,6 +123,7 @@ def writer_spec(group: Group, number: int, paths: EnginePaths) -> ChildSpec:
         log_dir=str(paths.writer_logs(message.group)),
         rank=0,
         multiprocessing_dir=str(paths.multiprocessing(message.group)),
+        ignored_signals=STOP_SIGNALS,
     )
 
 
@@ -147,6 +159,7 @@ def child_spec(group: Group, worker: int, paths: EnginePaths, record: list[Any] 
         log_dir=message.log_dir,
         rank=rank,
         multiprocessing_dir=str(paths.multiprocessing(message.group)),
+        ignored_signals=[],
     )
 
 

@@ -22,6 +22,7 @@ from torchtrainer.control.messages import (
     DumpStacks,
     EngineFailed,
     EngineReady,
+    EngineRepaired,
     Failure,
     GroupFailed,
     GroupGone,
@@ -41,17 +42,17 @@ from torchtrainer.control.messages import (
 )
 from torchtrainer.control.wire import ForWorker, FromWorker, Message
 from torchtrainer.engines.groups import WRITER, Group, child_spec, new_group, worker_name
-from torchtrainer.engines.output import last_words, new_output, written_stacks
+from torchtrainer.engines.output import ask_for_stacks, last_words, new_output, written_stacks
 from torchtrainer.engines.preload import preloadable
 from torchtrainer.engines.saving import Saving
-from torchtrainer.engines.starting import Starters
+from torchtrainer.engines.starting import SpawnerReplaced, Starters
 from torchtrainer.process.guard import kill_process_group, kill_session, open_pidfd, settle_signals, signal_process
 from torchtrainer.process.logs import LogTail, size_of
 from torchtrainer.process.oom import OomWatch
 from torchtrainer.process.paths import EnginePaths, RankPaths, private_directory
-from torchtrainer.process.signals import STACK_DUMP_SIGNAL
 from torchtrainer.process.starters import (
     ChildExited,
+    ChildNotStarted,
     ChildStarted,
     StarterEvent,
     StarterFailed,
@@ -66,8 +67,6 @@ IDLE_TICK_S = 1.0
 """The same while nothing goes on."""
 EXIT_SETTLE_S = 0.01
 """How long after a worker's end its last messages are waited for."""
-STACK_DUMP_WAIT_S = 0.3
-"""How long a worker gets to write its stacks before they are read."""
 
 
 class Host:
@@ -142,10 +141,12 @@ class Host:
         elif isinstance(message, KillGroup):
             self._kill_group(message.group)
         elif isinstance(message, SignalWorkers):
-            for pid in self._living(message.group):
+            group = self._groups.get(message.group)
+            for pid in group.pids.values() if group is not None else ():
                 signal_process(pid, message.signum)
         elif isinstance(message, DumpStacks):
-            self._ask_for_stacks(message.group)
+            if message.group in self._groups:
+                ask_for_stacks(self._groups[message.group])
         else:
             raise ValueError(f"{sender!r} sent {type(message).__name__}, which the host does not take")
 
@@ -197,6 +198,18 @@ class Host:
         except OSError as error:  # no space, or no more processes: other groups go on
             self._to_driver(GroupFailed(group=message.group, text=str(error)))
 
+    def _on_not_started(self, group: Group, worker: int, text: str) -> None:
+        """There is no process for a worker: one that came later is done without, else the group cannot be."""
+        name = group.spec.group
+        group.unborn.discard(worker)
+        group.awaited.discard(worker)
+        if worker < group.spec.world_size:
+            self._to_driver(GroupFailed(group=name, text=text))
+        else:
+            self._to_driver(WorkerExited(group=name, worker=worker, pid=0, exit_code=1, stderr_tail=text))
+        if group.killed:
+            self._forget_if_gone(name, group)
+
     def _start_worker(self, message: StartWorker) -> None:
         group = self._groups.get(message.group)
         if group is None or group.killed:
@@ -207,9 +220,8 @@ class Host:
         group.note_logs(message.worker)
         try:
             self._starters.start(child_spec(group, message.worker, self._paths, message.record))
-        except OSError as error:  # no more processes: the others go on without this one
-            gone = WorkerExited(group=message.group, worker=message.worker, pid=0, exit_code=1, stderr_tail=str(error))
-            self._to_driver(gone)
+        except OSError as error:
+            self._on_not_started(group, message.worker, str(error))
 
     def _kill_worker(self, message: KillWorker) -> None:
         group = self._groups.get(message.group)
@@ -219,10 +231,6 @@ class Host:
             kill_session(group.pids[message.worker])
         else:
             group.unwanted.add(message.worker)
-
-    def _living(self, name: str) -> list[int]:
-        group = self._groups.get(name)
-        return list(group.pids.values()) if group is not None else []
 
     def _kill_group(self, name: str) -> None:
         group = self._groups.get(name)
@@ -252,13 +260,18 @@ class Host:
 
     # Starter events
 
-    def _on_starter_event(self, event: StarterEvent) -> None:
+    def _on_starter_event(self, event: StarterEvent | SpawnerReplaced) -> None:
         if isinstance(event, StarterReady):
             self._on_starter_ready(event)
+        elif isinstance(event, SpawnerReplaced):
+            for name in self._groups:
+                self._to_driver(EngineRepaired(group=name, text=event.text))
         elif isinstance(event, StarterFailed):
             self._on_starter_failed(event)
         elif isinstance(event, ChildStarted):
             self._on_child_started(event)
+        elif isinstance(event, ChildNotStarted):
+            self._on_child_not_started(event)
         else:
             # A moment later: what the worker said last may still be on its way.
             self._exits.append((time.monotonic() + EXIT_SETTLE_S, event))
@@ -269,8 +282,7 @@ class Host:
 
     def _on_starter_failed(self, event: StarterFailed) -> None:
         for group in self._groups.values():
-            # The kernel ends workers with the spawner; their ids may soon be somebody else's.
-            self._kill_and_forget(group)
+            group.kill()
         self._starters.exec_from_now_on()
         self._saving.begin_again(self._groups.values())
         self._saving.finish(self._groups.values(), self._turn_at_end)
@@ -291,13 +303,13 @@ class Host:
         while self._router.receive() is not None:
             pass
         for event in self._starters.events():
-            if isinstance(event, ChildStarted):
-                self._on_child_started(event)
-            elif isinstance(event, ChildExited):
+            if isinstance(event, ChildExited):
                 self._on_child_exited(event)
             elif isinstance(event, StarterFailed):
                 self._starters.exec_from_now_on()
                 self._saving.begin_again(self._groups.values())
+            else:
+                self._on_starter_event(event)
 
     def _take_exits(self) -> None:
         now = time.monotonic()
@@ -319,6 +331,14 @@ class Host:
             kill_session(event.pid)
         self._to_driver(WorkerStarted(group=name, worker=worker, pid=event.pid))
 
+    def _on_child_not_started(self, event: ChildNotStarted) -> None:
+        name, number = event.key.rsplit("/", 1)
+        if number == WRITER:
+            self._saving.on_writer_not_started(self._groups[name], event.text)
+            self._forget_if_gone(name, self._groups[name])
+        else:
+            self._on_not_started(self._groups[name], int(number), event.text)
+
     def _on_child_exited(self, event: ChildExited) -> None:
         for name, group in list(self._groups.items()):
             if event.pid == group.writer_pid:
@@ -333,29 +353,14 @@ class Host:
             group.awaited.discard(worker)
             self._forward_output(group, flush=True)
             self._to_driver(last_words(group, worker, event, self._oom))
-            self._saving.on_worker_exited(group, worker)
+            self._saving.on_worker_exited(group, worker, event.exit_code)
             self._forget_if_gone(name, group)
-
-    def _kill_and_forget(self, group: Group) -> None:
-        group.killed = True
-        for pid in group.pids.values():
-            kill_session(pid)
-        group.pids.clear()
-        group.unborn.clear()
 
     # Output and stacks
 
     def _forward_output(self, group: Group, flush: bool = False) -> None:
         for message in new_output(group, flush):
             self._to_driver(message)
-
-    def _ask_for_stacks(self, name: str) -> None:
-        group = self._groups.get(name)
-        if group is None or STACK_DUMP_SIGNAL is None:
-            return
-        for pid in group.pids.values():
-            signal_process(pid, STACK_DUMP_SIGNAL)
-        group.stacks_due = time.monotonic() + STACK_DUMP_WAIT_S
 
     def _send_stacks(self, group: Group) -> None:
         group.stacks_due = None
@@ -366,7 +371,7 @@ class Host:
 
     def _end_everything(self) -> None:
         for group in self._groups.values():
-            self._kill_and_forget(group)
+            group.kill()
         self._saving.finish(self._groups.values(), self._turn_at_end)
         self._starters.close()
         self._router.close()

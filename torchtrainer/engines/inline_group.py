@@ -7,11 +7,13 @@ import io
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from torchtrainer.control.messages import Beat, CheckpointEnded
+from torchtrainer.control.messages import Beat, CheckpointEnded, LoaderLost
 from torchtrainer.driver.controller import Listener
 from torchtrainer.driver.policies import MIN_SAVE_EVERY_S, STEPPING_METHODS, save_interval_s
+from torchtrainer.driver.recovery import refetched
 from torchtrainer.driver.views import WorkerView
 from torchtrainer.engines.base import CallResult, GroupPlan
 from torchtrainer.engines.inline_peers import Peers
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from torchtrainer.engines.inline_agreement import Agreement
     from torchtrainer.engines.inline_gate import InlineGate
     from torchtrainer.engines.inline_saver import GatheringSaver
+    from torchtrainer.train.refetching import LoaderLoss
     from torchtrainer.worker.runtime import RankRuntime
 
 OWN_RESULT_METHODS = frozenset({"get_model", "state_dict", "load_state_dict", "update_scheduler"})
@@ -69,6 +72,7 @@ class InlineGroup:
         self._on_end = on_end
         self._listener = listener
         self._progress = Progress()
+        self._progress.on_loader_lost = self._on_loader_lost
         self._save_every_s = plan.save_every_s
         self._saver: GatheringSaver | None = None
         self._agreement: Agreement | None = None
@@ -317,6 +321,10 @@ class InlineGroup:
             return self._save_every_s
         ended = self._saver.ended if self._saver is not None else None
         return MIN_SAVE_EVERY_S if ended is None else save_interval_s(ended.stall_s, ended.seconds)
+
+    def _on_loader_lost(self, loss: LoaderLoss) -> None:
+        lost = LoaderLost(group="", worker=self._collective.rank, step=self._progress.step, **asdict(loss))
+        self._listener.on_recovered(refetched(lost))
 
     def _tell_checkpoints(self) -> None:
         for ended in self._saver.news() if self._saver is not None else ():

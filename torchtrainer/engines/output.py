@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import time
+
 from torchtrainer.control.messages import Output, Stacks, WorkerExited
 from torchtrainer.engines.groups import Group
+from torchtrainer.process.crashes import last_crash
+from torchtrainer.process.guard import signal_process
 from torchtrainer.process.logs import last_text
 from torchtrainer.process.oom import OomWatch
 from torchtrainer.process.paths import RankPaths
-from torchtrainer.process.signals import MAY_BE_OUT_OF_MEMORY
+from torchtrainer.process.signals import MAY_BE_OUT_OF_MEMORY, STACK_DUMP_SIGNAL
 from torchtrainer.process.starters import ChildExited
+
+STACK_DUMP_WAIT_S = 0.3
+"""How long a worker gets to write its stacks before they are read."""
 
 
 def new_output(group: Group, flush: bool) -> list[Output]:
@@ -22,6 +29,15 @@ def new_output(group: Group, flush: bool) -> list[Output]:
     return [Output(group=group.spec.group, worker=0, stream=stream, text=text) for stream, text in found if text]
 
 
+def ask_for_stacks(group: Group) -> None:
+    """Has the workers write their stacks."""
+    if STACK_DUMP_SIGNAL is None:
+        return
+    for pid in group.pids.values():
+        signal_process(pid, STACK_DUMP_SIGNAL)
+    group.stacks_due = time.monotonic() + STACK_DUMP_WAIT_S
+
+
 def written_stacks(group: Group) -> list[Stacks]:
     """The stacks that the workers wrote last."""
     paths = {worker: RankPaths.of(group.spec.log_dir, group.like[worker]).stacks for worker in group.pids}
@@ -31,7 +47,7 @@ def written_stacks(group: Group) -> list[Stacks]:
 
 def last_words(group: Group, worker: int, event: ChildExited, oom: OomWatch) -> WorkerExited:
     """How a worker ended, and what it wrote last."""
-    log = RankPaths.of(group.spec.log_dir, group.like[worker]).stream("stderr")
+    paths = RankPaths.of(group.spec.log_dir, group.like[worker])
     return WorkerExited(
         group=group.spec.group,
         worker=worker,
@@ -39,6 +55,7 @@ def last_words(group: Group, worker: int, event: ChildExited, oom: OomWatch) -> 
         exit_code=event.exit_code,
         step=group.memory.step_of(worker),
         max_rss_bytes=event.max_rss_bytes,
-        stderr_tail=last_text(log, group.logged[worker][0]),
+        stderr_tail=last_text(paths.stream("stderr"), group.logged[worker][0]),
+        crash=last_crash(paths.crash, group.logged[worker][2]) if event.exit_code < 0 else "",
         oom=event.exit_code == MAY_BE_OUT_OF_MEMORY and oom.killed(),
     )

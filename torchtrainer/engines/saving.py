@@ -65,7 +65,13 @@ class Saving:
             private_directory(self._paths.writer_logs(name))
             self._start_child(writer_spec(group, number, self._paths))
         except OSError as error:  # no space, or no more processes
-            self._tell_ended(group, snapshots.end({"error": f"its writer could not be started: {error}"}, name))
+            self.on_writer_not_started(group, str(error))
+
+    def on_writer_not_started(self, group: Group, text: str) -> None:
+        """There is no process that could write a snapshot."""
+        assert group.snapshots is not None
+        ended = group.snapshots.end({"error": f"its writer could not be started: {text}"}, group.spec.group)
+        self._tell_ended(group, ended)
 
     def on_writer_exited(self, group: Group) -> None:
         """The writer of a group is gone."""
@@ -76,12 +82,13 @@ class Saving:
         self.write_if_due(group)
         self._answer(group, snapshots.answers(name))
 
-    def on_worker_exited(self, group: Group, worker: int) -> None:
-        """A worker of a group is gone, while others go on."""
-        if group.snapshots is None or not group.pids:
+    def on_worker_exited(self, group: Group, worker: int, exit_code: int) -> None:
+        """A worker of a group is gone, while others go on; one that left as it was told to owes nobody a share."""
+        if group.snapshots is None or not group.pids or exit_code == 0:
             return
         for ended in group.snapshots.give_up(group.spec.group, group.memory.step_of(worker)):
             self._tell_ended(group, ended)
+        self._answer(group, group.snapshots.answers(group.spec.group))  # who waited for what was given up
 
     def begin_again(self, groups: Iterable[Group]) -> None:
         """Starts every writer once more: they went with whoever had started them."""

@@ -127,7 +127,8 @@ class Snapshots:
             step: at which the worker was lost.
         """
         begun = {*(number for number, go in self._answers.items() if go), *self._copied}
-        lost = sorted(n for n in begun if n > self.written and len(self._copied.get(n, {})) < self.world_size)
+        told = max(self.written, self._given_up)
+        lost = sorted(n for n in begun if n > told and len(self._copied.get(n, {})) < self.world_size)
         for number in lost:
             self._copied.pop(number, None)
             self._given_up = number

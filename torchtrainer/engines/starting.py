@@ -1,13 +1,40 @@
-"""How the host starts processes: forked by a spawner where that is safe, and as new interpreters where it is not, or not any more."""
+"""How the host starts processes: forked by a spawner where that is safe, and as new interpreters where it is not, or not any more.
+
+A spawner that is killed is replaced. What it had forked goes on, as children of the host, and what it was asked for and had not
+forked is asked of the new one.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torchtrainer.engines.preload import PRELOAD
 from torchtrainer.process.child import ChildSpec
-from torchtrainer.process.starters import ExecStarter, Starter, StarterEvent, StarterReady, preloaded_starter
+from torchtrainer.process.guard import adopt_orphans
+from torchtrainer.process.orphans import Orphans
+from torchtrainer.process.starters import (
+    ChildExited,
+    ChildNotStarted,
+    ChildStarted,
+    ExecStarter,
+    Starter,
+    StarterEvent,
+    StarterFailed,
+    StarterReady,
+    preloaded_starter,
+)
+
+MAX_LOST = 3
+"""So many spawners in a row may be lost before one of them was ready; then processes are started without one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpawnerReplaced:
+    """A spawner is gone, and something else takes its place. ``text``: how it was lost, and what that is."""
+
+    text: str
 
 
 class Starters:
@@ -18,18 +45,66 @@ class Starters:
     """
 
     def __init__(self, start_method: str) -> None:
-        environ = dict(os.environ)
-        self._first: Starter = preloaded_starter(PRELOAD, environ) if start_method == "fork" else ExecStarter()
+        self._environ = dict(os.environ)
+        # What is forked is to end with this process, not with the spawner.
+        self._lifeline = os.pipe() if start_method == "fork" and adopt_orphans() else None
+        self._first: Starter = self._spawner() if start_method == "fork" else ExecStarter()
         self._second: ExecStarter | None = None
         self._waiting: list[ChildSpec] | None = []  # until the first is ready; sending earlier could block
+        self._asked: dict[str, ChildSpec] = {}
+        self._living: set[int] = set()
+        self._orphans = Orphans()
+        self._modules: list[str] = []
+        self._lost = 0
+        self._was_ready = False
+
+    def _spawner(self) -> Starter:
+        return preloaded_starter(PRELOAD, self._environ, None if self._lifeline is None else self._lifeline[0])
 
     def fds(self) -> list[int]:
         """Descriptors that become readable when there are events."""
-        return [fd for starter in self._both() for fd in starter.fds()]
+        return [*(fd for starter in self._both() for fd in starter.fds()), *self._orphans.fds()]
 
-    def events(self) -> list[StarterEvent]:
+    def events(self) -> list[StarterEvent | SpawnerReplaced]:
         """What happened since this was asked last."""
-        return [event for starter in self._both() for event in starter.events()]
+        found: list[StarterEvent | SpawnerReplaced] = []
+        for starter in self._both():
+            for event in starter.events():
+                found += self._noted(event)
+        if self._lifeline is not None:
+            waited_for = {pid for starter in self._both() for pid in starter.pids()}
+            for event in self._orphans.reap(waited_for):
+                found += self._noted(event)
+        return found
+
+    def _noted(self, event: StarterEvent) -> list[StarterEvent | SpawnerReplaced]:
+        if isinstance(event, ChildStarted):
+            self._living.add(event.pid)
+            self._asked.pop(event.key, None)
+        elif isinstance(event, ChildNotStarted):
+            self._asked.pop(event.key, None)
+        elif isinstance(event, ChildExited):
+            self._living.discard(event.pid)
+        elif isinstance(event, StarterFailed) and event.lost and self._lifeline is not None:
+            return self._replace(event)
+        return [event]
+
+    def _replace(self, lost: StarterFailed) -> list[StarterEvent | SpawnerReplaced]:
+        """Adopts what the lost spawner had forked, and starts a new one, or does without if too many were lost."""
+        gone = self._orphans.adopt(self._living)
+        self._living.difference_update(event.pid for event in gone)
+        self._lost += 1
+        if self._lost > MAX_LOST and not self._was_ready:
+            return [*gone, lost]
+        if self._second is not None:
+            return list(gone)
+        self._waiting = [*(self._waiting or []), *self._asked.values()]
+        self._asked.clear()
+        self._first.close()
+        again = self._lost <= MAX_LOST
+        self._first = self._spawner() if again else ExecStarter()
+        what = "a new one is started" if again else "processes are started without one from now on"
+        return [*gone, SpawnerReplaced(text=f"{lost.text}; {what}")]
 
     def start(self, spec: ChildSpec) -> None:
         """Starts a process, or does so when that becomes possible.
@@ -39,8 +114,11 @@ class Starters:
         """
         if self._waiting is not None:
             self._waiting.append(spec)
+        elif self._second is not None:
+            self._second.start(spec)
         else:
-            (self._second or self._first).start(spec)
+            self._asked[spec["key"]] = spec
+            self._first.start(spec)
 
     def forget(self, group: str) -> bool:
         """Leaves out what was not started yet of a group; returns whether nothing of it can have been started."""
@@ -51,19 +129,25 @@ class Starters:
 
     def preload(self, modules: Sequence[str]) -> None:
         """Has later processes find these modules imported."""
+        self._modules += modules
         self._first.preload(modules)
 
     def on_ready(self, event: StarterReady) -> None:
         """The spawner is ready: starts what waits for it, in another way if it has threads."""
         if event.threads > 1:
-            self.exec_from_now_on()  # a fork would copy one thread and the others' locks
+            self._second = self._second or ExecStarter()  # a fork would copy one thread and the others' locks
+        if self._lost and self._modules:  # what the spawner before was told
+            self._first.preload(self._modules)
+        self._lost, self._was_ready = 0, True
         waiting, self._waiting = self._waiting or [], None
         for spec in waiting:
             self.start(spec)
 
     def exec_from_now_on(self) -> None:
-        """No process is forked any more."""
+        """No process is forked any more, and nobody wants what was asked for so far."""
         self._second = self._second or ExecStarter()
+        self._waiting = None
+        self._asked.clear()
 
     def close(self) -> None:
         """Ends the starters themselves, not the processes they started."""

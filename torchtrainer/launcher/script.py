@@ -25,7 +25,7 @@ from typing import Any, NoReturn, TypedDict
 from torchtrainer.process.child import keep_sockets_in
 from torchtrainer.process.error_file import write_error_file
 from torchtrainer.process.fresh import MAIN_ALIAS, Fresh
-from torchtrainer.process.guard import die_with_parent
+from torchtrainer.process.guard import die_with_parent, unblock_signals
 from torchtrainer.process.signals import STACK_DUMP_SIGNAL
 from torchtrainer.process.streams import redirect
 
@@ -78,6 +78,7 @@ def become_program(spec: ProgramSpec, parent: int, fresh: Fresh) -> NoReturn:
     os.setsid()  # a process group of its own, which keeps the terminal's Ctrl-C away
     die_with_parent(parent)
     _reset_signals(spec["default_signals"])
+    unblock_signals()
     for fd, path in ((1, spec["stdout"]), (2, spec["stderr"])):
         if path:
             redirect(fd, path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)

@@ -16,7 +16,7 @@ from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar
 
 from torchtrainer.errors import EngineError
-from torchtrainer.process.starters import ChildExited, ChildStarted, Starter, StarterFailed
+from torchtrainer.process.starters import ChildExited, ChildNotStarted, ChildStarted, Starter, StarterFailed
 
 T = TypeVar("T")
 POLL_S = 0.05
@@ -214,6 +214,8 @@ class Watch:
                     at_ns=time.time_ns(),
                     order=self._ends,
                 )
+            elif isinstance(event, ChildNotStarted):
+                raise EngineError(f"workers cannot be started: {event.text}")
             elif isinstance(event, StarterFailed):
                 self.lost = True
                 raise EngineError(f"workers cannot be started or watched any more: {event.text}")

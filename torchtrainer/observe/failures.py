@@ -10,6 +10,7 @@ from typing import Literal
 from torchtrainer.driver.causes import (
     Cause,
     CrashLoop,
+    LoaderDied,
     StartTimedOut,
     UserCodeFailed,
     WorkerDied,
@@ -17,10 +18,10 @@ from torchtrainer.driver.causes import (
     WorkerLost,
 )
 from torchtrainer.driver.events import Recovered
-from torchtrainer.driver.report import last_words, main_thread_first, short_cause
+from torchtrainer.driver.report import main_thread_first, short_cause, told_last
 from torchtrainer.driver.views import WorkerView
 
-How = Literal["carried", "replaced", "restarted", ""]
+How = Literal["carried", "replaced", "refetched", "restarted", ""]
 FAILURE_COLUMNS = ("time", "ranks", "cause", "redone", "seconds")
 
 
@@ -30,15 +31,16 @@ class FailureRecord:
 
     Attributes:
         time: wall clock, seconds since 1970, when it happened; for a process that hung, when it last got on.
-        ranks: those of the process that was lost; empty: it is not a matter of certain ranks.
+        ranks: those of the process that was lost, or whose loader lost one; empty: it is not a matter of certain ranks.
         cause: in a word or two, such as ``was killed by SIGKILL``.
         step: optimizer steps that were completed, as far as was known.
         epoch: passes over the training data that were started.
         redone: what was computed once more. If other processes took the ranks over: shares of a step, each the forward and
             backward of one rank. If all ranks were restarted: whole steps.
         seconds: for which training stood still, the waiting for a process that hung included; None: not recovered.
-        how: ``carried``: other processes took the ranks over; ``replaced``: a new one did; ``restarted``: all ranks were started
-            anew from a checkpoint, or from the beginning; empty: not recovered.
+        how: ``carried``: other processes took the ranks over; ``replaced``: a new one did; ``refetched``: a process of a
+            loader was lost, and new ones fetched its batches again; ``restarted``: all ranks were started anew from a checkpoint,
+            or from the beginning; empty: not recovered.
     """
 
     time: float
@@ -98,6 +100,8 @@ def recovery_line(found: Recovered, views: Iterable[WorkerView], lost_s: float) 
         views: the workers as they are now.
         lost_s: for how long training stood still.
     """
+    if isinstance(found.cause, LoaderDied):
+        return refetched_line(found.cause, found.step, lost_s)
     one = len(found.ranks) == 1
     who = f"{'' if one else 'the process of '}{named(found.ranks)} (pid {found.cause.pid})"
     stopped = "it was stopped, and " if isinstance(found.cause, WorkerHung) else ""
@@ -106,17 +110,34 @@ def recovery_line(found: Recovered, views: Iterable[WorkerView], lost_s: float) 
     return f"{who} {_what(found.cause)} at step {found.step}; {taken}, {spell_s(lost_s)} s lost"
 
 
+def refetched_line(cause: LoaderDied, step: int | None, lost_s: float) -> str:
+    """Says in a line which process of a loader was lost, and that its batches were fetched again.
+
+    Args:
+        cause: how it was lost.
+        step: optimizer steps that were completed; None: nobody counts them.
+        lost_s: for how long the rank waited.
+    """
+    at = "" if step is None else f" at step {step}"
+    return (
+        f"rank {cause.rank}: {short_cause(cause)} (pid {cause.pid}, {cause.loader} loader){at}; new ones fetched its batches "
+        f"again, {spell_s(lost_s)} s lost"
+    )
+
+
 def joined_line(ranks: Collection[int], pid: int) -> str:
     """Says that a new process carries ranks that had been lost."""
     return f"a replacement (pid {pid}) carries {named(ranks)} again"
 
 
-def details(cause: WorkerLost) -> str:
-    """What else is known of a loss: the stacks of a process that hung, the last words of one that died; often nothing."""
-    if isinstance(cause, WorkerHung):
-        title, lines = "Its stacks (most recent call first):", main_thread_first(cause.stacks) if cause.stacks else []
+def details(cause: WorkerLost | LoaderDied) -> str:
+    """What else is known of a loss: the stacks of a process that hung, or crashed, and its last words; often nothing."""
+    if isinstance(cause, WorkerDied):
+        return "\n".join(told_last(cause))
+    if isinstance(cause, LoaderDied):
+        title, lines = "It crashed here (most recent call first):", cause.stack.splitlines()
     else:
-        title, lines = "The last lines of its stderr:", last_words(cause.stderr_tail)
+        title, lines = "Its stacks (most recent call first):", main_thread_first(cause.stacks) if cause.stacks else []
     return "\n".join([title, *(f"  {line}" for line in lines)]) if lines else ""
 
 

@@ -13,11 +13,18 @@ from torchtrainer.observe.plot import new_axes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HOW_COLOURS = {"carried": "#009E73", "replaced": "#0072B2", "restarted": "#E69F00", "": "#D55E00"}
+HOW_COLOURS = {
+    "carried": "#009E73",
+    "replaced": "#0072B2",
+    "refetched": "#56B4E9",
+    "restarted": "#E69F00",
+    "": "#D55E00",
+}
 """One colour per outcome; they are told apart by colour-blind readers too."""
 HOW_NAMES = {
     "carried": "taken over by others",
     "replaced": "taken over by a replacement",
+    "refetched": "fetched again by new loader processes",
     "restarted": "all ranks started anew",
     "": "not recovered",
 }

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
-from torchtrainer.control.messages import Beat, CheckpointEnded, Heard, Output
+from torchtrainer.control.messages import Beat, CheckpointEnded, EngineRepaired, Heard, Output
 from torchtrainer.driver.causes import Cause
 from torchtrainer.driver.events import Joined, Recovered, ReplacingStopped
 from torchtrainer.driver.report import short_cause
@@ -209,6 +209,10 @@ class Watch:
             return
         stream.write(text)
         stream.flush()
+
+    def on_engine_repaired(self, repaired: EngineRepaired) -> None:
+        """The process that starts workers was lost, and is replaced."""
+        self._say(f"{repaired.text}, and the workers go on")
 
     def on_failure(self, cause: Cause, error: BaseException) -> None:
         """The group failed."""

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from torchtrainer.comm.group import Collective
+from torchtrainer.driver.causes import LoaderDied
+from torchtrainer.observe.failures import refetched_line
+from torchtrainer.observe.notices import notice
 from torchtrainer.train.data import RankLoader
 from torchtrainer.train.data_order import Dealing
+from torchtrainer.train.refetching import LoaderLoss, Losing
 
 
 class OwnLoader:
@@ -43,6 +48,7 @@ class OwnLoader:
             device=torch.device("cuda") if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]  # torch has no types here
             name=name,
             dealing=dealing,
+            losing=Losing(tell=_tell),
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -79,3 +85,8 @@ class OwnLoader:
                 yield batch.data
             if not self.of_rank.in_pass:
                 return
+
+
+def _tell(loss: LoaderLoss) -> None:
+    cause = {name: value for name, value in asdict(loss).items() if name != "seconds"}
+    notice(refetched_line(LoaderDied(**cause), None, loss.seconds))

@@ -166,6 +166,7 @@ class OwnLoop:
         """Whether the ranks agreed to stop at this step; see `torchtrainer.session.should_stop`."""
         if self._stopping:
             return True
+        self._notices.renew()
         self._asked += 1
         if self._counter is not None:
             self._counter.show(self._steps_before + self._asked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -43,6 +44,7 @@ class SignalWatch:
         self._came_at: dict[int, float] = {}
         self._pid = 0
         self._closed = False
+        self._passing_on = False
 
     def install(self) -> None:
         """Starts watching; does nothing outside the main thread of the main interpreter, where Python allows no other."""
@@ -52,15 +54,22 @@ class SignalWatch:
         for name in self._names:
             signum = getattr(signal, name, None)
             before = None if signum is None else signal.getsignal(signum)
-            if (
-                signum is None or before is None or before == signal.SIG_IGN
-            ):  # None: installed by other than Python code
+            if signum is None or before in (
+                None,
+                signal.SIG_IGN,
+                self._on_signal,
+            ):  # None: not installed by Python code
                 continue
             self._before[signum] = before
             try:
                 signal.signal(signum, self._on_signal)
             except ValueError:  # the main thread of a sub-interpreter
                 del self._before[signum]
+
+    def renew(self) -> None:
+        """Takes back a signal for which somebody else has installed something since, as ``ray.init()`` does; that is called as well."""
+        if self._pid == os.getpid() and not self._closed:
+            self.install()
 
     def close(self) -> None:
         """Puts back what was there before, unless somebody put something else in the place meanwhile; idempotent.
@@ -95,9 +104,19 @@ class SignalWatch:
             if is_more_urgent(notice, self.notice):
                 self.notice = notice
             self._news.set()
+        self._pass_on(signum, frame)
+
+    def _pass_on(self, signum: int, frame: FrameType | None) -> None:
+        """Calls what was there before. It may not end the process, which is stopped once its state is saved."""
         before = self._before.get(signum)
-        if callable(before) and before is not signal.default_int_handler:
-            before(signum, frame)
+        if not callable(before) or before is signal.default_int_handler or self._passing_on:
+            return  # passing on: it was put over this one, and calls it in turn
+        self._passing_on = True
+        try:
+            with contextlib.suppress(SystemExit):
+                before(signum, frame)
+        finally:
+            self._passing_on = False
 
     def _notice_of(self, signum: int, now: float) -> Notice:
         name = signal.Signals(signum).name

@@ -64,8 +64,13 @@ class NoticeWatch:
         for poller in self._pollers:
             poller.thread.start()
 
+    def renew(self) -> None:
+        """Takes the signals back if somebody has taken them since `start`; does nothing outside the main thread."""
+        self._signals.renew()
+
     def pending(self) -> Notice | None:
-        """The most urgent notice so far, or None; cheap, for every step. In any thread."""
+        """The most urgent notice so far, or None; cheap, for every step. In any thread; in the main thread it renews the watch."""
+        self._signals.renew()
         if self._signals.notice is None and self._polled is None:
             return None
         self._news.clear()  # before it is read, so that what comes meanwhile is news again

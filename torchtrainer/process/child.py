@@ -11,10 +11,11 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypedDict
 
-from torchtrainer.process.guard import die_with_parent
+from torchtrainer.process.crashes import crash_file
+from torchtrainer.process.guard import die_with_holder, die_with_parent, unblock_signals
 from torchtrainer.process.oom import be_killed_first
 from torchtrainer.process.own_files import open_own
 from torchtrainer.process.paths import SOCKET_PATH_LIMIT, RankPaths
@@ -38,6 +39,7 @@ class ChildSpec(TypedDict):
         sys_path: module search path.
         log_dir, rank: where stdout, stderr and stacks go.
         multiprocessing_dir: where multiprocessing keeps its sockets; whoever started the process removes it.
+        ignored_signals: names of those that do nothing to the process, from its first instruction on.
     """
 
     key: str
@@ -49,9 +51,10 @@ class ChildSpec(TypedDict):
     log_dir: str
     rank: int
     multiprocessing_dir: str
+    ignored_signals: list[str]
 
 
-def run_child(spec: ChildSpec, parent: int) -> int:
+def run_child(spec: ChildSpec, parent: int, lifeline: int | None = None) -> int:
     """Turns this process into a worker and runs its entry.
 
     Runs in the only thread of the new process. Returns the exit code; never raises for what the entry does.
@@ -59,12 +62,16 @@ def run_child(spec: ChildSpec, parent: int) -> int:
     Args:
         spec: what to become.
         parent: pid of the process that started this one.
+        lifeline: a pipe by which this process ends with another one than ``parent``; see `die_with_holder`.
     """
     if os.getpid() != os.getsid(0):
         os.setsid()  # keeps the terminal's Ctrl-C away, and makes one process group of the worker and its children
-    die_with_parent(parent)
+    if lifeline is None:
+        die_with_parent(parent)
+    else:
+        die_with_holder(lifeline)
     be_killed_first()
-    _reset_signals()
+    _reset_signals(spec["ignored_signals"])
     os.environ.clear()
     os.environ.update(spec["environ"])
     sys.path[:] = spec["sys_path"]
@@ -96,7 +103,7 @@ def flush_output() -> None:
             stream.flush()
 
 
-def _reset_signals() -> None:
+def _reset_signals(ignored: Sequence[str]) -> None:
     signal.set_wakeup_fd(-1)
     for name in _INHERITED_SIGNALS:
         if hasattr(signal, name):
@@ -104,6 +111,10 @@ def _reset_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python does at start: a broken pipe is an exception
+    for name in ignored:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    unblock_signals()
 
 
 def _redirect_output(paths: RankPaths) -> None:
@@ -115,7 +126,7 @@ def _redirect_output(paths: RankPaths) -> None:
     for stream, fd in (("stdout", 1), ("stderr", 2)):
         # Fresh objects: the inherited ones may hold text of the parent, or be something that the parent put there.
         setattr(sys, stream, open(fd, "w", buffering=1, closefd=False, errors="backslashreplace"))  # noqa: SIM115
-    faulthandler.enable(file=sys.stderr)
+    crash_file.write_to(paths.crash)
     if STACK_DUMP_SIGNAL is not None and hasattr(faulthandler, "register"):
         # The file stays open for the life of the process: faulthandler writes to its descriptor from a signal handler.
         stacks = open_own(paths.stacks, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -4,13 +4,37 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import sys
+from collections.abc import Callable
 
 ENDED_STATES = ("Z", "X")
 """States in ``/proc`` of a process that has ended: not reaped yet, and being reaped."""
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_F_SETSIG = 10
+"""Of ``fcntl``, which does not name it in every version of Python."""
+
+
+class _Tie:
+    """What this process's life is tied to.
+
+    Attributes:
+        broken: whether that is gone; for systems that do not end this process themselves.
+    """
+
+    def __init__(self) -> None:
+        self.broken: Callable[[], bool] = bool
+
+
+_tie = _Tie()
+
+
+def tie_broken() -> bool:
+    """Whether the process to whose life this one's is tied is gone; always False if it is tied to none."""
+    return _tie.broken()
 
 
 def die_with_parent(parent: int) -> None:
@@ -23,8 +47,39 @@ def die_with_parent(parent: int) -> None:
         parent: pid that the parent had when this process was asked for; if it is gone already, so is this process.
     """
     be_killed_with_parent()
-    if os.getppid() != parent:
+    _tie.broken = lambda: os.getppid() != parent
+    if tie_broken():
         os._exit(1)
+
+
+def die_with_holder(pipe: int) -> None:
+    """Has the kernel kill this process when nobody holds the writing end of a pipe any more (Linux).
+
+    Unlike `die_with_parent`, it does not matter which process started this one, and whether that still lives.
+
+    Args:
+        pipe: descriptor of the reading end, which is closed.
+    """
+    import fcntl  # there is none on Windows, where nobody calls this
+
+    # The owner and the flags belong to what was opened: every process opens it for itself.
+    mine = os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK)
+    os.close(pipe)
+    fcntl.fcntl(mine, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(mine, _F_SETSIG, int(signal.SIGKILL))
+    fcntl.fcntl(mine, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+    watch = select.poll()
+    watch.register(mine, 0)
+    _tie.broken = lambda: bool(watch.poll(0))
+    if tie_broken():  # before the kernel was asked
+        os._exit(1)
+
+
+def adopt_orphans() -> bool:
+    """Makes what descendants of this process leave behind its own children; returns whether the system can (Linux)."""
+    if sys.platform != "linux":
+        return False
+    return bool(ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
 
 
 def be_killed_with_parent() -> None:
@@ -45,7 +100,10 @@ def settle_signals() -> None:
 
 
 def unblock_signals() -> None:
-    """Takes back a signal mask that this process inherited: one that blocks SIGCHLD would hide every death from it."""
+    """Takes back a signal mask that this process inherited: one that blocks SIGCHLD would hide every death from it.
+
+    What came while it was blocked is then delivered, and does what the process has meanwhile said that it does.
+    """
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
 

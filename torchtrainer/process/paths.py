@@ -165,7 +165,12 @@ class RankPaths:
 
     def all(self) -> tuple[Path, ...]:
         """Every one of them, whether or not it is there."""
-        return self.stream("stdout"), self.stream("stderr"), self.error, self.stacks
+        return self.stream("stdout"), self.stream("stderr"), self.error, self.stacks, self.crash
+
+    @property
+    def crash(self) -> Path:
+        """Where the rank's process, and those of its loaders, write the stack that they crash in."""
+        return self.root / "crash.txt"
 
 
 def _fresh_private_directory(longest_socket: str) -> Path:

@@ -6,9 +6,10 @@ trainer or a launcher, over one socket:
 
     owner --> spawner    {"fork": spec with a "key"}, {"preload": [module names]}
     spawner --> owner    {"ready": {"pid", "import_s", "threads"}}, {"started": {"key", "pid"}},
-                         {"exited": {"pid", "exit_code", "max_rss_bytes"}}, {"failed": text}
+                         {"exited": {"pid", "exit_code", "max_rss_bytes"}}, {"unforked": {"key", "text"}}, {"failed": text}
 
-Whatever a worker leaves running in its process group goes with it; and when the owner is gone, so are all workers.
+A forked process goes on only when the owner was told of it. Whatever a worker leaves running in its process group goes with it. When
+the owner is gone, so are all workers; when the spawner is gone, so are those of a launcher, and those of a trainer's host go on.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from typing import Any
 from torchtrainer.process.child import leave, run_child
 from torchtrainer.process.frames import FrameSocket
 from torchtrainer.process.guard import die_with_parent, kill_process_group, kill_session, settle_signals, thread_count
-
-_RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
+from torchtrainer.process.starters import RSS_UNIT_BYTES
 
 
 def main(arguments: list[str]) -> int:
     """Serves the host of a trainer until it closes the socket.
 
     Args:
-        arguments: descriptor of the socket, pid of the host, modules to import first (comma separated).
+        arguments: descriptor of the socket, pid of the host, modules to import first (comma separated), descriptor of a pipe by
+            which workers end with the host, or nothing: they end with this process.
     """
-    fd, parent, modules = arguments
+    fd, parent, modules, lifeline = arguments
     die_with_parent(int(parent))
     settle_signals()
     link = FrameSocket(socket.socket(fileno=int(fd)))
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> int:
     me = os.getpid()
     spec = serve(link)
     if spec is not None:
-        leave(run_child(spec, parent=me))
+        leave(run_child(spec, parent=me, lifeline=int(lifeline) if lifeline else None))
     return 0
 
 
@@ -97,21 +98,46 @@ def serve(link: FrameSocket) -> Any:
             if "preload" in request:
                 _preload(link, request["preload"])
                 continue
-            try:
-                pid = os.fork()
-            except OSError as error:  # out of memory or of processes
-                link.send({"failed": f"a worker process cannot be forked: {error}"})
-                _kill(living)
-                return None
+            pid = _fork(link, request["fork"]["key"])
             if pid == 0:
                 os.close(woken)
                 os.close(wake)
                 link.close()
                 return request["fork"]
-            living.add(pid)
-            link.send({"started": {"key": request["fork"]["key"], "pid": pid}})
+            if pid is not None:
+                living.add(pid)
     _kill(living)
     return None
+
+
+def _fork(link: FrameSocket, key: str) -> int | None:
+    """Forks, and tells the owner, before the new process goes on. Returns as `os.fork`; None if there is no memory or no process.
+
+    In the new process signals are blocked, until it has said what they do.
+    """
+    go, say_go = os.pipe()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+    except OSError as error:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        os.close(go)
+        os.close(say_go)
+        link.send({"unforked": {"key": key, "text": f"a process cannot be forked: {error}"}})
+        return None
+    if pid == 0:
+        os.close(say_go)
+        if not os.read(go, 1):
+            os._exit(1)  # the spawner was killed, and nobody knows of this process
+        os.close(go)
+        return 0
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    os.close(go)
+    with contextlib.suppress(BrokenPipeError):  # the owner is gone: the loop ends
+        link.send({"started": {"key": key, "pid": pid}})
+        os.write(say_go, b"g")
+    os.close(say_go)
+    return pid
 
 
 def _kill(living: set[int]) -> None:
@@ -128,7 +154,7 @@ def _report_exits(link: FrameSocket, living: set[int]) -> None:
         pid, status, usage = os.wait4(ended.si_pid, 0)
         living.discard(pid)
         exited: dict[str, Any] = {"pid": pid, "exit_code": os.waitstatus_to_exitcode(status)}
-        exited["max_rss_bytes"] = usage.ru_maxrss * _RSS_UNIT_BYTES
+        exited["max_rss_bytes"] = usage.ru_maxrss * RSS_UNIT_BYTES
         with contextlib.suppress(BrokenPipeError):  # the owner is gone: the loop ends
             link.send({"exited": exited})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ from torchtrainer.process.guard import signal_process
 from torchtrainer.process.oom import OomWatch
 from torchtrainer.process.signals import describe_exit
 
+RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
+"""Of the peak memory that the system tells of a process that has ended."""
 PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
 
@@ -33,9 +36,10 @@ class StarterReady:
 
 @dataclass(frozen=True, kw_only=True)
 class StarterFailed:
-    """No worker can be started any more."""
+    """No worker can be started any more. ``lost``: whoever would start them is gone, without a word."""
 
     text: str
+    lost: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,15 @@ class ChildExited:
     max_rss_bytes: int
 
 
-StarterEvent = StarterReady | StarterFailed | ChildStarted | ChildExited
+@dataclass(frozen=True, kw_only=True)
+class ChildNotStarted:
+    """There was no memory for a process, or there are too many processes."""
+
+    key: str
+    text: str
+
+
+StarterEvent = StarterReady | StarterFailed | ChildStarted | ChildNotStarted | ChildExited
 
 
 class Starter(Protocol):
@@ -63,6 +75,9 @@ class Starter(Protocol):
 
     def fds(self) -> list[int]:
         """Descriptors that become readable when there are events."""
+
+    def pids(self) -> set[int]:
+        """Children of this process that the starter waits for itself."""
 
     def start(self, spec: Any) -> None:
         """Asks for a process; what it becomes is a matter between the caller and the process."""
@@ -116,18 +131,27 @@ class SpawnerStarter:
         self._pid = pid
         self._lost = False
         self._oom = OomWatch()
+        self._failed = False
 
     def fds(self) -> list[int]:
         """The spawner's socket."""
         return [] if self._lost else [self._link.fileno()]
 
+    def pids(self) -> set[int]:
+        """The spawner."""
+        return set() if self._lost else {self._pid}
+
     def start(self, spec: Mapping[str, Any]) -> None:
         """Asks the spawner for a fork; it waits there until the imports are done."""
-        self._link.send({"fork": spec})
+        self._ask({"fork": spec})
 
     def preload(self, modules: Sequence[str]) -> None:
         """Asks the spawner to import more modules."""
-        self._link.send({"preload": list(modules)})
+        self._ask({"preload": list(modules)})
+
+    def _ask(self, request: dict[str, Any]) -> None:
+        with contextlib.suppress(ConnectionError):  # it is gone, as `events` will say
+            self._link.send(request)
 
     def events(self) -> list[StarterEvent]:
         """What the spawner said since the last call."""
@@ -140,13 +164,18 @@ class SpawnerStarter:
                 events.append(ChildStarted(**body))
             elif kind == "exited":
                 events.append(ChildExited(**body))
+            elif kind == "unforked":
+                events.append(ChildNotStarted(**body))
             else:
+                self._failed = True
                 events.append(StarterFailed(text=body))
         if self._link.closed_by_peer and not self._lost:
             self._lost = True
             code = self._wait()
-            ended = f"{describe_exit(code)}{self._oom.explain(code)}"
-            events.append(StarterFailed(text=f"the spawner process (pid {self._pid}) {ended}"))
+            if not self._failed:  # it has said why
+                ended = f"{describe_exit(code)}{self._oom.explain(code)}"
+                text = f"the spawner process (pid {self._pid}) {ended}"
+                events.append(StarterFailed(text=text, lost=True))
         return events
 
     def close(self) -> None:
@@ -173,15 +202,20 @@ class ForkStarter(SpawnerStarter):
         command: what to run, from the socket's descriptor; the descriptor is passed on.
         environ: complete environment of the spawner.
         stdin: standard input of the spawner, as `subprocess` names it; None: ours, for workers that read it.
+        inherited: other descriptors that the spawner gets.
     """
 
     def __init__(
-        self, command: Callable[[int], list[str]], environ: Mapping[str, str], stdin: int | None = subprocess.DEVNULL
+        self,
+        command: Callable[[int], list[str]],
+        environ: Mapping[str, str],
+        stdin: int | None = subprocess.DEVNULL,
+        inherited: Sequence[int] = (),
     ) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             fd = theirs.fileno()
-            self._process = subprocess.Popen(command(fd), env=environ, stdin=stdin, pass_fds=[fd])
+            self._process = subprocess.Popen(command(fd), env=environ, stdin=stdin, pass_fds=[fd, *inherited])
         super().__init__(FrameSocket(ours), self._process.pid)
 
     def _kill(self) -> None:
@@ -191,8 +225,14 @@ class ForkStarter(SpawnerStarter):
         return self._process.wait()
 
 
-def preloaded_starter(modules: Sequence[str], environ: Mapping[str, str]) -> ForkStarter:
-    """Makes the starter of a trainer's host: its spawner imports these modules first."""
+def preloaded_starter(modules: Sequence[str], environ: Mapping[str, str], lifeline: int | None = None) -> ForkStarter:
+    """Makes the starter of a trainer's host.
+
+    Args:
+        modules: that its spawner imports first.
+        environ: of the spawner.
+        lifeline: a pipe of which this process holds the other end: what is forked ends with this process, not with the spawner.
+    """
     quiet = {
         # numpy's OpenBLAS starts threads when imported, unless told not to; a process that forks must have one.
         "OPENBLAS_NUM_THREADS": "1",
@@ -201,9 +241,10 @@ def preloaded_starter(modules: Sequence[str], environ: Mapping[str, str]) -> For
     }
 
     def command(fd: int) -> list[str]:
-        return interpreter("torchtrainer.process.spawner", str(fd), str(os.getpid()), ",".join(modules))
+        tie = "" if lifeline is None else str(lifeline)
+        return interpreter("torchtrainer.process.spawner", str(fd), str(os.getpid()), ",".join(modules), tie)
 
-    return ForkStarter(command, {**environ, **quiet})
+    return ForkStarter(command, {**environ, **quiet}, inherited=[] if lifeline is None else [lifeline])
 
 
 class ExecStarter:
@@ -216,6 +257,10 @@ class ExecStarter:
     def fds(self) -> list[int]:
         """None: exits are found by asking, at the host's tick."""
         return []
+
+    def pids(self) -> set[int]:
+        """All that it started."""
+        return {process.pid for process in self._processes}
 
     def start(self, spec: ChildSpec) -> None:
         """Starts an interpreter."""

@@ -22,6 +22,7 @@ from torchtrainer.train.data_order import Dealing, even_of
 from torchtrainer.train.formats import lay_out
 from torchtrainer.train.fully_sharded import FullySharded
 from torchtrainer.train.optimizers import choose_form
+from torchtrainer.train.refetching import Losing
 from torchtrainer.train.sharding import Unsharded
 from torchtrainer.train.weights import some
 from torchtrainer.train.zero import ShardedOptimizers
@@ -337,6 +338,12 @@ def dealing_of(operator: TrainingOperator, *, training: bool) -> Dealing:
         even=even_of(settings.even_batches),
         smallest=smallest,
     )
+
+
+def losing_of(operator: TrainingOperator) -> Losing:
+    """What an operator's rank does about loader processes that die."""
+    context = internals(operator).context
+    return Losing(tell=context.progress.loader_lost, max_failures=context.settings.max_failures)
 
 
 def _group(context: OperatorContext) -> GroupCollective:

@@ -26,6 +26,7 @@ from torchtrainer.train.data_generators import names_of, samplers_of
 from torchtrainer.train.data_order import Dealing
 from torchtrainer.train.data_passes import Pass, RankBatch, StreamPass, joined
 from torchtrainer.train.data_sources import DealtPasses, StreamPasses
+from torchtrainer.train.refetching import Losing
 
 __all__ = ["RankBatch", "RankLoader"]
 
@@ -47,6 +48,7 @@ class RankLoader:
         device: of the rank; batches are pinned only for CUDA, and only if the loader asks for it.
         name: what the loader is for, in errors: ``train`` or ``validation``.
         dealing: how the loader is dealt out.
+        losing: what is done about its processes that die.
 
     Attributes:
         passes_started: passes that were started, those of an earlier process included.
@@ -70,6 +72,7 @@ class RankLoader:
         device: torch.device | None,
         name: str,
         dealing: Dealing,
+        losing: Losing,
     ) -> None:
         mine = describe(loader, name=name, seed=seed, world_size=world_size, shard=dealing.shard)
         several = world_size > 1
@@ -79,6 +82,7 @@ class RankLoader:
             facts = [replace(one, batch_size=size) for one, size in zip(facts, batch_shares, strict=True)]
         check_facts(facts)
         self._dealing = dealing
+        self._losing = losing
         check_even(facts, self._dealing.even)
         self._drawn = _drawn_orders(loader, facts[rank], rank, facts[0].seed, collective if several else None)
         if facts[rank].drawn and self._drawn is None:
@@ -95,13 +99,12 @@ class RankLoader:
 
     def _begin(self, rank: int, agreement: Agreement | None) -> None:
         self._passes: DealtPasses | StreamPasses
-        if self._facts[rank].kind in ("plain", "stream"):
-            self._passes = StreamPasses(
-                self._loader, self._facts, rank, agreement, self._training, self._pinned, self._dealing
-            )
+        loader, facts, dealing, losing = self._loader, self._facts, self._dealing, self._losing
+        if facts[rank].kind in ("plain", "stream"):
+            self._passes = StreamPasses(loader, facts, rank, agreement, self._training, self._pinned, dealing, losing)
         else:
             self._passes = DealtPasses(
-                self._loader, self._facts, rank, agreement, self._training, self._pinned, self._dealing, self._drawn
+                loader, facts, rank, agreement, self._training, self._pinned, dealing, losing, self._drawn
             )
         self.passes_started = 0
         self._pass: Pass | None = None

@@ -54,15 +54,24 @@ def seed_of(loader: Any, seed: int) -> int:
 @contextmanager
 def generators_seeded(loader: Any, seed: int) -> Iterator[None]:
     """Seeds the generators of a loader and its samplers, and puts them back."""
-    found = generators_of(loader)
-    states = [(one, _state(one)) for one in found]
-    for one in found:
+    states = generator_states(loader)
+    for one, _ in states:
         _seed(one, seed)
     try:
         yield
     finally:
-        for one, state in states:
-            _put_state(one, state)
+        put_generator_states(states)
+
+
+def generator_states(loader: Any) -> list[tuple[Any, Any]]:
+    """The generators of a loader and its samplers, each with its present state."""
+    return [(one, _state(one)) for one in generators_of(loader)]
+
+
+def put_generator_states(states: Sequence[tuple[Any, Any]]) -> None:
+    """Makes generators go on from what `generator_states` found."""
+    for one, state in states:
+        _put_state(one, state)
 
 
 def generators_of(loader: Any) -> list[Any]:

@@ -13,13 +13,13 @@ from torchtrainer.train.fetch import (
     RequestDataset,
     TensorReader,
     as_read,
-    end_persistent,
-    end_workers,
     pin,
     read,
     rebuild_loader,
     seeded,
 )
+from torchtrainer.train.loader_processes import LoaderDiedError, WatchedLoader
+from torchtrainer.train.refetching import Refetching
 from torchtrainer.train.sampler import Plan, Share, derive_seed
 
 
@@ -134,15 +134,17 @@ class WorkerReader:
         loader: the user's, with ``num_workers > 0``.
         pinned: whether batches are to lie in pinned memory.
         seed: from which the workers' own seeds come, until their first batch.
+        refetching: counts workers that die.
     """
 
-    def __init__(self, loader: DataLoader[Any], pinned: bool, seed: int) -> None:
+    def __init__(self, loader: DataLoader[Any], pinned: bool, seed: int, refetching: Refetching) -> None:
         self._source = loader
         self._pinned = pinned
         self._seed = seed
+        self._refetching = refetching
         self._asked = AskedRequests()
-        self._loader: DataLoader[Any] | None = None
-        self._iterator: Iterator[Any] | None = None
+        self._loader: WatchedLoader | None = None
+        self._reading: WatchedLoader | None = None
         self._early: dict[int, Any] = {}
 
     def start(self, requests: Requests) -> None:
@@ -151,42 +153,64 @@ class WorkerReader:
         self._asked.requests = requests
 
     def take(self, number: int, share: Share) -> Any:
-        """The batch with a number. After an error the workers are started anew at the batch that is asked for."""
-        try:
-            if self._iterator is None:
-                self._iterator = self._open(number)
-            while number not in self._early:
-                came, batch = next(self._iterator)
-                self._early[came] = batch
-            return self._early.pop(number)
-        except BaseException:
-            self.close()
-            raise
+        """The batch with a number. After an error the workers are started anew at the batch that is asked for.
 
-    def _open(self, first: int) -> Iterator[Any]:
+        Raises:
+            WorkerDiedError: too many workers in a row died.
+        """
+        while True:
+            try:
+                batch = self._read(number)
+            except LoaderDiedError:
+                self._refetching.lost(self._kill())
+            except BaseException:
+                self.close()
+                raise
+            else:
+                self._refetching.fetched()
+                return batch
+
+    def _read(self, number: int) -> Any:
+        if self._reading is None:
+            self._reading = self._open(number)
+        while number not in self._early:
+            came, batch = next(self._reading)
+            self._early[came] = batch
+        return self._early.pop(number)
+
+    def _open(self, first: int) -> WatchedLoader:
         self._asked.first = first
         self._early.clear()
         if self._loader is None:
             source = self._source
             wrapped = RequestDataset(source.dataset, source.collate_fn, source.batch_sampler is not None)
-            self._loader = rebuild_loader(
-                source, wrapped, as_read, pinned=self._pinned, seed=self._seed, batch_sampler=self._asked
+            self._loader = WatchedLoader(
+                rebuild_loader(
+                    source, wrapped, as_read, pinned=self._pinned, seed=self._seed, batch_sampler=self._asked
+                )
             )
-        return iter(self._loader)
+        self._loader.start()
+        return self._loader
 
     def stop(self) -> None:
         """Ends the pass; persistent workers stay."""
-        if not self._source.persistent_workers:
-            end_workers(self._iterator)
-        self._iterator = None
+        if self._reading is not None:
+            self._reading.stop()
+        self._reading = None
         self._early.clear()
 
     def close(self) -> None:
         """Ends the workers."""
-        end_workers(self._iterator)
-        end_persistent(self._loader)
-        self._iterator = self._loader = None
+        if self._loader is not None:
+            self._loader.close()
+        self._loader = self._reading = None
         self._early.clear()
+
+    def _kill(self) -> list[LoaderDiedError]:
+        assert self._loader is not None  # it has told of a death
+        deaths = self._loader.kill()
+        self.close()
+        return deaths
 
 
 class ListReader:

@@ -10,6 +10,7 @@ from torchtrainer.train.data_order import BatchOrder, Dealing, ListOrder, Sample
 from torchtrainer.train.data_passes import DealtPass, Pass, StreamPass
 from torchtrainer.train.data_readers import DirectReader, ListReader, Reader, Requests, WorkerReader
 from torchtrainer.train.data_streams import DividedStream, PlainStream
+from torchtrainer.train.refetching import Losing, Refetching, unbroken
 
 
 class DealtPasses:
@@ -31,6 +32,7 @@ class DealtPasses:
         training: bool,
         pinned: bool,
         dealing: Dealing,
+        losing: Losing,
         drawn: DrawnOrders | None,
     ) -> None:
         self._rank = rank
@@ -50,7 +52,8 @@ class DealtPasses:
             assert drawn is not None  # as always where the sampler gives batches
             self._order = BatchOrder(loader, facts, rank, dealing, drawn)
         if loader.num_workers > 0:
-            self._reader = WorkerReader(loader, pinned, self._seed)
+            refetching = Refetching(losing, loader=self._name, rank=rank)
+            self._reader = WorkerReader(loader, pinned, self._seed, refetching)
         else:
             self._reader = DirectReader(loader, pinned)
 
@@ -89,6 +92,7 @@ class StreamPasses:
         training: they step together.
         pinned: whether batches are to lie in pinned memory.
         dealing: how the loader is dealt out.
+        losing: what is done about its processes that die.
     """
 
     def __init__(
@@ -100,8 +104,10 @@ class StreamPasses:
         training: bool,
         pinned: bool,
         dealing: Dealing,
+        losing: Losing,
     ) -> None:
         mine = facts[rank]
+        self._refetching = Refetching(losing, loader=mine.name, rank=rank)
         self._world_size = len(facts)
         self._name = mine.name
         self._length = mine.length
@@ -145,8 +151,9 @@ class StreamPasses:
 
     def start(self, epoch: int, samples: int, batches: int) -> Pass:
         """Starts a pass, leaving out batches that were taken before."""
+        stream = self._stream
         return StreamPass(
-            self._stream.open(epoch),
+            unbroken(lambda again: stream.open(epoch, again), stream.kill, self._refetching),
             world_size=self._world_size,
             agreement=self._agreement,
             count=self._count(),

@@ -11,17 +11,18 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, defau
 
 from torchtrainer.errors import UnshardableLoaderError
 from torchtrainer.train.data_drawing import set_epochs
+from torchtrainer.train.data_generators import generator_states, put_generator_states
 from torchtrainer.train.fetch import (
     OwnStreams,
     WorkerStart,
     call_set_epoch,
-    end_persistent,
     end_workers,
     rebuild_loader,
     seed_host,
     seeded,
 )
 from torchtrainer.train.fingerprints import fingerprint
+from torchtrainer.train.loader_processes import LoaderDiedError, WatchedLoader
 from torchtrainer.train.sampler import derive_seed
 
 _END: Any = object()
@@ -47,27 +48,33 @@ class PlainStream:
         self._name = name
         self._passes = 0
         self._iterator: Any = None
+        self._watched = WatchedLoader(loader) if isinstance(loader, DataLoader) and loader.num_workers else None
+        self._generators: list[tuple[Any, Any]] = []
         self.first: list[int] | None = None
 
-    def open(self, epoch: int) -> Iterator[Any]:
-        """The batches of a pass."""
+    def open(self, epoch: int, again: bool = False) -> Iterator[Any]:
+        """The batches of a pass; again: from its beginning, as they were."""
+        if again:
+            put_generator_states(self._generators)
+        else:
+            self._passes += 1
+            self._generators = generator_states(self._loader) if self._watched is not None else []
         set_epochs(self._loader, epoch)
-        self._passes += 1
         streams = OwnStreams(derive_seed(self._seed, epoch, self._rank))
         return isolated(streams, self._start, self._check_used_up)
 
     def _start(self) -> Iterator[Any]:
-        loader = self._loader
-        if not isinstance(loader, DataLoader) or loader.num_workers == 0:
-            self._iterator = iter(loader)
+        if self._watched is None:
+            self._iterator = iter(self._loader)
             return self._iterator  # type: ignore[no-any-return]  # whatever the user's object gives
+        loader = self._loader
         own = loader.worker_init_fn
         loader.worker_init_fn = WorkerStart(own, wrapped=False)
         try:
-            self._iterator = iter(loader)
+            self._watched.start()
         finally:
             loader.worker_init_fn = own
-        return self._iterator  # type: ignore[no-any-return]
+        return self._watched
 
     def _check_used_up(self) -> None:
         if self._passes > 1 and self._iterator is self._loader:
@@ -78,16 +85,24 @@ class PlainStream:
 
     def stop(self) -> None:
         """Ends the pass; persistent workers stay."""
-        if not getattr(self._loader, "persistent_workers", False):
+        if self._watched is not None:
+            self._watched.stop()
+        else:
             end_workers(self._iterator)
         self._iterator = None
 
     def close(self) -> None:
-        """Ends the loader's workers, if it is a torch loader."""
-        end_workers(self._iterator)
-        if isinstance(self._loader, DataLoader):
-            end_persistent(self._loader)
+        """Ends the loader's workers, if it has any."""
+        if self._watched is not None:
+            self._watched.close()
+        else:
+            end_workers(self._iterator)
         self._iterator = None
+
+    def kill(self) -> list[LoaderDiedError]:
+        """Ends the loader's workers after one of them has died; returns those that had."""
+        assert self._watched is not None  # it has told of a death
+        return self._watched.kill()
 
 
 class DividedStream:
@@ -128,22 +143,21 @@ class DividedStream:
         self._rank = rank
         self._world_size = world_size
         self._pinned = pinned
-        self._loader: DataLoader[Any] | None = None
+        self._loader: WatchedLoader | None = None
         self._next_epoch = 0
-        self._iterator: Any = None
         self.first: list[int] | None = None
 
-    def open(self, epoch: int) -> Iterator[Any]:
-        """The batches of a pass."""
+    def open(self, epoch: int, again: bool = False) -> Iterator[Any]:
+        """The batches of a pass; again: from its beginning, as they were."""
         if self._loader is None or epoch != self._next_epoch or not self._source.persistent_workers:
             self.close()
-            self._loader = self._build(epoch)
+            self._loader = WatchedLoader(self._build(epoch))
         self._next_epoch = epoch + 1
         loader = self._loader
 
         def start() -> Iterator[Any]:
-            self._iterator = iter(loader)
-            return self._iterator  # type: ignore[no-any-return]
+            loader.start()
+            return loader
 
         self.first = None
         return self._data(isolated(OwnStreams(derive_seed(self._seed, epoch, self._rank)), start, lambda: None))
@@ -180,15 +194,20 @@ class DividedStream:
 
     def stop(self) -> None:
         """Ends the pass; persistent workers stay."""
-        if not self._source.persistent_workers:
-            end_workers(self._iterator)
-        self._iterator = None
+        if self._loader is not None:
+            self._loader.stop()
 
     def close(self) -> None:
         """Ends the loader workers."""
-        end_workers(self._iterator)
-        end_persistent(self._loader)
-        self._iterator = self._loader = None
+        if self._loader is not None:
+            self._loader.close()
+        self._loader = None
+
+    def kill(self) -> list[LoaderDiedError]:
+        """Ends the loader workers after one of them has died; returns those that had."""
+        assert self._loader is not None  # it has told of a death
+        deaths, self._loader = self._loader.kill(), None
+        return deaths
 
 
 def isolated(streams: OwnStreams, start: Callable[[], Iterator[Any]], on_empty: Callable[[], None]) -> Iterator[Any]:

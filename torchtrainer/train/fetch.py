@@ -25,6 +25,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from torchtrainer.process.crashes import crash_file
 from torchtrainer.process.guard import be_killed_with_parent
 
 _WORD = 2**32
@@ -201,6 +202,7 @@ class WorkerStart:
     def __call__(self, worker_id: int) -> None:
         """Runs in the worker."""
         die_with_parent()
+        crash_file.write_again()  # torch has handlers of its own in a loader's process, which tell no stack
         info = get_worker_info()
         if self._wrapped and info is not None:
             object.__setattr__(info, "dataset", info.dataset.dataset)  # type: ignore[attr-defined]  # our wrapper has it
@@ -290,13 +292,6 @@ def end_workers(iterator: Any) -> None:
     shutdown = getattr(iterator, "_shutdown_workers", None)
     if shutdown is not None:
         shutdown()
-
-
-def end_persistent(loader: DataLoader[Any] | None) -> None:
-    """Ends the workers that a loader keeps between passes; it starts new ones when it is iterated again."""
-    if loader is not None:
-        end_workers(loader._iterator)
-        loader._iterator = None
 
 
 def call_set_epoch(target: Any, epoch: int) -> None:

@@ -11,9 +11,12 @@ import os
 import struct
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torchtrainer.train.refetching import LoaderLoss
 
 _STEP = struct.Struct("<q")
 LATEST_STEPS = 100
@@ -38,6 +41,7 @@ class Progress:
         spent_s: seconds in each phase that was left.
         longest_s: the longest of the latest steps, whatever it waited for; 0.0: there were too few to tell.
         mark: where the steps are marked too; None: nowhere.
+        on_loader_lost: called by the training thread when a loader process that died was made up for; None: nobody wants to know.
     """
 
     __slots__ = (
@@ -49,6 +53,7 @@ class Progress:
         "longest_s",
         "losses",
         "mark",
+        "on_loader_lost",
         "phase",
         "phase_since",
         "samples",
@@ -70,6 +75,7 @@ class Progress:
         self._steps_s: deque[float] = deque(maxlen=LATEST_STEPS)
         self._stepped_at: float | None = None
         self.mark: StepMark | None = None
+        self.on_loader_lost: Callable[[LoaderLoss], None] | None = None
 
     def enter(self, phase: str) -> None:
         """Marks the start of a phase."""
@@ -96,6 +102,11 @@ class Progress:
             self.epoch = epoch
         if self.mark is not None:
             self.mark.show(step)
+
+    def loader_lost(self, loss: LoaderLoss) -> None:
+        """A loader process died and was made up for."""
+        if self.on_loader_lost is not None:
+            self.on_loader_lost(loss)
 
     def stepped(self) -> None:
         """Marks the end of a training step."""

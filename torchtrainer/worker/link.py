@@ -34,6 +34,7 @@ from torchtrainer.control.messages import (
 )
 from torchtrainer.control.wire import ForWorker, Message
 from torchtrainer.observe.devices import read_process_use
+from torchtrainer.process.guard import tie_broken
 from torchtrainer.train.progress import Progress
 
 EXIT_LINK_LOST = 70
@@ -141,7 +142,6 @@ class Link:
         self._outbox: deque[Message] = deque()
         self._wake_read, self._wake_write = os.pipe()
         self._closing = False
-        self._parent = os.getppid()
         self.call = 0
         self.beat_every_s = 1.0
         self.ranks: Callable[[], list[int]] = list
@@ -194,8 +194,8 @@ class Link:
     def _serve(self, dealer: Dealer) -> None:
         next_beat = 0.0
         while not self._closing:
-            if os.getppid() != self._parent:
-                os._exit(EXIT_LINK_LOST)  # where the kernel does not end us with whoever started us
+            if tie_broken():
+                os._exit(EXIT_LINK_LOST)  # where the kernel does not end us with the host
             now = time.monotonic()
             if now >= next_beat:
                 dealer.send(self._beat(now))

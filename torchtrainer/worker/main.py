@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -19,7 +19,7 @@ import cloudpickle
 import torch
 
 from torchtrainer.comm.group import open_group
-from torchtrainer.control.messages import Call, Carry, Failure, Heard, Join, Reply, WorkerReady
+from torchtrainer.control.messages import Call, Carry, Failure, Heard, Join, LoaderLost, Reply, WorkerReady
 from torchtrainer.control.wire import ForWorker
 from torchtrainer.driver.policies import STEPPING_METHODS
 from torchtrainer.observe.notices import notice
@@ -31,6 +31,7 @@ from torchtrainer.process.paths import RankPaths
 from torchtrainer.script.take_over import ScriptState, take_over
 from torchtrainer.spec import BuildSpec
 from torchtrainer.train.progress import Progress, StepMark
+from torchtrainer.train.refetching import LoaderLoss
 from torchtrainer.worker.crew import Released
 from torchtrainer.worker.encoding import encode_result
 from torchtrainer.worker.link import Link, StopGate
@@ -100,6 +101,7 @@ class Worker:
         RankPaths.of(arguments.log_dir, arguments.rank).error.unlink(missing_ok=True)  # of an earlier run in this place
         self.progress = Progress()
         self.progress.mark = StepMark(arguments.memory["steps"], arguments.worker)
+        self.progress.on_loader_lost = self._on_loader_lost
         self.gate = StopGate(arguments.hold_s)
         self.link = Link(
             socket=arguments.socket,
@@ -117,8 +119,12 @@ class Worker:
         self._interruptible = False
         signal.signal(signal.SIGINT, self._on_interrupt)
         self._pid = os.getpid()
-        for name in (arguments.checkpoint or {}).get("signals", ()):
-            if hasattr(signal, name):
+        self._listen()
+
+    def _listen(self) -> None:
+        """Has warnings of a preemption handed on, also where user code has put something in the place since."""
+        for name in (self.arguments.checkpoint or {}).get("signals", ()):
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != self._on_notice:
                 signal.signal(getattr(signal, name), self._on_notice)
 
     def _make_saver(self, orders: dict[str, Any]) -> RegionSaver:
@@ -251,6 +257,7 @@ class Worker:
         keywords: dict[str, Any] = cloudpickle.loads(blob) if blob else {}
         self._latest = Latest(call=number, method=method, keywords=keywords if method in FIRST_RANK_METHODS else {})
         self.progress.enter(method)
+        self._listen()
         if method in STEPPING_METHODS:
             self.link.beat_every_s = self._progress_every_s(seating.ranks())
         self._interruptible = True
@@ -297,6 +304,12 @@ class Worker:
                     blob=blob,
                 )
             )
+
+    def _on_loader_lost(self, loss: LoaderLoss) -> None:
+        arguments = self.arguments
+        self.link.send(
+            LoaderLost(group=arguments.group, worker=arguments.worker, step=self.progress.step, **asdict(loss))
+        )
 
     def _on_notice(self, signum: int, frame: FrameType | None) -> None:
         """Hands a warning of a preemption on to the driver, which has all ranks stop; a loader's process leaves it to us."""
