@@ -212,9 +212,11 @@ class Vanishing(Broken):
 
 
 def test_a_loader_worker_that_dies() -> None:
-    error = failure_of(RuntimeError, data_creator=lambda config: DataLoader(Vanishing(), batch_size=4, num_workers=1))
-    assert "DataLoader worker (pid(s) " in str(error)
-    assert "exited unexpectedly" in str(error)
+    error = failure_of(
+        WorkerDiedError, data_creator=lambda config: DataLoader(Vanishing(), batch_size=4, num_workers=1)
+    )
+    assert "of the train loader exited with code 9, as 4 in a row did before a batch was read" in str(error)
+    assert "max_failures=3" in str(error)
 
 
 class InValidation(TrainingOperator):

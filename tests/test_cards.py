@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from torchtrainer.errors import EngineError
+from torchtrainer.train import rng
 from torchtrainer.train.cards import CardFile
+from torchtrainer.train.rng import StreamReader, isolated_rng, set_rng_state, streams_from_plain
 
 TENSORS = [torch.zeros(3, dtype=torch.float64), torch.zeros((), dtype=torch.int64)]
 LONG = 4000
@@ -27,6 +31,37 @@ for number in range({CARDS}):
     if number == 0:
         print("begun", flush=True)
 """
+
+
+DRAWS = {
+    "nothing": lambda: None,
+    "a number": random.random,
+    "one of a pair of normal numbers": lambda: random.gauss(0, 1),
+    "many numbers": lambda: [random.random() for _ in range(700)],
+    "a seed": lambda: random.seed(3),
+    "of numpy": np.random.rand,
+    "one of a pair of numpy's normal numbers": np.random.randn,
+    "of torch": lambda: torch.rand(2),
+}
+
+
+def next_draws() -> list:
+    return [random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.rand(1).item()]
+
+
+@pytest.mark.parametrize("finds", ["the memory of Python's generator", "none"])
+def test_streams_go_on_from_a_card_whatever_was_drawn_before(monkeypatch, finds) -> None:
+    with isolated_rng():
+        if finds == "none":
+            monkeypatch.setattr(rng, "_python_twister", lambda: None)
+        reader = StreamReader()
+        for draw in DRAWS.values():
+            draw()
+            read = reader.read()
+            expected = next_draws()
+            set_rng_state(streams_from_plain(read))
+            assert next_draws() == expected
+            set_rng_state(streams_from_plain(read))
 
 
 @pytest.fixture

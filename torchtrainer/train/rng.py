@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import marshal
 import random
+import struct
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -85,12 +87,15 @@ def rng_from_data(data: Mapping[str, Any]) -> None:
 class StreamReader:
     """Reads the generators of this process again and again, for cards.
 
-    To have numpy's state as an object takes longer than all the rest together, so that its memory is compared first: as long as
-    the words and the position of its generator are the same, and no second half of a pair of normal numbers is kept, it has not
-    been drawn from.
+    To have the states of Python's and numpy's generators as objects takes longer than all the rest together, so that their memory
+    is compared first: as long as the words and the position of a generator are the same, and no second half of a pair of normal
+    numbers is kept, it has not been drawn from.
     """
 
     def __init__(self) -> None:
+        self._python = b""
+        self._python_words: Any = None
+        self._python_address = _python_twister()
         self._numpy: tuple[Any, ...] | None = None
         self._words = b""
         self._generator: Any = None
@@ -99,7 +104,14 @@ class StreamReader:
     def read(self) -> dict[str, Any]:
         """The present state of every generator, as numbers, text and bytes."""
         cpu = torch.get_rng_state().numpy().tobytes()
-        return {"python": random.getstate(), "numpy": self._read_numpy(), "cpu": cpu}
+        return {"python": self._read_python(), "numpy": self._read_numpy(), "cpu": cpu}
+
+    def _read_python(self) -> bytes:
+        address, kept = self._python_address, random._inst.gauss_next  # type: ignore[attr-defined]  # no other way
+        words = None if address is None else (ctypes.string_at(address, _TWISTER_BYTES), kept)
+        if words is None or words != self._python_words:
+            self._python, self._python_words = marshal.dumps(random.getstate()), words
+        return self._python
 
     def _read_numpy(self) -> tuple[Any, ...] | None:
         numpy = sys.modules.get("numpy")
@@ -123,6 +135,16 @@ class StreamReader:
         return None if self._address is None else ctypes.string_at(self._address, _TWISTER_BYTES)
 
 
+def _python_twister() -> int | None:
+    """Where Python's generator has its position and its words, one after the other; None if they are not found there."""
+    if sys.implementation.name != "cpython":
+        return None
+    address = id(random._inst) + object.__basicsize__  # no other way
+    *words, position = random.getstate()[1]
+    found = struct.unpack(f"{len(words) + 1}I", ctypes.string_at(address, _TWISTER_BYTES))
+    return address if found == (position, *words) else None
+
+
 def streams_from_plain(data: Mapping[str, Any]) -> RngState:
     """What a `StreamReader` read, as generators take it."""
     numpy = data["numpy"]
@@ -131,7 +153,8 @@ def streams_from_plain(data: Mapping[str, Any]) -> RngState:
 
         numpy = (numpy[0], np.frombuffer(numpy[1], dtype=np.uint32), *numpy[2:])
     cpu = torch.frombuffer(bytearray(data["cpu"]), dtype=torch.uint8)
-    return RngState(python=data["python"], numpy=numpy, cpu=cpu, cuda=[])
+    python = marshal.loads(data["python"])  # noqa: S302  # as the card that it came on
+    return RngState(python=python, numpy=numpy, cpu=cpu, cuda=[])
 
 
 @contextmanager
