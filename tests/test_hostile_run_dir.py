@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -238,6 +239,9 @@ def outside(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(
+        sys.modules, "ipykernel", raising=False
+    )  # in a notebook a run is gone on with only if asked for
 
 
 def opened(run_dir: str | Path, resume: bool | str = "auto") -> OpenRun:

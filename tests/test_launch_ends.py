@@ -257,7 +257,7 @@ OF_LAUNCHER = (
     ),
     Case(
         happens="the process that forks the ranks gets SIGKILL",
-        says=("workers cannot be started or watched any more", "exited with code -9"),
+        says=("workers cannot be started or watched any more", "was killed by SIGKILL"),
         code=1,
         kept=1,
         ways="process",
