@@ -130,6 +130,7 @@ def test_image_classifier_names_the_folder_that_is_missing(tmp_path):
     assert f"--data {tmp_path} has no folder train/" in done.stderr
 
 
+@pytest.mark.soak
 def test_introductory_script_runs_as_it_stands(tmp_path):
     text = output_of([sys.executable, EXAMPLES / "raysgd_intro.py", "digits"], tmp_path)
     assert "'num_samples': 1440" in text

@@ -37,7 +37,7 @@ OURS = (
     ),
 )
 
-DEFAULT_EVERY = 6
+DEFAULT_EVERY = 9
 """Every so many cases belong to the default suite: more than 60."""
 WHOLE_EVERY = 6
 """Every so many cases our commands run from their first line on; in the others from where they have imported torch."""
