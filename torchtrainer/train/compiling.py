@@ -68,7 +68,9 @@ class _FailureNotices(logging.Filter):
 def _reason(text: str) -> str:
     """The exception in a report, and what the compiler adds to explain it."""
     lines = [one.strip() for one in text.splitlines()]
-    found = [one for one in lines if _EXCEPTION.match(one)][:1] + [one for one in lines if one.startswith(_EXPLAINS)][
-        :1
-    ]
+    found = [one for one in lines if one.startswith(_EXPLAINS)][:1]
+    at = next((at for at, one in enumerate(lines) if _EXCEPTION.match(one)), None)
+    if at is not None:
+        goes_on = lines[at].endswith(":")  # torch before 2.7 breaks the line before the message
+        found = [*lines[at : at + 1 + goes_on], *found]
     return " ".join(found) if found else lines[0]
