@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from failing import workers
 from recovery_programs import (
-    GONE_S,
     Job,
     Plan,
     Strike,
@@ -18,17 +16,11 @@ from recovery_programs import (
 
 from torchtrainer import CheckpointConfig, InvalidArgumentError
 
+pytestmark = pytest.mark.usefixtures("no_worker_left")
+
 EPOCHS = 3
 KILLED = "was killed by SIGKILL"
 IN_THE_UPDATE = ("averaged", "teacher", "swa", "norms")
-
-
-@pytest.fixture(autouse=True)
-def nothing_left():
-    """Every worker process of a test is gone when it ends."""
-    before = workers()
-    yield
-    wait_for(lambda: workers() <= before, GONE_S)
 
 
 @pytest.fixture

@@ -11,10 +11,8 @@ import threading
 from dataclasses import replace
 
 import pytest
-from failing import workers
 from recovery_programs import (
     DEADLINE_S,
-    GONE_S,
     RAISE,
     WAIT,
     Job,
@@ -32,19 +30,13 @@ from recovery_programs import (
 
 from torchtrainer import CheckpointConfig, FailureConfig, WorkerDiedError
 
+pytestmark = pytest.mark.usefixtures("no_worker_left")
+
 SOAK = pytest.mark.soak
 EPOCHS = 3
 LONG = 100
 """More epochs than any delay here lasts."""
 KILLED = "was killed by SIGKILL"
-
-
-@pytest.fixture(autouse=True)
-def nothing_left():
-    """Every worker process of a test is gone when it ends."""
-    before = workers()
-    yield
-    wait_for(lambda: workers() <= before, GONE_S)
 
 
 @pytest.fixture

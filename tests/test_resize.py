@@ -6,9 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from failing import workers
 from recovery_programs import (
-    GONE_S,
     Job,
     Plan,
     Strike,
@@ -21,16 +19,10 @@ from recovery_programs import (
 
 from torchtrainer import CheckpointConfig, InvalidArgumentError
 
+pytestmark = pytest.mark.usefixtures("no_worker_left")
+
 FOUR = Job(ranks=4)
 STATEFUL = Job(ranks=4, operator="stateful", optimizer="momentum")
-
-
-@pytest.fixture(autouse=True)
-def nothing_left():
-    """Every worker process of a test is gone when it ends."""
-    before = workers()
-    yield
-    wait_for(lambda: workers() <= before, GONE_S)
 
 
 @pytest.fixture

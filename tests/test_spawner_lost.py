@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from failing import workers
 from programs import CREATORS, marked_processes, start_program
 from recovery_programs import (
     DEADLINE_S,
-    GONE_S,
     Job,
     Plan,
     Strike,
@@ -32,17 +30,11 @@ from torchtrainer import CheckpointConfig
 from torchtrainer.engines.starting import MAX_LOST, SpawnerReplaced, Starters
 from torchtrainer.process.starters import ChildExited, ChildStarted, StarterReady
 
+pytestmark = pytest.mark.usefixtures("no_worker_left")
+
 SOAK = pytest.mark.soak
 EPOCHS = 2
 TOLD = "; a new one is started, and the workers go on"
-
-
-@pytest.fixture(autouse=True)
-def nothing_left():
-    """Every worker process of a test is gone when it ends."""
-    before = workers()
-    yield
-    wait_for(lambda: workers() <= before, GONE_S)
 
 
 def children_of(pid: int) -> list[int]:
