@@ -207,7 +207,7 @@ for _ in range(2):
         print(trainer.train()["num_samples"])
 total = torch.ones(1)
 dist.all_reduce(total)
-print("still there", total.item())
+sys.stdout.write(f"still there {total.item()}\\n")  # whole: both write into one pipe
 dist.destroy_process_group()
 """,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import shutil
@@ -512,11 +513,15 @@ class Holding(TrainingOperator):
         self.count, self.nothing, self.name, self.function = 3, None, "name", lambda: 1
         self.nested = {"queue": deque([torch.zeros(2)]), 7: (Box(torch.ones(1)), Box(2.5), self)}
         self.generator = torch.Generator()
-        self.bar = logging.getLogger("of an installed package")
+        self.bar = argparse.Namespace(of="an installed package", count=3)
+        self.log, self.handler, self.library = logging.getLogger("held"), logging.NullHandler(), sys.modules[__name__]
         self.data = TensorDataset(torch.zeros(3))
 
 
-def test_what_an_operator_holds_is_found_wherever_it_is():
+def test_what_an_operator_holds_is_found_wherever_it_is(request):
+    neighbour = logging.getLogger("a neighbour")  # all loggers know each other: none of them is the operator's
+    neighbour.addFilter(counting := Box(1))
+    request.addfinalizer(lambda: neighbour.removeFilter(counting))
     runtime = build_rank(
         BuildSpec(config={}, settings=TrainSettings(), training_operator_cls=Holding),
         collective=SingleCollective(),

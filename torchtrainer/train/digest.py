@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -74,9 +76,13 @@ def is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype)
 
 
+_OF_THE_PROCESS = type, ModuleType, logging.Logger, logging.Handler
+"""Whoever holds one of these holds all modules, or all loggers, of the process: nothing of a run's own."""
+
+
 def has_members(value: Any) -> bool:
     """Whether a value is an object of the user's, whose attributes are looked into."""
-    plain = is_plain(value) or isinstance(value, torch.Tensor | Mapping | list | tuple | type)
+    plain = is_plain(value) or isinstance(value, (torch.Tensor, Mapping, list, tuple, *_OF_THE_PROCESS))
     return not plain and hasattr(value, "__dict__") and not hasattr(value, "tobytes")
 
 
