@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from torchtrainer.comm.exchange import GradientExchange
+from torchtrainer.comm.shared_memory import SharedMemoryExchange
 
 SIZES_BYTES = [4, 1 << 10, 38 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20]
 TURNS = 3
@@ -47,7 +47,7 @@ def timed(once: Callable[[], object], rounds: int) -> list[float]:
 
 def by_exchange(path: str, rank: int, world_size: int, gradient: torch.Tensor) -> Callable[[], object]:
     """One exchange through shared memory per call."""
-    exchange = GradientExchange(
+    exchange = SharedMemoryExchange(
         path, world_size=world_size, parameters=[gradient], timeout_s=TIMEOUT_S, processes=world_size
     )
 

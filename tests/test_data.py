@@ -53,7 +53,7 @@ class Ranks:
 
         def one(rank: int) -> Any:
             try:
-                return fn(rank, Seat(self, rank))
+                return fn(rank, RankContext(self, rank))
             except BaseException:
                 self._barrier.abort()
                 raise
@@ -75,7 +75,7 @@ class Ranks:
         return values
 
 
-class Seat:
+class RankContext:
     """One rank's collective."""
 
     def __init__(self, ranks: Ranks, rank: int) -> None:

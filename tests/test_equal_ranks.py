@@ -77,9 +77,9 @@ def test_a_model_that_one_rank_has_changed_is_an_error_that_names_the_parameter(
 
 def no_memory_left() -> None:
     """Runs in each worker before anything else: the system says that nothing is free."""
-    import torchtrainer.comm.exchange
+    import torchtrainer.comm.shared_memory
 
-    torchtrainer.comm.exchange.available_bytes = lambda: 0
+    torchtrainer.comm.shared_memory.available_bytes = lambda: 0
 
 
 def test_without_room_in_shared_memory_gradients_go_through_gloo_with_one_notice(capfd) -> None:

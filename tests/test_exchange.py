@@ -22,14 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torchtrainer.checkpoint import memory
 from torchtrainer.comm.backward import BackwardEnd, take_over
 from torchtrainer.comm.board import LOOK_PARTS, exchange_tag
-from torchtrainer.comm.exchange import (
+from torchtrainer.comm.group import open_group
+from torchtrainer.comm.shared_memory import (
     SHARES_FROM_BYTES,
     ExchangeUnavailableError,
-    GradientExchange,
+    SharedMemoryExchange,
     UnequalExchangeError,
     why_not_shared,
 )
-from torchtrainer.comm.group import open_group
 from torchtrainer.comm.wrapping import Replica
 from torchtrainer.errors import EngineError
 
@@ -78,14 +78,14 @@ def ends_well(pids: list[int]) -> bool:
 
 def make(path: str | None, parameters: list[torch.Tensor], *, world_size: int, processes: int = 1, **changes):
     arguments = {"world_size": world_size, "parameters": parameters, "timeout_s": TIMEOUT_S, "processes": processes}
-    return GradientExchange(path, **{**arguments, **changes})
+    return SharedMemoryExchange(path, **{**arguments, **changes})
 
 
 def nothing() -> None:
     pass
 
 
-def give(exchange: GradientExchange, rank: int, gradients: list[torch.Tensor | None]) -> None:
+def give(exchange: SharedMemoryExchange, rank: int, gradients: list[torch.Tensor | None]) -> None:
     exchange.put(rank, exchange.number + 1, gradients)
     exchange.publish(rank, exchange.number + 1)
 
@@ -259,7 +259,7 @@ SIZES = pytest.mark.parametrize("size_bytes", [4096, SHARES_FROM_BYTES])
 @contextmanager
 def two_carriers(
     size_bytes: int,
-) -> Iterator[tuple[GradientExchange, GradientExchange, list[list[torch.Tensor | None]]]]:
+) -> Iterator[tuple[SharedMemoryExchange, SharedMemoryExchange, list[list[torch.Tensor | None]]]]:
     """The exchanges of two processes, both in this one, and the gradients of two ranks."""
     parameters = of_bytes(size_bytes)
     with memory_file() as path:
@@ -398,7 +398,7 @@ def train_on(path: str, process: int, carriers: Carriers, *, size_bytes: int, wo
         assert same_bits(found, wanted), f"process {process}, exchange {number}"
 
 
-def kill_within(watched: GradientExchange, rank: int, pid: int, rng: random.Random) -> None:
+def kill_within(watched: SharedMemoryExchange, rank: int, pid: int, rng: random.Random) -> None:
     """At a drawn instant of a drawn exchange."""
     number = rng.randrange(2, KILL_EXCHANGES - 2 * AFTER_THE_KILL)
     deadline = time.monotonic() + TIMEOUT_S
@@ -447,7 +447,7 @@ def test_survivors_finish_every_exchange_of_a_process_killed_at_any_instant(seed
 @pytest.mark.parametrize("alone", [True, False])
 def test_too_little_memory_is_said_with_how_much_is_needed(monkeypatch, alone) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 10_000_000)
-    monkeypatch.setattr("torchtrainer.comm.exchange.available_bytes", lambda: 10_000_000)
+    monkeypatch.setattr("torchtrainer.comm.shared_memory.available_bytes", lambda: 10_000_000)
     with (
         memory_file() as path,
         pytest.raises(ExchangeUnavailableError, match=r"need 42 MB .* 10 MB are free\. .*limit"),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchtrainer import CheckpointConfig, TorchTrainer, TrainingOperator
-from torchtrainer.train.cards import CardFile
+from torchtrainer.train.records import RecordFile
 
 X = torch.randn(48, 3, generator=torch.Generator().manual_seed(1))
 Y = X.sum(1, keepdim=True)
@@ -98,7 +98,7 @@ def test_a_training_goes_on_with_buffers_that_grew(tmp_path, killed, more) -> No
 
 def test_a_card_holds_tensors_of_other_shapes_than_at_first() -> None:
     first = [torch.zeros(2), None, torch.zeros((), dtype=torch.int64)]
-    cards = CardFile(None, rank=0, tensors=first)
+    cards = RecordFile(None, rank=0, tensors=first)
     shapes = [
         first,
         [torch.ones(5, 3), torch.tensor(True), torch.tensor(1.5, dtype=torch.bfloat16)],

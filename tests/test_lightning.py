@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from one_rank import OneRank
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -37,7 +38,7 @@ from torchtrainer.train.components import internals
 from torchtrainer.train.metrics import PassResult, reduce_results
 from torchtrainer.train.progress import OpenGate, Progress
 from torchtrainer.train.rng import seed_all
-from torchtrainer.worker.runtime import RankRuntime, build_rank
+from torchtrainer.worker.executor import build_rank
 
 SAMPLES, BATCH, RANK_DEADLINE_S = 26, 4, 60.0  # 7 batches in a pass, the last one smaller
 
@@ -85,7 +86,7 @@ class Module(lightning.LightningModule):
 def rank(module=Module, config=None, *, collective=None, train=None, val=None, **settings):
     operator = TrainingOperator.from_ptl(module, train_dataloader=train, val_dataloader=val)
     collective = collective or SingleCollective()
-    return RankRuntime(
+    return OneRank(
         build_rank(
             BuildSpec(training_operator_cls=operator, config=config or {}, settings=TrainSettings(**settings)),
             collective=collective,
@@ -283,7 +284,7 @@ def test_gradients_are_clipped_by_the_module_and_by_the_operator():
             norms.append(torch.cat([one.flatten() for one in gradients]).norm().item())
 
     spec = BuildSpec(training_operator_cls=Operator)
-    RankRuntime(
+    OneRank(
         build_rank(
             spec,
             collective=SingleCollective(),
@@ -626,7 +627,7 @@ class Data(lightning.LightningDataModule):
 def runtime_of(operator, config=None):
     context = {"collective": SingleCollective(), "device": torch.device("cpu"), "local_rank": 0, "progress": Progress()}
     built = build_rank(BuildSpec(training_operator_cls=operator, config=config or {}), **context)
-    return RankRuntime(built, gate=OpenGate())
+    return OneRank(built, gate=OpenGate())
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from one_rank import OneRank
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import DataLoader, Dataset
@@ -29,7 +30,7 @@ from torchtrainer.operator import TrainingOperator
 from torchtrainer.spec import BuildSpec
 from torchtrainer.train.progress import OpenGate, Progress
 from torchtrainer.train.rng import seed_all
-from torchtrainer.worker.runtime import RankRuntime, build_rank
+from torchtrainer.worker.executor import build_rank
 
 SAMPLES, BATCH, WIDTH, PASSES, RANKS, RANK_DEADLINE_S = 26, 4, 32, 2, 3, 90.0
 
@@ -274,7 +275,7 @@ def rank(kind, *, collective=None, batch=BATCH, **settings):
     collective = collective or SingleCollective()
     operator = TrainingOperator.from_ptl(kind, loader(batch), loader(batch))
     spec = BuildSpec(training_operator_cls=operator, config={"max_epochs": PASSES}, settings=TrainSettings(**settings))
-    return RankRuntime(
+    return OneRank(
         build_rank(
             spec,
             collective=collective,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_rank import OneRank
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -19,7 +20,7 @@ from torchtrainer.train.components import internals
 from torchtrainer.train.hooks import bind_hook
 from torchtrainer.train.progress import OpenGate, Progress, StepGate
 from torchtrainer.train.uneven import GradientShare
-from torchtrainer.worker.runtime import RankRuntime, build_rank
+from torchtrainer.worker.executor import build_rank
 
 SAMPLES, BATCH = 40, 4  # 10 batches in a pass
 
@@ -66,8 +67,8 @@ def rank(
     config: dict[str, Any] | None = None,
     gate: StepGate | None = None,
     **settings: Any,
-) -> RankRuntime:
-    return RankRuntime(
+) -> OneRank:
+    return OneRank(
         build_rank(
             BuildSpec(training_operator_cls=operator, config=config or {}, settings=TrainSettings(**settings)),
             collective=SingleCollective(),

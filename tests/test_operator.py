@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import pytest
 import torch
+from one_rank import OneRank
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,7 +26,7 @@ from torchtrainer.train.components import internals
 from torchtrainer.train.creators import check_loaders, make_loss
 from torchtrainer.train.progress import OpenGate, Progress
 from torchtrainer.train.rng import isolated_rng, seed_all
-from torchtrainer.worker.runtime import RankRuntime, build_rank, run_initialization_hook
+from torchtrainer.worker.executor import build_rank, run_initialization_hook
 
 
 def make_model(config):
@@ -55,7 +56,7 @@ CREATORS = {
 
 
 def rank(config=None, *, settings=None, **spec):
-    return RankRuntime(
+    return OneRank(
         build_rank(
             BuildSpec(config=config or {}, settings=TrainSettings(**(settings or {})), **spec),
             collective=SingleCollective(),

@@ -30,8 +30,8 @@ from torchtrainer.train.digest import digest, digest_of_all, leaves
 from torchtrainer.train.loop import StepIterator
 from torchtrainer.train.progress import Progress
 from torchtrainer.worker.digests import step_iterator
+from torchtrainer.worker.executor import build_rank
 from torchtrainer.worker.held import held_values
-from torchtrainer.worker.runtime import build_rank
 
 DEADLINE_S = 250
 """Only a deadlock takes this long."""

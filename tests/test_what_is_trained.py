@@ -23,9 +23,9 @@ NUMBERS = torch.randint(0, 20, (ROWS, 3), generator=GENERATOR)
 
 def no_memory_left() -> None:
     """Runs in each worker before anything else: gradients then go through the process group."""
-    import torchtrainer.comm.exchange
+    import torchtrainer.comm.shared_memory
 
-    torchtrainer.comm.exchange.available_bytes = lambda: 0
+    torchtrainer.comm.shared_memory.available_bytes = lambda: 0
 
 
 class Task:

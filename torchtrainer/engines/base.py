@@ -82,7 +82,7 @@ class Group(Protocol):
         """What is known of each rank."""
 
     def call(self, method: str, **keywords: Any) -> CallResult:
-        """Runs a method of `torchtrainer.worker.runtime.RankRuntime` on every rank."""
+        """Runs a method of `torchtrainer.worker.executor.Executor` on every rank."""
 
     @property
     def retryable(self) -> bool:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torchtrainer.engines.inline_gate import InlineGate
     from torchtrainer.engines.inline_saver import GatheringSaver
     from torchtrainer.train.refetching import LoaderLoss
-    from torchtrainer.worker.runtime import RankRuntime
+    from torchtrainer.worker.executor import Executor
 
 OWN_RESULT_METHODS = frozenset({"get_model", "state_dict", "load_state_dict", "update_scheduler"})
 """Calls whose result is alike on all ranks, or None: each process takes its own."""
@@ -64,7 +64,7 @@ class InlineGroup:
         import torch
 
         from torchtrainer.train.progress import Progress
-        from torchtrainer.worker.runtime import run_initialization_hook
+        from torchtrainer.worker.executor import run_initialization_hook
 
         self.world_size = collective.world_size if gather else plan.world_size
         self._collective = collective
@@ -85,7 +85,7 @@ class InlineGroup:
         run_initialization_hook(plan.spec)
         self._device = str(device)
         self._peers = self._find_peers() if gather else None
-        self._runtime: RankRuntime | None = self._built(plan, collective, device, local_rank)
+        self._executor: Executor | None = self._built(plan, collective, device, local_rank)
 
     def _find_peers(self) -> Peers:
         from torchtrainer.train.progress import StepMark
@@ -96,8 +96,8 @@ class InlineGroup:
         self._progress.mark = StepMark(shared["steps"], self._collective.rank)
         return Peers(self._collective, self._device, shared["steps"])
 
-    def _built(self, plan: GroupPlan, collective: Collective, device: torch.device, local_rank: int) -> RankRuntime:
-        from torchtrainer.worker.seating import build_alone, build_launched
+    def _built(self, plan: GroupPlan, collective: Collective, device: torch.device, local_rank: int) -> Executor:
+        from torchtrainer.worker.assembly import build_alone, build_launched
 
         gate, every_steps = self._gate(plan), plan.checkpoint.every_steps if plan.checkpoint is not None else None
         keeping: dict[str, Any] = {"gate": gate, "saver": self._saver, "every_steps": every_steps}
@@ -171,37 +171,34 @@ class InlineGroup:
     @property
     def operator(self) -> Any:
         """The operator of this process's rank."""
-        return None if self._runtime is None else self._runtime.operator
+        return None if self._executor is None else self._executor.operator
 
     # Calls
 
     def call(self, method: str, **keywords: Any) -> CallResult:
         """Runs a method on this process's rank, and gathers the results of all."""
-        from torchtrainer.worker.team_runtime import ByRank
-
-        assert self._runtime is not None
-        value, stopped = self._run(getattr(self._runtime, method), method in STEPPING_METHODS, keywords)
+        assert self._executor is not None
+        found, stopped = self._run(method, keywords)
         if method in STEPPING_METHODS and self._collective.rank == 0:
             self._report()
-        self._runtime.settle(method, value)
+        self._executor.settle(method)
         self._progress.enter("idle")
         snapshot = self._saver.taken if self._saver is not None else 0
         if not self._gather:
-            values = list(value.values()) if isinstance(value, ByRank) else [value] * self.world_size
-            return CallResult(values=values, stopped=stopped, snapshot=snapshot)
-        if isinstance(value, ByRank):
-            value = value[self._collective.rank]
+            return CallResult(values=list(found.values()), stopped=stopped, snapshot=snapshot)
+        value = found[self._collective.rank]
         if method in OWN_RESULT_METHODS:
             return CallResult(values=[value] * self.world_size)
         return CallResult(values=self._gathered(method, value), stopped=stopped, snapshot=snapshot)
 
-    def _run(self, method: Callable[..., Any], stepping: bool, keywords: Mapping[str, Any]) -> tuple[Any, bool]:
-        """What this rank returns, and whether it was stopped before its end."""
-        if not stepping or self._agreement is None:
-            return method(**keywords), False
+    def _run(self, method: str, keywords: Mapping[str, Any]) -> tuple[dict[int, Any], bool]:
+        """What the ranks of this process return, and whether they were stopped before their end."""
+        assert self._executor is not None
+        if method not in STEPPING_METHODS or self._agreement is None:
+            return self._executor.call(method, **keywords), False
         self._agreement.begin()
         try:
-            return method(**keywords), self._agreement.gate.stopped
+            return self._executor.call(method, **keywords), self._agreement.gate.stopped
         finally:
             self._agreement.end()
             if self._counter is not None:
@@ -264,7 +261,7 @@ class InlineGroup:
         Args:
             found: by this rank.
         """
-        if self._runtime is None:  # the trainer was shut down: whoever calls it is told so
+        if self._executor is None:  # the trainer was shut down: whoever calls it is told so
             return found
         mine = found and [found.source, found.seconds_left(), found.must_stop, found.text]
         now = time.monotonic()
@@ -288,21 +285,21 @@ class InlineGroup:
 
     def end(self, force: bool = False) -> None:
         """Closes the rank and leaves the group, unless forced together with the other ranks. Idempotent."""
-        runtime, self._runtime = self._runtime, None
-        if runtime is None:
+        executor, self._executor = self._executor, None
+        if executor is None:
             return
         try:
-            self._close(runtime, force)
+            self._close(executor, force)
         finally:
             self._on_end()
 
-    def _close(self, runtime: RankRuntime, force: bool) -> None:
+    def _close(self, executor: Executor, force: bool) -> None:
         if self._agreement is not None:
             self._agreement.close()
         if self._saver is not None:
             self._saver.close()
             self._tell_checkpoints()
-        runtime.close()
+        executor.close()
         if not force:
             self._collective.barrier()  # a rank that leaves early would cut off what the others still receive
         self._collective.close()
@@ -312,7 +309,7 @@ class InlineGroup:
             self._memory.close()
         # DDP holds the group in reference cycles. It has to go while the interpreter is whole: its threads give tensors
         # back, and if that happens while Python is dismantled, torch aborts the process.
-        del runtime
+        del executor
         gc.collect()
 
     def _interval_s(self) -> float | None:

@@ -28,11 +28,11 @@ from torchtrainer.control.messages import CheckpointEnded
 from torchtrainer.engines.snapshots import CheckpointOrders
 from torchtrainer.errors import TorchTrainerError
 from torchtrainer.train.state import detached
-from torchtrainer.worker.keeper import Collected
+from torchtrainer.worker.checkpointer import Collected
 
 
 class GatheringSaver:
-    """Saves states of all ranks; see `torchtrainer.worker.keeper.Saver`. Used by the thread that trains.
+    """Saves states of all ranks; see `torchtrainer.worker.checkpointer.Saver`. Used by the thread that trains.
 
     Args:
         collective: the ranks.
@@ -60,7 +60,7 @@ class GatheringSaver:
         self._thread: threading.Thread | None = None
 
     def save(self, collect: Callable[[], Collected], *, must: bool) -> None:
-        """See `torchtrainer.worker.keeper.Saver`; rank 0 copies all that is shared, so ``movable`` is of no use here."""
+        """See `torchtrainer.worker.checkpointer.Saver`; rank 0 copies all that is shared, so ``movable`` is of no use here."""
         started = time.monotonic()
         self._number += 1
         first = self._collective.rank == 0

@@ -27,7 +27,7 @@ class LaunchedMemory:
         collective: the ranks, all on this machine.
 
     Attributes:
-        paths: fields of `torchtrainer.worker.seating.MemoryPaths`; None: some rank cannot open what rank 0 holds, for instance
+        paths: fields of `torchtrainer.worker.assembly.MemoryPaths`; None: some rank cannot open what rank 0 holds, for instance
             because it is in a container of its own.
     """
 

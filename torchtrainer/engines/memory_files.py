@@ -64,7 +64,7 @@ class SharedMemory:
         )
 
     def paths(self) -> dict[str, Any]:
-        """Fields of `torchtrainer.worker.seating.MemoryPaths`."""
+        """Fields of `torchtrainer.worker.assembly.MemoryPaths`."""
         return {
             "gradients": self.gradients.path,
             "cards": [one.path for one in self.cards],

@@ -53,7 +53,7 @@ from torchtrainer.topology import WORKER_MARK, current
 from torchtrainer.train.data_order import Dealing, even_of
 from torchtrainer.train.rng import rng_from_data, rng_to_data
 from torchtrainer.train.state import detached
-from torchtrainer.worker.keeper import Collected
+from torchtrainer.worker.checkpointer import Collected
 
 RUN_DIR = "TORCHTRAINER_RUN_DIR"
 """Environment variable: where checkpoints of a script's own loop live, unless the script says so itself."""

@@ -12,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from torchtrainer.comm.exchange import why_no_room
 from torchtrainer.comm.group import GroupCollective
 from torchtrainer.comm.hooks import compress
+from torchtrainer.comm.shared_memory import why_no_room
 from torchtrainer.comm.wrapping import Exchanging, ddp_of, unwrap, wrap
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError
 from torchtrainer.train.compiling import compile_model

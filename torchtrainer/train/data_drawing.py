@@ -25,7 +25,6 @@ from torch.utils.data import (
 )
 
 from torchtrainer.errors import UnshardableLoaderError
-from torchtrainer.train.cards import CardFile
 from torchtrainer.train.data_facts import AS_THEY_ARE, length_of
 from torchtrainer.train.data_generators import (
     MOST_PARTS,
@@ -37,6 +36,7 @@ from torchtrainer.train.data_generators import (
 )
 from torchtrainer.train.fetch import call_set_epoch, seeded
 from torchtrainer.train.fingerprints import fingerprint
+from torchtrainer.train.records import RecordFile
 from torchtrainer.train.sampler import derive_seed
 
 _MOST_DRAWN = 1_000_000
@@ -215,7 +215,7 @@ class OrderComparison:
         if orders != self._noted:
             self._noted, self._due = orders, True
 
-    def finish(self, cards: Sequence[CardFile], number: int) -> None:
+    def finish(self, cards: Sequence[RecordFile], number: int) -> None:
         """To be called when all ranks have given their gradients.
 
         A card that has been written over by now is of a rank that is ahead, which has compared with this one.

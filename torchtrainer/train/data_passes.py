@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,8 @@ class RankBatch:
     """What a rank gets in one step.
 
     Attributes:
-        data: the batch, as the loader's ``collate_fn`` made it; None in a validation step without samples for this rank.
+        data: the batch, as the loader's ``collate_fn`` made it; None in a validation step without samples for this rank. In a
+            step of several ranks of a process, the batch of each by rank.
         size: samples that count for this rank; 0: the data is borrowed, and the gradient has to weigh nothing; in
             validation there is none, and the step only counts.
         global_size: samples of the step over all ranks. ``size * world_size`` where nobody needs to know better: in a
@@ -45,6 +46,15 @@ class MicroBatches:
     """
 
     parts: tuple[RankBatch, ...]
+
+
+def data_of(batch: RankBatch) -> Any:
+    """What a loader's ``collate_fn`` made, in lists where the batch is of several ranks, or several batches of one."""
+    if isinstance(batch.data, MicroBatches):
+        return [data_of(part) for part in batch.data.parts]
+    if isinstance(batch.data, Mapping) and all(isinstance(part, RankBatch) for part in batch.data.values()):
+        return [data_of(part) for part in batch.data.values()]
+    return batch.data
 
 
 def joined(parts: Sequence[RankBatch]) -> RankBatch:

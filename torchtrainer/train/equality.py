@@ -14,9 +14,9 @@ from torchtrainer.comm.board import LOOK_PARTS
 from torchtrainer.comm.flat import give
 from torchtrainer.config import DIGESTS
 from torchtrainer.errors import EngineError, OperatorUseError
-from torchtrainer.train.cards import CardFile
 from torchtrainer.train.components import internals, optimizers_of
 from torchtrainer.train.digest import SAMPLE_EVERY, SAMPLED_FROM_ELEMENTS
+from torchtrainer.train.records import RecordFile
 from torchtrainer.train.trained import TrainedParameters, known_parameters, parameter_names
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class Comparison:
         operator: of this process.
 
     Attributes:
-        sums: checksums for the cards; None: they were compared.
+        sums: checksums for the records; None: they were compared.
     """
 
     def __init__(self, operator: TrainingOperator) -> None:
@@ -204,30 +204,30 @@ class Comparison:
         """Takes the checksums. Whole ones where `torchtrainer verify-resume` watches."""
         self.sums = checksums(self._operator, sampled=DIGESTS not in os.environ)
 
-    def finish(self, cards: list[CardFile], number: int) -> None:
+    def finish(self, records: Sequence[RecordFile], number: int) -> None:
         """To be called after every exchange; arguments and errors as for `compare`."""
         if self.sums is not None:
             sums, self.sums = self.sums, None
-            compare(self._operator, sums, cards, number)
+            compare(self._operator, sums, records, number)
 
 
-def compare(operator: TrainingOperator, mine: list[int], cards: list[CardFile], number: int) -> None:
-    """Compares with what is on the cards of the other ranks.
+def compare(operator: TrainingOperator, mine: list[int], records: Sequence[RecordFile], number: int) -> None:
+    """Compares with the records of the other ranks.
 
-    A card that has been written over by now is of a rank that is ahead, which has compared with this one.
+    A record that has been written over by now is of a rank that is ahead, which has compared with this one.
 
     Args:
         operator: of this process.
         mine: checksums as a call began.
-        cards: by rank.
+        records: by rank.
         number: of the exchange after which the call began.
 
     Raises:
         OperatorUseError: they differ; names the parameter.
     """
-    for rank, card in enumerate(cards):
+    for rank, record in enumerate(records):
         try:
-            _, plain = card.read(number)
+            _, plain = record.read(number)
         except EngineError:
             continue
         theirs = plain.get("sums")

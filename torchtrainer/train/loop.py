@@ -276,11 +276,13 @@ class Resumed:
 
     Attributes:
         steps: where it stood, from `StepIterator.state_dict`.
-        put_back: puts the state of the rank to where it was; called right before the first batch.
+        put_back: puts the state of the ranks to where it was; called right before the first batch.
+        epoch_idx: the number that its hook was given; None: it follows from the loader.
     """
 
     steps: Mapping[str, int]
     put_back: Callable[[], None]
+    epoch_idx: int | None = None
 
 
 class LoaderView:
@@ -322,40 +324,54 @@ def _length(loader: RankLoader | None, extent: Extent) -> int | None:
     return left if extent.num_steps is None else min(left, extent.num_steps)
 
 
-def train_epoch(operator: TrainingOperator, iterator: Iterable[Any], info: Mapping[str, Any]) -> dict[str, Any]:
+def train_epoch(
+    operator: TrainingOperator,
+    iterator: Iterable[Any],
+    info: Mapping[str, Any],
+    step: Callable[[Any, Mapping[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """The built-in training loop; see `TrainingOperator.train_epoch`.
 
     Args:
         operator: the operator.
         iterator: a `StepIterator`, or the user's own around it.
         info: the call's info with ``epoch_idx``.
+        step: trains on a batch of the iterator; None: the operator's ``train_batch`` does, and its metrics are added up.
     """
     for module in modules_of(operator):
         module.train()
-    meters = internals(operator).meters = AverageMeterCollection()
-    hook = bind_hook(operator.train_batch, ("batch_info",))
+    if step is None:
+        step = _hook_step(operator, "train_batch")
     steps = internals(operator).steps
     with SchedulerSteps(operator, steps) as schedulers:
         for batch_idx, batch in enumerate(iterator, start=steps.first_batch if steps is not None else 0):
             schedulers.before_batch()
-            stats = hook(batch, {"batch_info": batch_info(info, batch_idx, operator.global_step)})
-            _measure(operator, meters, stats, "train_batch")
+            step(batch, batch_info(info, batch_idx, operator.global_step))
             schedulers.after_batch()
-    return meters.summary()
+    return _summary(operator)
 
 
 def validate(operator: TrainingOperator, iterator: Iterable[Any], info: Mapping[str, Any]) -> dict[str, Any]:
     """The built-in validation loop; see `TrainingOperator.validate`. Arguments as for `train_epoch`."""
     for module in modules_of(operator):
         module.eval()
-    meters = internals(operator).meters = AverageMeterCollection()
-    hook = bind_hook(operator.validate_batch, ("batch_info",))
+    step, steps = _hook_step(operator, "validate_batch"), internals(operator).steps
     with torch.no_grad():
-        steps = internals(operator).steps
         for batch_idx, batch in enumerate(iterator, start=steps.first_batch if steps is not None else 0):
-            stats = hook(batch, {"batch_info": batch_info(info, batch_idx, operator.global_step)})
-            _measure(operator, meters, stats, "validate_batch")
-    return meters.summary()
+            step(batch, batch_info(info, batch_idx, operator.global_step))
+    return _summary(operator)
+
+
+def _hook_step(operator: TrainingOperator, name: str) -> Callable[[Any, Mapping[str, Any]], None]:
+    """Calls a batch hook, and adds up the metrics that it returns."""
+    meters = internals(operator).meters = AverageMeterCollection()
+    hook = bind_hook(getattr(operator, name), ("batch_info",))
+    return lambda batch, info: _measure(operator, meters, hook(batch, {"batch_info": info}), name)
+
+
+def _summary(operator: TrainingOperator) -> dict[str, Any]:
+    meters = internals(operator).meters
+    return {} if meters is None else meters.summary()
 
 
 def modules_of(operator: TrainingOperator) -> list[nn.Module]:

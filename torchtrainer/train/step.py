@@ -176,7 +176,7 @@ def _gradients(operator: TrainingOperator, batch: Any, *, weight: Any = None, cl
 
 
 def stands_for(operator: TrainingOperator, batch: RankBatch | None) -> dict[str, float]:
-    """What the gradients of a step stand for on this rank: arguments of `torchtrainer.comm.exchange.GradientExchange.put`.
+    """What the gradients of a step stand for on this rank: arguments of `torchtrainer.comm.shared_memory.SharedMemoryExchange.put`.
 
     A sample weighs what the loss counts in it on average, if the loss tells that.
 

@@ -7,11 +7,13 @@ So exchanges and updates are counted, and the counts go along with every exchang
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torchtrainer.comm.board import exchange_tag
-from torchtrainer.comm.exchange import GradientExchange, UnequalExchangeError
+import torch
+
+from torchtrainer.comm.board import UnequalExchangeError, exchange_tag
+from torchtrainer.comm.exchange import Exchange
 from torchtrainer.errors import OperatorUseError
 from torchtrainer.train.components import internals, optimizers_of
 from torchtrainer.train.equality import NOTHING_SEEN, Look, unequal
@@ -27,25 +29,28 @@ _ADVICE = (
 
 
 class Updates:
-    """Counts the updates of the optimizers of a process, and refuses one by gradients that were not exchanged.
+    """The exchanges of a process and the updates of its optimizers: refuses an update by gradients that were not exchanged.
 
     Args:
         operator: of this process.
         trained: its parameters.
+        exchange: with the other processes, laid out for them.
 
     Attributes:
+        trained: as given.
         count: updates so far; alike on all ranks.
         kept_back: units whose latest gradients were computed under ``no_sync``.
         training: a ``train`` call is running: updates are counted.
         call: number of the ``train`` call that is running, or was the latest.
     """
 
-    def __init__(self, operator: TrainingOperator, trained: TrainedParameters) -> None:
+    def __init__(self, operator: TrainingOperator, trained: TrainedParameters, exchange: Exchange) -> None:
         self.count = 0
         self.call = 0
         self.kept_back: set[int] = set()
+        self.trained = trained
         self._operator = operator
-        self._trained = trained
+        self._exchange = exchange
         self.training = False
         self._exchanges = 0
         self._depth = 0  # more than 1: an optimizer's step calls that of its base class, or of another optimizer
@@ -59,7 +64,7 @@ class Updates:
     def watch(self) -> None:
         """Watches every optimizer that there is now."""
         self._look.watch()
-        unit_of = self._trained.unit_by_id()
+        unit_of = self.trained.unit_by_id()
         for optimizer in optimizers_of(self._operator):
             if optimizer not in self._used and hasattr(optimizer, "register_step_pre_hook"):
                 optimizer.register_step_pre_hook(self._before_update)
@@ -87,9 +92,69 @@ class Updates:
         """Grows with every step and call, alike on all ranks."""
         return (2 * self.call + (not self.training)) << 40 | self._operator.global_step
 
-    def tag(self, layout: int) -> array[int]:
+    def follow_changes(self, *, begins: bool = False) -> bool:
+        """Exchanges the gradients of other parameters if others are trained than before; returns whether that is so.
+
+        Args:
+            begins: a call begins: every parameter is looked at.
+        """
+        changed = self.trained.changed(begins=begins)
+        if changed:
+            self._exchange.lay_out(self.trained.parameters, self.trained.by_rows)
+            self.watch()
+        return changed
+
+    def tag(self) -> array[int]:
         """What has to be alike on all ranks in an exchange."""
-        return exchange_tag(step=self._operator.global_step, updates=self.count, layout=layout, sums=self._sums)
+        step, layout = self._operator.global_step, self._exchange.layout
+        return exchange_tag(step=step, updates=self.count, layout=layout, sums=self._sums)
+
+    def finish(
+        self, tag: array[int], *, carried: Callable[[], Collection[int]], on_wait: Callable[[], None], by_place: bool
+    ) -> list[torch.Tensor | None]:
+        """Finishes the running exchange; see `Exchange.finish`. ``by_place``: a rank that went past it is noticed.
+
+        Raises:
+            OperatorUseError: the ranks do not exchange alike.
+        """
+        place = self.place if by_place else None
+        try:
+            return self._exchange.finish(carried=carried, on_wait=on_wait, tag=tag, place=place)
+        except UnequalExchangeError as error:
+            raise self._explained(error) from None
+
+    def leave(self) -> None:
+        """The call came to its end, and every exchange was made.
+
+        Raises:
+            OperatorUseError: another rank still exchanges.
+        """
+        try:
+            self._exchange.leave(self.tag())
+        except UnequalExchangeError as error:
+            raise self._explained(error) from None
+
+    def where(self) -> dict[str, Any]:
+        """How far this process is with its exchanges, as plain data for one that joins."""
+        return {
+            "exchange": self._exchange.number,
+            "region": self._exchange.region,
+            "trained": self.trained.state(),
+            "updates": self.count,
+            "train_call": self.call,
+        }
+
+    def go_to(self, at: Mapping[str, Any]) -> None:
+        """Brings this process to where another one was, as `where` has it.
+
+        Args:
+            at: with ``steps``, which is None where no pass is running: else the call that is running is begun again here.
+        """
+        self.trained.load(at["trained"])
+        self.watch()
+        self.count, self.call = at["updates"], at["train_call"] - (at["steps"] is not None)
+        self._exchange.number = at["exchange"]
+        self._exchange.lay_out(self.trained.parameters, self.trained.by_rows, at["region"])
 
     def exchanged(self, units: Collection[int]) -> None:
         """The gradients of these units are those of all ranks."""
@@ -98,12 +163,12 @@ class Updates:
         self._latest.update(dict.fromkeys(units, self._exchanges))
         self.kept_back.difference_update(units)
 
-    def explain(self, error: UnequalExchangeError, layout: int) -> OperatorUseError:
+    def _explained(self, error: UnequalExchangeError) -> OperatorUseError:
         """What to tell the user of a rank that did not take part in an exchange as this one does."""
         step, rank = self._operator.global_step, internals(self._operator).context.collective.rank
-        names = self._trained.names(list(range(len(self._trained.parameters))))
+        names = self.trained.names(list(range(len(self.trained.parameters))))
         of_what = _few(names)
-        mine, *sums = self.tag(layout)
+        mine, *sums = self.tag()
         theirs, *their_sums = error.tag if error.tag is not None else (0,)
         if error.tag is None:
             what = (
@@ -148,11 +213,11 @@ class Updates:
 
     def _refuse(self, optimizer: Any) -> None:
         """Raises an error unless there is nothing that the update could use."""
-        names = dict(zip(map(id, self._trained.parameters), range(len(self._trained.parameters)), strict=True))
+        names = dict(zip(map(id, self.trained.parameters), range(len(self.trained.parameters)), strict=True))
         given = [one for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
         if not given:
             return
-        of_what = _few(self._trained.names([names[id(one)] for one in given if id(one) in names]))
+        of_what = _few(self.trained.names([names[id(one)] for one in given if id(one) in names]))
         where = f"step {self._operator.global_step} of rank {internals(self._operator).context.collective.rank}"
         if self.kept_back & self._units[optimizer]:
             why = "they were computed under no_sync(). Leave no_sync() for the last backward() before the update"
@@ -164,31 +229,6 @@ class Updates:
         raise OperatorUseError(
             f"in {where}, {type(optimizer).__name__} would update {of_what} by gradients that the ranks have not exchanged: {why}"
         )
-
-
-def standing(exchange: GradientExchange, trained: TrainedParameters, updates: Updates) -> dict[str, Any]:
-    """How far a process is with its exchanges, as plain data for one that joins."""
-    return {
-        "exchange": exchange.number,
-        "region": exchange.region,
-        "trained": trained.state(),
-        "updates": updates.count,
-        "train_call": updates.call,
-    }
-
-
-def go_to(at: Mapping[str, Any], exchange: GradientExchange, trained: TrainedParameters, updates: Updates) -> None:
-    """Brings a process that joins to where another one was, as `standing` has it.
-
-    Args:
-        at: with ``steps``, which is None where no pass is running: else the call that is running is begun again here.
-        exchange, trained, updates: of this process.
-    """
-    trained.load(at["trained"])
-    updates.watch()
-    updates.count, updates.call = at["updates"], at["train_call"] - (at["steps"] is not None)
-    exchange.number = at["exchange"]
-    exchange.lay_out(trained.parameters, trained.by_rows, at["region"])
 
 
 def _few(names: Sequence[str]) -> str:

@@ -32,10 +32,11 @@ from torchtrainer.observe.digest_log import (
 from torchtrainer.train.complete_state import rank_state, shared_state
 from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankBatch
+from torchtrainer.train.data_passes import data_of
 from torchtrainer.train.digest import combined, digest, digest_of_all, is_plain, leaves
 from torchtrainer.train.loop import StepIterator
+from torchtrainer.worker.checkpointer import RankCheckpointer
 from torchtrainer.worker.held import held_values
-from torchtrainer.worker.keeper import RankKeeper
 from torchtrainer.worker.link import StopGate
 
 if TYPE_CHECKING:
@@ -48,17 +49,17 @@ MAX_ATTRIBUTE_ITEMS, MAX_ATTRIBUTE_CHARACTERS = 16, 80
 """Attributes that are larger are left out: they are for people to read."""
 
 
-def step_iterator(operator: TrainingOperator, keeper: RankKeeper) -> Callable[..., StepIterator]:
+def step_iterator(operator: TrainingOperator, checkpointer: RankCheckpointer) -> Callable[..., StepIterator]:
     """What makes the iterator of a call: `StepIterator`, unless this run is watched.
 
     Args:
         operator: of the rank.
-        keeper: knows which call of the script is running.
+        checkpointer: knows which call of the script is running.
     """
     directory = os.environ.get(DIGESTS)
     if directory is None:
         return StepIterator
-    return partial(WatchedSteps, StateLog(Path(directory), operator, keeper))
+    return partial(WatchedSteps, StateLog(Path(directory), operator, checkpointer))
 
 
 class WatchedSteps(StepIterator):
@@ -90,7 +91,7 @@ class WatchedSteps(StepIterator):
 
     def _deal(self) -> RankBatch | None:
         batch = super()._deal()
-        self._data = digest_of_all(batch.data) if batch is not None else ""
+        self._data = digest_of_all(data_of(batch)) if batch is not None else ""
         return batch
 
 
@@ -100,13 +101,13 @@ class StateLog:
     Args:
         directory: where the logs of this start of the script are, with orders for it.
         operator: of the rank.
-        keeper: knows which call of the script is running.
+        checkpointer: knows which call of the script is running.
     """
 
-    def __init__(self, directory: Path, operator: TrainingOperator, keeper: RankKeeper) -> None:
+    def __init__(self, directory: Path, operator: TrainingOperator, checkpointer: RankCheckpointer) -> None:
         self._directory = directory
         self._operator = operator
-        self._keeper = keeper
+        self._checkpointer = checkpointer
         collective = internals(operator).context.collective
         self._rank = collective.rank
         self._trainer = int(collective.all_gather(next_trainer(directory))[0])
@@ -127,7 +128,7 @@ class StateLog:
             end: the call is over.
         """
         place = self._place(batch, end=end)
-        values = dict(leaves(complete_state(self._operator, self._keeper.modes)))
+        values = dict(leaves(complete_state(self._operator, self._checkpointer.modes)))
         state = {name: digest(value) for name, value in values.items()}
         whole = combined(f"{name}={one}" for name, one in state.items())
         held = {name: digest_of_all(value) for name, value in held_values(self._operator).items()}
@@ -138,7 +139,7 @@ class StateLog:
             whole=whole,
             data=data,
             held=combined(f"{name}={one}" for name, one in held.items()),
-            call=str(self._keeper.mark.get("call", "")),
+            call=str(self._checkpointer.mark.get("call", "")),
             details=details,
         )
         self._keep_ordered(place, values)
@@ -156,7 +157,7 @@ class StateLog:
             time.sleep(HOLD_POLL_S)
 
     def _place(self, batch: int, *, end: bool = False) -> Place:
-        return Place(call=int(self._keeper.mark.get("index", 0)), batch=batch, end=end)
+        return Place(call=int(self._checkpointer.mark.get("index", 0)), batch=batch, end=end)
 
     def _keep_ordered(self, place: Place, values: Mapping[str, Any]) -> None:
         wanted = self._orders.keep

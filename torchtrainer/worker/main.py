@@ -32,13 +32,12 @@ from torchtrainer.script.take_over import ScriptState, take_over
 from torchtrainer.spec import BuildSpec
 from torchtrainer.train.progress import Progress, StepMark
 from torchtrainer.train.refetching import LoaderLoss
-from torchtrainer.worker.crew import Released
+from torchtrainer.worker.assembly import Assembled, build_worker
 from torchtrainer.worker.encoding import encode_result
+from torchtrainer.worker.executor import Executor, run_initialization_hook
 from torchtrainer.worker.link import Link, StopGate
-from torchtrainer.worker.runtime import run_initialization_hook
+from torchtrainer.worker.reassignment import Released
 from torchtrainer.worker.saver import RegionSaver
-from torchtrainer.worker.seating import Seating, build_seating
-from torchtrainer.worker.team_runtime import ByRank
 
 EXIT_FAILED = 1
 FIRST_RANK_METHODS = frozenset({"get_model", "state_dict", "facts"})
@@ -114,7 +113,7 @@ class Worker:
         self.link.beat_every_s = arguments.heartbeat_s
         self.saver = self._make_saver(arguments.checkpoint) if arguments.checkpoint is not None else None
         self._latest = Latest(call=0, method="")
-        self._seating: Seating | None = None
+        self._built: Assembled | None = None
         self._script: ScriptState | None = None
         self._interruptible = False
         signal.signal(signal.SIGINT, self._on_interrupt)
@@ -143,48 +142,47 @@ class Worker:
         """Builds what the process carries, and serves calls until there are no more."""
         before = set(sys.modules)
         try:
-            seating = self._build()
+            built = self._built = self._build()
         except BaseException as error:
             return self._report(error, call=0)
-        self._seating = seating
-        self.link.ranks = seating.ranks
-        self._say_ready(seating, sorted(set(sys.modules) - before))
-        next_order = self.link.next_order if seating.crew is None else seating.crew.next_order
+        self.link.ranks = lambda: built.executor.ranks
+        self._say_ready(built, sorted(set(sys.modules) - before))
+        next_order = self.link.next_order if built.reassignment is None else built.reassignment.next_order
         while (order := next_order()) is not None:
             try:
                 with contextlib.suppress(Released):
-                    self._take(seating, order)
+                    self._take(built, order)
             except SystemExit as error:
                 return self._report(error, self.link.call)
             except BaseException as error:
                 self._report(error, self.link.call)
-            self._end_call(seating)
-        seating.runtime.close()
+            self._end_call(built)
+        built.executor.close()
         # The process group ends with the process: torch's own way now and then aborts on its way out.
         return 0
 
-    def _say_ready(self, seating: Seating, modules: list[str]) -> None:
+    def _say_ready(self, built: Assembled, modules: list[str]) -> None:
         self.progress.enter("idle")
-        operator = seating.runtime.operator
+        operator = built.executor.operator
         self.link.send(
             WorkerReady(
                 group=self.arguments.group,
                 worker=self.arguments.worker,
                 device=str(operator.device),
-                facts={**seating.runtime.facts(), "bound": seating.bound, "recovers": seating.recovers},
+                facts={**built.executor.facts(), "bound": built.bound, "recovers": built.recovers},
                 modules=modules,
-                record=seating.record if self.arguments.worker == 0 else [],
+                record=built.record if self.arguments.worker == 0 else [],
             )
         )
 
-    def _end_call(self, seating: Seating) -> None:
+    def _end_call(self, built: Assembled) -> None:
         self.link.call = 0
-        if seating.crew is not None:
-            seating.crew.call = 0
+        if built.reassignment is not None:
+            built.reassignment.call = 0
         self.link.beat_every_s = self.arguments.heartbeat_s
         self.progress.enter("idle")
 
-    def _build(self) -> Seating:
+    def _build(self) -> Assembled:
         arguments = self.arguments
         torch.set_num_threads(arguments.threads)
         keep_freed_memory()
@@ -207,7 +205,7 @@ class Worker:
             store_path=arguments.store_path,
             device=device,
         )
-        return build_seating(
+        return build_worker(
             spec,
             group=group if founding else None,
             arguments=arguments,
@@ -225,58 +223,70 @@ class Worker:
         assert isinstance(spec, BuildSpec)
         return spec
 
-    def _take(self, seating: Seating, order: ForWorker) -> None:
+    def _take(self, built: Assembled, order: ForWorker) -> None:
         """Does what an order asks for."""
+        executor, reassignment = built.executor, built.reassignment
         if isinstance(order, Call):
-            self._serve(seating, order.call, order.method, order.blob)
+            self._serve(built, order.call, order.method, order.blob)
+        elif reassignment is None:
+            return
         elif isinstance(order, Join):
-            seating.join(order)
+            self._begin(built, order.call)
+            reassignment.join(order, executor.checkpointer)
             if order.call:
-                self._serve(seating, order.call, order.method, order.blob)
-        elif seating.crew is not None:
-            known = seating.ranks()
-            seating.crew.between_calls(order)
+                self._serve(built, order.call, order.method, order.blob)
+        else:
+            known = executor.ranks
+            reassignment.between_calls(order)
             if isinstance(order, Carry) and order.call == self._latest.call:
-                late = {rank: self._late_result(seating, rank) for rank in order.ranks if rank not in known}
-                if (
-                    self._latest.method == "validate"
-                ):  # it was made here, and the cards have to follow before it is told
-                    seating.settle(self._latest.method, late)
-                self._reply(seating, self._latest, late)
+                late = {rank: self._late_result(executor, rank) for rank in order.ranks if rank not in known}
+                if self._latest.method == "validate":  # made here: the records have to follow before it is told
+                    self._settle(built, self._latest.method)
+                self._reply(self._latest, late)
 
-    def _late_result(self, seating: Seating, rank: int) -> Any:
+    def _late_result(self, executor: Executor, rank: int) -> Any:
         """What the latest call comes to for a rank that was taken over after it, whose operator is in place."""
         latest = self._latest
         if latest.method in FIRST_RANK_METHODS:
-            return getattr(seating.runtime, latest.method)(**latest.keywords)
-        return seating.late_result(rank)
+            return getattr(executor, latest.method)(**latest.keywords)
+        return executor.late_result(rank)
 
-    def _serve(self, seating: Seating, number: int, method: str, blob: bytes) -> None:
+    def _begin(self, built: Assembled, call: int) -> None:
+        built.executor.sync.call = call
+        if built.reassignment is not None:
+            built.reassignment.call = call
+
+    def _settle(self, built: Assembled, method: str) -> None:
+        built.executor.settle(method)
+        if built.reassignment is not None:
+            built.reassignment.tell_collectives()
+            built.reassignment.tell_carried()
+
+    def _serve(self, built: Assembled, number: int, method: str, blob: bytes) -> None:
+        executor = built.executor
         self.link.call = number
-        seating.begin(number)
+        self._begin(built, number)
         keywords: dict[str, Any] = cloudpickle.loads(blob) if blob else {}
         self._latest = Latest(call=number, method=method, keywords=keywords if method in FIRST_RANK_METHODS else {})
         self.progress.enter(method)
         self._listen()
         if method in STEPPING_METHODS:
-            self.link.beat_every_s = self._progress_every_s(seating.ranks())
+            self.link.beat_every_s = self._progress_every_s(executor.ranks)
         self._interruptible = True
         try:
-            value = getattr(seating.runtime, method)(**keywords)
+            values = executor.call(method, **keywords)
         except Exception:
             # The state is saved and the process about to leave. A loop of the user's own that did not expect its batches to
             # end has nothing to tell: it runs again.
             if not (self.gate.stopped and self.gate.save_wanted):
                 raise
-            value = None
+            values = dict.fromkeys(executor.ranks)
         finally:
             self._interruptible = False
-        seating.settle(method, value)
+        self._settle(built, method)
         if method in STEPPING_METHODS:
             self.link.send_beat()
-        self._reply(
-            seating, self._latest, value if isinstance(value, ByRank) else dict.fromkeys(seating.ranks(), value)
-        )
+        self._reply(self._latest, values)
 
     def _progress_every_s(self, ranks: Sequence[int]) -> float:
         """Seconds between two reports in a pass: rank 0 shows it, and all others together tell their loss as often."""
@@ -285,7 +295,7 @@ class Worker:
             return arguments.progress_s
         return min(arguments.progress_s * arguments.world_size, arguments.heartbeat_s)
 
-    def _reply(self, seating: Seating, latest: Latest, values: dict[int, Any]) -> None:
+    def _reply(self, latest: Latest, values: dict[int, Any]) -> None:
         """Sends what a call came to, rank by rank."""
         for rank, value in values.items():
             form, blob = encode_result(latest.method, None if rank and latest.method in FIRST_RANK_METHODS else value)
@@ -334,13 +344,13 @@ class Worker:
         with contextlib.suppress(OSError):  # a full disk must not hide the user's error
             write_error_file(paths.error, type_name=type(error).__name__, text=said, traceback=text)
         flush_output()
-        if self._seating is not None and self._seating.crew is not None:
-            self._seating.crew.tell_collectives()  # then it may be the loss of another rank that this is about
+        if self._built is not None and self._built.reassignment is not None:
+            self._built.reassignment.tell_collectives()  # then it may be the loss of another rank that this is about
         self.link.send(
             Failure(
                 group=self.arguments.group,
                 worker=self.arguments.worker,
-                rank=self.arguments.rank if self._seating is None else self._seating.turn(),
+                rank=self.arguments.rank if self._built is None else self._built.executor.turn,
                 call=call,
                 kind="exit" if leaving else "error",
                 type_name=type(error).__name__,

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchtrainer.observe.bottleneck import RankTimes, TrainingFacts
 from torchtrainer.train.components import internals
 from torchtrainer.train.loop import StepIterator
-from torchtrainer.train.seats import trainable_of
+from torchtrainer.train.rank_context import trainable_of
 from torchtrainer.train.step import GradientClock
 from torchtrainer.worker.tracing import StepTrace
 

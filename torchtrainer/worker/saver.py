@@ -10,7 +10,7 @@ from torchtrainer.checkpoint.snapshot import Prepared, Region
 from torchtrainer.control.messages import SnapshotAnswer, SnapshotDone, SnapshotTaken, SnapshotWanted
 from torchtrainer.control.wire import Message
 from torchtrainer.errors import EngineError, SnapshotError
-from torchtrainer.worker.keeper import Collected
+from torchtrainer.worker.checkpointer import Collected
 
 Receive = Callable[[float], SnapshotAnswer | SnapshotDone]
 
@@ -49,7 +49,7 @@ class RegionSaver:
         self.taken = 0
 
     def save(self, collect: Callable[[], Collected], *, must: bool) -> None:
-        """See `torchtrainer.worker.keeper.Saver`. What can be done before the host has answered is done.
+        """See `torchtrainer.worker.checkpointer.Saver`. What can be done before the host has answered is done.
 
         Raises:
             EngineError: the host did not answer.

@@ -5,7 +5,7 @@ Everything here runs in the thread that trains, at step boundaries or between ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,8 +29,8 @@ from torchtrainer.train.state import detached
 
 if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
-    from torchtrainer.train.seats import Seat
-    from torchtrainer.train.team import Team
+    from torchtrainer.train.gradient_sync import GradientSync
+    from torchtrainer.train.rank_context import RankContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,31 +62,30 @@ class Saver(Protocol):
         """
 
 
-class RankKeeper:
-    """Saves and restores the complete state of one rank.
+class RankCheckpointer:
+    """Saves and restores the complete state of the ranks of this process.
 
     Args:
-        operator: of the rank.
+        operator: of this process.
+        sync: its ranks.
         saver: where states go; None: nothing is kept.
         every_steps: optimizer steps between two checkpoints; None: only when somebody asks.
 
     Attributes:
         mark: which call of the user's script is running, alike on all ranks; goes into the manifest.
-        epoch_idx: of the pass hook that is running.
         modes: of the modules before a validation, while it runs.
-        team: the ranks of this process, if it can carry several.
     """
 
-    def __init__(self, operator: TrainingOperator, saver: Saver | None, every_steps: int | None) -> None:
+    def __init__(
+        self, operator: TrainingOperator, sync: GradientSync, saver: Saver | None, every_steps: int | None
+    ) -> None:
         self._operator = operator
+        self._sync = sync
         self._saver = saver
         self._every_steps = every_steps
         self._saved_step = 0
         self._resumed: Resumed | None = None
-        self._resumed_epoch_idx: int | None = None
-        self.team: Team | None = None
         self.mark: dict[str, Any] = {}
-        self.epoch_idx = 0
         self.modes: Sequence[bool] | None = None
 
     @property
@@ -110,11 +109,8 @@ class RankKeeper:
             self._saver.save(self._collect, must=must)
 
     def _collect(self) -> Collected:
-        operator, team = self._operator, self.team
-        if team is None:
-            mine = {internals(operator).context.collective.rank: self._of_rank()}
-        else:
-            mine = {seat.rank: self._of_seat(seat, several=len(team.seats) > 1) for seat in team.each()}
+        operator, several = self._operator, len(self._sync.contexts) > 1
+        mine = {context.rank: self._of_rank(context, several=several) for context in self._sync.each()}
         shared = shared_state(operator)
         meta = {
             "step": operator.global_step,
@@ -125,17 +121,14 @@ class RankKeeper:
         }
         return Collected(shared=shared, mine=mine, movable=exchanged_tensors(operator), meta=meta)
 
-    def _of_rank(self) -> dict[str, Any]:
-        return {**rank_state(self._operator, self.modes), "epoch_idx": self.epoch_idx}
-
-    def _of_seat(self, seat: Seat, *, several: bool) -> dict[str, Any]:
-        state = self._of_rank()
-        if "steps" in state and self.team is not None and self.team.training:
-            state["steps"]["samples"] = seat.samples
+    def _of_rank(self, context: RankContext, *, several: bool) -> dict[str, Any]:
+        state, steps = rank_state(self._operator, self.modes), internals(self._operator).steps
+        if steps is not None:
+            state["steps"]["samples"] = self._sync.samples_of(context, steps)
         for name in ("buffers", "operator") if several else ():  # the next rank's will take their place
             if name in state:
                 state[name] = detached(state[name])
-        return state
+        return {**state, "epoch_idx": self._sync.epoch_idx}
 
     def restore(self, path: str) -> None:
         """Puts everything to where a checkpoint has it; a call that was interrupted goes on when it is called next.
@@ -159,27 +152,29 @@ class RankKeeper:
         _say_what_begins_anew(operator)
         states = {
             rank: rank_states_for(ranks, rank, here, context.settings.seed, shared["global_step"])
-            for rank in self._ranks()
+            for rank in self._sync.contexts
         }
-        for rank in self._each_rank():
-            put_loaders_back(operator, states[rank], same_ranks=len(ranks) == here)
-            put_back(operator, shared, states[rank])
-            set_modes(operator, states[rank]["modes"])
+        for one in self._sync.each():
+            mine = states[one.rank]
+            put_loaders_back(operator, mine, same_ranks=len(ranks) == here)
+            put_back(operator, shared, mine)
+            set_modes(operator, mine["modes"])
+            self._sync.restored(one)
         self._saved_step = operator.global_step
         context.progress.reach(operator.global_step, shared["epoch"])
         some = next(iter(states.values()))
         if "steps" in some:
-            again = Resumed(steps=some["steps"], put_back=lambda: self._put_everything_back(shared, states))
-            self.resume_with(again, int(some["epoch_idx"]))
+            self.resume_with(
+                Resumed(
+                    steps=some["steps"],
+                    put_back=lambda: self._put_everything_back(shared, states),
+                    epoch_idx=int(some["epoch_idx"]),
+                )
+            )
 
-    def resume_with(self, resumed: Resumed, epoch_idx: int | None = None) -> None:
-        """The next call goes on with an interrupted one.
-
-        Args:
-            resumed: where it stood.
-            epoch_idx: the number that its hook was given; None: it follows from the loader.
-        """
-        self._resumed, self._resumed_epoch_idx = resumed, epoch_idx
+    def resume_with(self, resumed: Resumed) -> None:
+        """The next call goes on with an interrupted one."""
+        self._resumed = resumed
 
     @property
     def resuming(self) -> bool:
@@ -188,34 +183,23 @@ class RankKeeper:
 
     def take_resumed(self) -> Resumed | None:
         """What the call that begins now goes on with; None if it begins at its beginning."""
-        resumed, self._resumed, self._resumed_epoch_idx = self._resumed, None, None
+        resumed, self._resumed = self._resumed, None
         return resumed
 
     def epoch_idx_of_resumed(self, otherwise: int) -> int:
         """The number that the hook of an interrupted call was given, or another one."""
-        return otherwise if self._resumed_epoch_idx is None else self._resumed_epoch_idx
+        epoch_idx = self._resumed.epoch_idx if self._resumed is not None else None
+        return otherwise if epoch_idx is None else epoch_idx
 
     def _put_everything_back(self, shared: Mapping[str, Any], states: Mapping[int, Mapping[str, Any]]) -> None:
-        for rank in self._each_rank():
-            mine = states[rank]
+        for context in self._sync.each():
+            mine = states[context.rank]
             put_back(self._operator, shared, mine)
-            if self.team is not None and self.team.training:
-                self.team.seats[rank].samples = mine["steps"]["samples"]
+            context.samples = mine["steps"]["samples"]
             meters = internals(self._operator).meters
             if meters is not None and mine["meters"] is not None:
                 meters.load_state_dict(mine["meters"])
-
-    def _ranks(self) -> list[int]:
-        return [internals(self._operator).context.collective.rank] if self.team is None else self.team.ranks
-
-    def _each_rank(self) -> Iterator[int]:
-        """Every rank of this process in turn; what is changed while it is a rank's turn goes on that rank's card."""
-        if self.team is None:
-            yield from self._ranks()
-            return
-        for seat in self.team.each():
-            yield seat.rank
-            self.team.write_card(seat, self.team.exchange.number)
+            self._sync.restored(context)
 
     def note_modes(self) -> None:
         """Remembers the modes of the modules, before a validation changes them."""

@@ -1,4 +1,4 @@
-"""How a worker process carries its ranks: through shared memory, several or one, or over a process group as any DDP program."""
+"""Puts an executor together: who carries which ranks, and through what their gradients are exchanged."""
 
 from __future__ import annotations
 
@@ -9,28 +9,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchtrainer.comm.changing import ChangingCollective
-from torchtrainer.comm.exchange import GradientExchange, why_not_shared
 from torchtrainer.comm.group import Collective, GroupCollective, SingleCollective
+from torchtrainer.comm.shared_memory import SharedMemoryExchange, why_not_shared
 from torchtrainer.config import BATCH_SIZE, TrainSettings
-from torchtrainer.control.messages import Join
 from torchtrainer.errors import InvalidArgumentError
 from torchtrainer.observe.notices import notice
 from torchtrainer.operator import TrainingOperator
 from torchtrainer.spec import BuildSpec
 from torchtrainer.topology import share_of
-from torchtrainer.train.cards import CardFile
+from torchtrainer.train.backward_sync import BackwardSync, sync_through_group
 from torchtrainer.train.components import internals
 from torchtrainer.train.equality import make_equal
-from torchtrainer.train.group_rank import group_rank_of
-from torchtrainer.train.lone import LoneRank
+from torchtrainer.train.gradient_sync import RecoverableSync
 from torchtrainer.train.progress import Progress
-from torchtrainer.train.seats import Buffers, bound_reason
+from torchtrainer.train.rank_context import Buffers, bound_reason
+from torchtrainer.train.records import RecordFile
 from torchtrainer.train.sharding import unknown_kinds
-from torchtrainer.train.team import Team
+from torchtrainer.train.shared_step import SharedStep
 from torchtrainer.train.trained import TrainedParameters
-from torchtrainer.worker.crew import Crew, CrewGate
-from torchtrainer.worker.runtime import RankRuntime, build_rank
-from torchtrainer.worker.team_runtime import LoneRuntime, TeamRuntime
+from torchtrainer.worker.executor import Executor, build_rank
+from torchtrainer.worker.reassignment import BoundaryGate, Reassignment
 
 if TYPE_CHECKING:
     from torchtrainer.worker.link import Link
@@ -58,63 +56,25 @@ class MemoryPaths:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seating:
-    """The ranks of a process, and what serves them.
+class Assembled:
+    """A worker process, built.
 
     Attributes:
-        runtime: serves calls.
-        crew: serves changes of who carries what; None: there are none.
+        executor: serves calls.
+        reassignment: serves changes of who carries which ranks; None: there are none.
         bound: why this process can carry no other rank; empty: it can.
         recovers: the ranks of a lost process can be taken over.
         record: what the ranks said to each other while they were built.
-        shared_path: of the state that a worker shares.
     """
 
-    runtime: RankRuntime
-    crew: Crew | None = None
+    executor: Executor
+    reassignment: Reassignment | None = None
     bound: str = NOT_IN_MEMORY
     recovers: bool = False
     record: list[Any] = field(default_factory=list)
-    shared_path: str = ""
-
-    def ranks(self) -> list[int]:
-        """The ranks that this process carries now."""
-        if isinstance(self.runtime, TeamRuntime):
-            return self.runtime.team.ranks
-        return [self.turn()]
-
-    def turn(self) -> int:
-        """The rank whose turn it is."""
-        return internals(self.runtime.operator).context.collective.rank
-
-    def settle(self, method: str, value: Any) -> None:
-        """To be called when a call has returned."""
-        self.runtime.settle(method, value)
-        if self.crew is not None:
-            self.crew.tell_collectives()
-            self.crew.tell_carried()
-
-    def late_result(self, rank: int) -> Any:
-        """What the latest call returns for a rank that was taken over after it."""
-        return self.runtime.late_result(rank) if isinstance(self.runtime, TeamRuntime) else None
-
-    def begin(self, call: int) -> None:
-        """A call begins."""
-        if self.crew is not None:
-            self.crew.call = call
-        if isinstance(self.runtime, TeamRuntime):
-            self.runtime.team.call = call
-
-    def join(self, order: Join) -> None:
-        """Takes over ranks, with a state that another worker has shared."""
-        assert isinstance(self.runtime, TeamRuntime | LoneRuntime)
-        assert self.crew is not None
-        self.begin(order.call)
-        self.runtime.join(self.shared_path, order.number, order.ranks, order.at)
-        self.crew.joined(order)
 
 
-def build_seating(
+def build_worker(
     spec: BuildSpec,
     *,
     group: GroupCollective | None,
@@ -125,7 +85,7 @@ def build_seating(
     saver: RegionSaver | None,
     link: Link,
     shared_by: int,
-) -> Seating:
+) -> Assembled:
     """Builds what a worker process carries.
 
     Args:
@@ -158,7 +118,7 @@ def build_seating(
     if in_memory and _goes_through_memory(operator, tells=arguments.rank == 0):
         return _in_memory(operator, changing, arguments, gate, link, keeping, shared_by)
     _say_what_a_loss_means(operator)
-    return Seating(runtime=_through_group(operator, gate=gate, **keeping))
+    return Assembled(executor=_through_group(operator, gate=gate, **keeping))
 
 
 def _may_go_through_memory(settings: TrainSettings, device: torch.device) -> bool:
@@ -203,14 +163,14 @@ def _in_memory(
     link: Link,
     keeping: dict[str, Any],
     shared_by: int,
-) -> Seating:
+) -> Assembled:
     paths = MemoryPaths(**arguments.memory)
     make_equal(operator, alone=arguments.record is not None)
-    carrier = _carrier(operator, paths, arguments.ranks, arguments.world_size, arguments.timeout_s, shared_by)
-    crew = Crew(
+    sync = _sync_through_memory(operator, paths, arguments.ranks, arguments.world_size, arguments.timeout_s, shared_by)
+    reassignment = Reassignment(
         group=arguments.group,
         worker=arguments.worker,
-        carrier=carrier,
+        sync=sync,
         operator=operator,
         orders=link.orders,
         send=link.send,
@@ -218,32 +178,31 @@ def _in_memory(
         saver=keeping["saver"],
         hold_s=arguments.hold_s,
     )
-    carrier.on_wait = crew.on_wait
-    runtime = _runtime_of(operator, carrier, gate=CrewGate(gate, crew, carrier.at_boundary), **keeping)
+    sync.on_wait = reassignment.on_wait
+    executor = Executor(operator, sync=sync, gate=BoundaryGate(gate, reassignment, sync.at_boundary), **keeping)
     record, streaming = changing.record, any(not one.any_world_size for one in internals(operator).loaders.values())
     if not streaming:
         changing.built()
-        crew.watch_collectives()
-    if isinstance(carrier, LoneRank) and arguments.ranks:
-        carrier.at_boundary()
-    return Seating(
-        runtime=runtime,
-        crew=crew,
+        reassignment.watch_collectives()
+    if arguments.ranks:
+        sync.at_boundary()
+    return Assembled(
+        executor=executor,
+        reassignment=reassignment,
         bound=bound_reason(operator),
         recovers=not streaming,
         record=record,
-        shared_path=paths.shared,
     )
 
 
-def build_alone(spec: BuildSpec, *, world_size: int, progress: Progress, **arguments: Any) -> RankRuntime:
+def build_alone(spec: BuildSpec, *, world_size: int, progress: Progress, **arguments: Any) -> Executor:
     """Builds all ranks of a run in this process, for debuggers.
 
     Args:
         spec: the user's code and options.
         world_size: ranks.
         progress: where the process shows what it is doing.
-        arguments: of `RankRuntime`.
+        arguments: of `Executor`.
 
     Raises:
         InvalidArgumentError: the operator cannot share a process with others of its kind.
@@ -269,8 +228,8 @@ def build_alone(spec: BuildSpec, *, world_size: int, progress: Progress, **argum
         raise InvalidArgumentError(
             f"use_local=True cannot carry {world_size} ranks in one process: {bound}. Use num_workers=1, or worker processes"
         )
-    carrier = _carrier(operator, None, range(world_size), world_size, spec.settings.timeout_s, 1)
-    return _runtime_of(operator, carrier, **arguments)
+    sync = _sync_through_memory(operator, None, range(world_size), world_size, spec.settings.timeout_s, 1)
+    return Executor(operator, sync=sync, **arguments)
 
 
 def build_launched(
@@ -283,7 +242,7 @@ def build_launched(
     memory: dict[str, Any] | None,
     on_wait: Callable[[], None],
     **keeping: Any,
-) -> RankRuntime:
+) -> Executor:
     """Builds the rank of a process that a launcher started.
 
     Args:
@@ -294,7 +253,7 @@ def build_launched(
         progress: where the rank shows what it is doing.
         memory: fields of `MemoryPaths`, if the ranks are on one machine and share some.
         on_wait: called while other ranks are waited for.
-        keeping: other arguments of `RankRuntime`.
+        keeping: other arguments of `Executor`.
     """
     in_memory = memory is not None and _may_go_through_memory(spec.settings, device)
     operator = build_rank(
@@ -305,42 +264,36 @@ def build_launched(
         return _through_group(operator, **keeping)
     paths, rank, world_size = MemoryPaths(**memory), collective.rank, collective.world_size
     make_equal(operator, alone=False)
-    carrier = _carrier(operator, paths, [rank], world_size, spec.settings.timeout_s, world_size)
-    carrier.on_wait = on_wait
-    keeping["gate"] = CrewGate(keeping["gate"], None, carrier.at_boundary)
-    return _runtime_of(operator, carrier, **keeping)
+    sync = _sync_through_memory(operator, paths, [rank], world_size, spec.settings.timeout_s, world_size)
+    sync.on_wait = on_wait
+    keeping["gate"] = BoundaryGate(keeping["gate"], None, sync.at_boundary)
+    return Executor(operator, sync=sync, **keeping)
 
 
-def _through_group(operator: TrainingOperator, *, gate: Any, **arguments: Any) -> RankRuntime:
-    """The calls of a rank whose gradients go through a process group, or that has no other rank beside it."""
-    found = group_rank_of(operator)
-    if found is not None:
-        gate = CrewGate(gate, None, found.at_boundary)
-    return RankRuntime(operator, gate=gate, group_rank=found, **arguments)
+def _through_group(operator: TrainingOperator, *, gate: Any, **arguments: Any) -> Executor:
+    """The executor of a rank whose gradients go through a process group, or that exchanges none."""
+    sync = sync_through_group(operator)
+    if sync is not None:
+        gate = BoundaryGate(gate, None, sync.at_boundary)
+    return Executor(operator, gate=gate, sync=sync, **arguments)
 
 
 def _batch_shares(size: Any, world_size: int) -> tuple[int, ...]:
     return tuple(share_of(size, rank, world_size) for rank in range(world_size)) if isinstance(size, int) else ()
 
 
-def _runtime_of(operator: TrainingOperator, carrier: Team | LoneRank, **arguments: Any) -> RankRuntime:
-    if isinstance(carrier, Team):
-        return TeamRuntime(operator, carrier, **arguments)
-    return LoneRuntime(operator, carrier, **arguments)
-
-
-def _carrier(
+def _sync_through_memory(
     operator: TrainingOperator,
     paths: MemoryPaths | None,
     ranks: Sequence[int],
     world_size: int,
     timeout_s: float,
     shared_by: int,
-) -> Team | LoneRank:
-    """What carries the ranks of this process; ``paths``: None if they are all ranks."""
+) -> RecoverableSync:
+    """What exchanges the gradients of the ranks of this process; ``paths``: None if they are all ranks."""
     trained = TrainedParameters(operator)
     internals(operator).weighs = True
-    exchange = GradientExchange(
+    exchange = SharedMemoryExchange(
         None if paths is None else paths.gradients,
         world_size=world_size,
         parameters=trained.parameters,
@@ -349,8 +302,8 @@ def _carrier(
         by_rows=trained.by_rows,
     )
     tensors = Buffers(operator).tensors
-    card_paths = [None] * world_size if paths is None else paths.cards
-    cards = [CardFile(path, rank=rank, tensors=tensors) for rank, path in enumerate(card_paths)]
+    files = [None] * world_size if paths is None else paths.cards
+    records = [RecordFile(path, rank=rank, tensors=tensors) for rank, path in enumerate(files)]
     if bound_reason(operator):
-        return LoneRank(operator, exchange=exchange, cards=cards, trained=trained)
-    return Team(operator, exchange=exchange, cards=cards, trained=trained, ranks=ranks)
+        return BackwardSync(operator, exchange=exchange, trained=trained, records=records)
+    return SharedStep(operator, exchange=exchange, trained=trained, records=records, ranks=ranks)

@@ -12,16 +12,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torchtrainer.checkpoint.snapshot import Region
+from torchtrainer.checkpoint.snapshot import Region, assemble
 from torchtrainer.comm.uneven import collectives_made
 from torchtrainer.control.messages import Assign, Bound, Carried, Carry, Held, Join, Share, Shared
 from torchtrainer.control.wire import ForWorker, Message
 from torchtrainer.errors import EngineError, SnapshotError
 from torchtrainer.train.complete_state import shared_state
 from torchtrainer.train.components import internals
-from torchtrainer.train.extras import SHARED_EXTRAS
-from torchtrainer.train.lone import LoneRank
-from torchtrainer.train.team import Team
+from torchtrainer.train.gradient_sync import RecoverableSync
+from torchtrainer.worker.checkpointer import RankCheckpointer
 from torchtrainer.worker.saver import RegionSaver
 
 LOOK_S = 0.2
@@ -32,12 +31,12 @@ class Released(BaseException):
     """This worker carries no rank any more, and leaves the running call; not an error of the user's to catch."""
 
 
-class Crew:
+class Reassignment:
     """The worker's part in changes of who carries what. Used by the thread that trains.
 
     Args:
         group, worker: of this process.
-        carrier: the ranks of this process.
+        sync: the ranks of this process.
         operator: of this process.
         orders: filled by the link's thread.
         send: hands a message over to the host.
@@ -54,7 +53,7 @@ class Crew:
         *,
         group: str,
         worker: int,
-        carrier: Team | LoneRank,
+        sync: RecoverableSync,
         operator: Any,
         orders: queue.SimpleQueue[ForWorker | None],
         send: Callable[[Message], None],
@@ -64,10 +63,11 @@ class Crew:
     ) -> None:
         self._group = group
         self._worker = worker
-        self._carrier = carrier
+        self._sync = sync
         self._operator = operator
         self._orders = orders
         self._send = send
+        self._shared_path = shared_path
         self._region = Region(shared_path, rank=0, world_size=1)
         self._saver = saver
         self._hold_s = hold_s
@@ -85,7 +85,7 @@ class Crew:
         """In an exchange, while other ranks are waited for."""
         for order in self._waiting_orders(Carry, Share):
             if isinstance(order, Carry):
-                self._carry(order, self._team.catch_up)
+                self._carry(order, self._sync.catch_up)
             elif isinstance(order, Share):
                 self._share(order)
 
@@ -137,9 +137,8 @@ class Crew:
 
     def _tell_bound(self) -> None:
         """Says so if it has turned out that a process can carry one rank only."""
-        reason = self._carrier.extras.unlike if isinstance(self._carrier, Team) else ""
-        if reason and not self._bound:
-            self._tell(reason)
+        if self._sync.unlike and not self._bound:
+            self._tell(self._sync.unlike)
 
     def _tell(self, why: str) -> None:
         self._bound = True
@@ -161,8 +160,16 @@ class Crew:
                 )
             )
 
-    def joined(self, order: Join) -> None:
-        """This worker has joined: told at once between two calls, else when its first step is over."""
+    def join(self, order: Join, checkpointer: RankCheckpointer) -> None:
+        """Takes ranks over with a state that another worker has shared.
+
+        The driver is told at once between two calls, else when the first step is over.
+        """
+        shared = assemble([self._shared_path], order.number)["shared"]
+        resumed = self._sync.join(shared, order.ranks, order.at)
+        internals(self._operator).context.progress.reach(self._operator.global_step, shared["epoch"])
+        if resumed is not None:
+            checkpointer.resume_with(resumed)
         self._taken = [*self._taken, *order.ranks]
         if self._saver is not None:
             self._saver.number = order.at["snapshots"]
@@ -172,12 +179,6 @@ class Crew:
             self.tell_carried()
 
     # Orders
-
-    @property
-    def _team(self) -> Team:
-        if not isinstance(self._carrier, Team):
-            raise EngineError("a process whose operator makes the update itself can carry no other rank")
-        return self._carrier
 
     def _waiting_orders(self, *kinds: type[ForWorker]) -> Iterator[ForWorker]:
         """The orders of some kinds that have come, in order; others are left for where they belong."""
@@ -198,42 +199,36 @@ class Crew:
     def _at_rest(self, order: ForWorker) -> None:
         if isinstance(order, Carry):
             self._carry(order, self._adopt)
-            self._team.turn_to_lowest()
+            self._sync.turn_to_lowest()
         elif isinstance(order, Share):
             self._share(order)
         elif isinstance(order, Assign):
-            self._team.assign(order.ranks)
+            self._sync.assign(order.ranks)
             if not order.ranks:
                 raise Released
 
     def _adopt(self, rank: int) -> int:
-        self._team.adopt(rank)
+        self._sync.adopt(rank)
         return 0
 
     def _carry(self, order: Carry, take: Callable[[int], int]) -> None:
         for rank in order.ranks:
-            if rank not in self._team.seats:
+            if rank not in self._sync.contexts:
                 self._redone += take(rank)
                 self._taken.append(rank)
 
-    def _state(self) -> dict[str, Any]:
-        state = shared_state(self._operator)
-        if isinstance(self._carrier, Team):
-            state[SHARED_EXTRAS] = self._carrier.extras.shared
-        return state
-
     def _share(self, order: Share) -> None:
-        carrier = self._carrier
-        error = carrier.why_not_shared(order.ranks) if isinstance(carrier, LoneRank) else carrier.extras.unlike
-        inside = internals(self._operator)
+        error = self._sync.why_not_shared(order.ranks)
+        steps = internals(self._operator).steps
         at = {
-            **carrier.where(),
-            "steps": inside.steps.state_dict() if inside.steps is not None else None,
+            **self._sync.where(),
+            "steps": steps.state_dict() if steps is not None else None,
             "snapshots": self._saver.number if self._saver is not None else 0,
         }
         if not error:
             try:
-                self._region.write(self._state(), {}, set(), order.number)
+                state = {**shared_state(self._operator), **self._sync.shared_state()}
+                self._region.write(state, {}, set(), order.number)
             except SnapshotError as failed:
                 error = str(failed)
         self._send(
@@ -249,18 +244,18 @@ class Crew:
         )
 
 
-class CrewGate:
+class BoundaryGate:
     """A gate at which a process has its ranks note how far they are; a worker also looks for orders, and holds if it is told to.
 
     Args:
         gate: that is asked whether to go on.
-        crew: of this worker; None: nobody orders this process about.
+        reassignment: of this worker; None: nobody orders this process about.
         before: called at every boundary first.
     """
 
-    def __init__(self, gate: Any, crew: Crew | None, before: Callable[[], None]) -> None:
+    def __init__(self, gate: Any, reassignment: Reassignment | None, before: Callable[[], None]) -> None:
         self._gate = gate
-        self._crew = crew
+        self._reassignment = reassignment
         self._before = before
 
     @property
@@ -271,10 +266,10 @@ class CrewGate:
     def stop_requested(self, boundary: int) -> bool:
         """See `torchtrainer.train.progress.StepGate`."""
         self._before()
-        if self._crew is None:
+        if self._reassignment is None:
             return bool(self._gate.stop_requested(boundary))
-        self._crew.at_boundary()
+        self._reassignment.at_boundary()
         stop: bool = self._gate.stop_requested(boundary)
         if self._gate.hold_wanted:
-            self._crew.hold(boundary)
+            self._reassignment.hold(boundary)
         return stop

@@ -65,10 +65,10 @@ def _from_bytes(data: tuple[str, tuple[int, ...], bytes] | None) -> torch.Tensor
 
 def unpacked(value: Any) -> Any:
     """What `packed` was given."""
-    return pickle.loads(value) if isinstance(value, bytes) else value  # own workers' memory, as in `CardFile.read`
+    return pickle.loads(value) if isinstance(value, bytes) else value  # own workers' memory, as in `RecordFile.read`
 
 
-class CardFile:
+class RecordFile:
     """The cards of one rank.
 
     Args:

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from torchtrainer.errors import EngineError
-from torchtrainer.train.cards import CardFile
 from torchtrainer.train.components import Components, internals
 from torchtrainer.train.data import RankLoader
 from torchtrainer.train.extras import Entries
 from torchtrainer.train.metrics import AverageMeterCollection
 from torchtrainer.train.optimizers import takes_closure
+from torchtrainer.train.records import RecordFile
 from torchtrainer.train.rng import RngState
 from torchtrainer.train.trained import known_parameters
 
@@ -28,7 +28,7 @@ def nothing() -> None:
 
 
 @dataclass(kw_only=True)
-class Seat:
+class RankContext:
     """What only one rank has.
 
     Attributes:
@@ -46,6 +46,12 @@ class Seat:
     samples: int = 0
     meters: AverageMeterCollection = field(default_factory=AverageMeterCollection)
     extras: Entries = field(default_factory=dict)
+
+    def begin_call(self, *, new_pass: bool) -> None:
+        """A call of ``train`` begins; ``new_pass``: with a new pass."""
+        self.samples, self.meters = 0, AverageMeterCollection()
+        if new_pass and "train" in self.loaders:
+            self.loaders["train"].give_up()
 
     def close(self) -> None:
         """Ends its loaders' workers."""
@@ -84,7 +90,7 @@ class Buffers:
         """All of them, in the order of a card; None for one that is not there now."""
         return [*self.followed, *self.own]
 
-    def load_for(self, rank: int, cards: Sequence[CardFile], number: int, *, alone: bool) -> None:
+    def load_for(self, rank: int, cards: Sequence[RecordFile], number: int, *, alone: bool) -> None:
         """Makes the buffers those with which a rank begins a step: rank 0's, and the rank's own.
 
         Args:

@@ -12,7 +12,7 @@ import torch
 
 from torchtrainer.errors import EngineError
 from torchtrainer.train import rng
-from torchtrainer.train.cards import CardFile
+from torchtrainer.train.records import RecordFile
 from torchtrainer.train.rng import StreamReader, isolated_rng, set_rng_state, streams_from_plain
 
 TENSORS = [torch.zeros(3, dtype=torch.float64), torch.zeros((), dtype=torch.int64)]
@@ -22,9 +22,9 @@ CARDS = 3000
 
 WRITER = f"""
 import sys, torch
-from torchtrainer.train.cards import CardFile
+from torchtrainer.train.records import RecordFile
 
-cards = CardFile(sys.argv[1], rank=0, tensors=[torch.zeros(3, dtype=torch.float64), torch.zeros((), dtype=torch.int64)])
+cards = RecordFile(sys.argv[1], rank=0, tensors=[torch.zeros(3, dtype=torch.float64), torch.zeros((), dtype=torch.int64)])
 for number in range({CARDS}):
     value = [torch.full((3,), number, dtype=torch.float64), torch.tensor(number)]
     cards.write(number, value, [number] * ({LONG} + number % 7))
@@ -72,7 +72,7 @@ def path(tmp_path) -> str:
 
 
 def test_the_two_latest_cards_are_there(path) -> None:
-    mine, other = (CardFile(path, rank=0, tensors=TENSORS) for _ in range(2))
+    mine, other = (RecordFile(path, rank=0, tensors=TENSORS) for _ in range(2))
     assert not other.has(0)
     for number in range(5):
         mine.write(number, [torch.full((3,), number, dtype=torch.float64), torch.tensor(number)], {"number": number})
@@ -88,7 +88,7 @@ def test_a_card_that_is_being_written_over_is_not_read(path) -> None:
     with subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None
         assert writer.stdout.readline() == "begun\n"
-        cards, number, read = CardFile(path, rank=0, tensors=TENSORS), 0, 0
+        cards, number, read = RecordFile(path, rank=0, tensors=TENSORS), 0, 0
         while number < CARDS - 1:
             try:
                 plain = cards.read(number)[1]
