@@ -38,7 +38,7 @@ from torchtrainer.train.components import internals
 from torchtrainer.train.metrics import PassResult, reduce_results
 from torchtrainer.train.progress import OpenGate, Progress
 from torchtrainer.train.rng import seed_all
-from torchtrainer.worker.executor import build_rank
+from torchtrainer.worker.assembly import build_rank
 
 SAMPLES, BATCH, RANK_DEADLINE_S = 26, 4, 60.0  # 7 batches in a pass, the last one smaller
 

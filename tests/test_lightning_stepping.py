@@ -30,7 +30,7 @@ from torchtrainer.operator import TrainingOperator
 from torchtrainer.spec import BuildSpec
 from torchtrainer.train.progress import OpenGate, Progress
 from torchtrainer.train.rng import seed_all
-from torchtrainer.worker.executor import build_rank
+from torchtrainer.worker.assembly import build_rank
 
 SAMPLES, BATCH, WIDTH, PASSES, RANKS, RANK_DEADLINE_S = 26, 4, 32, 2, 3, 90.0
 

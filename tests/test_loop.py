@@ -20,7 +20,7 @@ from torchtrainer.train.components import internals
 from torchtrainer.train.hooks import bind_hook
 from torchtrainer.train.progress import OpenGate, Progress, StepGate
 from torchtrainer.train.uneven import GradientShare
-from torchtrainer.worker.executor import build_rank
+from torchtrainer.worker.assembly import build_rank
 
 SAMPLES, BATCH = 40, 4  # 10 batches in a pass
 

@@ -26,7 +26,7 @@ from torchtrainer.train.components import internals
 from torchtrainer.train.creators import check_loaders, make_loss
 from torchtrainer.train.progress import OpenGate, Progress
 from torchtrainer.train.rng import isolated_rng, seed_all
-from torchtrainer.worker.executor import build_rank, run_initialization_hook
+from torchtrainer.worker.assembly import build_rank, run_initialization_hook
 
 
 def make_model(config):

@@ -29,8 +29,8 @@ from torchtrainer.spec import BuildSpec
 from torchtrainer.train.digest import digest, digest_of_all, leaves
 from torchtrainer.train.loop import StepIterator
 from torchtrainer.train.progress import Progress
+from torchtrainer.worker.assembly import build_rank
 from torchtrainer.worker.digests import step_iterator
-from torchtrainer.worker.executor import build_rank
 from torchtrainer.worker.held import held_values
 
 DEADLINE_S = 250

@@ -21,7 +21,7 @@ from torchtrainer.train.components import (
     refuse_retired,
 )
 from torchtrainer.train.creators import Creators, attach_created
-from torchtrainer.train.data import RankLoader
+from torchtrainer.train.data import LoaderView, RankLoader
 from torchtrainer.train.precision import Amp
 from torchtrainer.train.progress import Progress
 from torchtrainer.train.timers import TimerCollection
@@ -177,7 +177,7 @@ class TrainingOperator:
                 )
                 if name == "train":
                     self._internals.loaders[name].accumulate = self._internals.context.settings.accumulate
-                setattr(self, f"{name}_loader", loop.LoaderView(loader, self._internals.loaders[name]))
+                setattr(self, f"{name}_loader", LoaderView(loader, self._internals.loaders[name]))
 
     def train_epoch(
         self,

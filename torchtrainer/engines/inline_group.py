@@ -64,7 +64,7 @@ class InlineGroup:
         import torch
 
         from torchtrainer.train.progress import Progress
-        from torchtrainer.worker.executor import run_initialization_hook
+        from torchtrainer.worker.assembly import run_initialization_hook
 
         self.world_size = collective.world_size if gather else plan.world_size
         self._collective = collective

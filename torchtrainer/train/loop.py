@@ -285,36 +285,6 @@ class Resumed:
     epoch_idx: int | None = None
 
 
-class LoaderView:
-    """A registered loader as one rank sees it: ``len()`` and iteration are of the rank's batches, the rest is the loader's.
-
-    Iterating it takes the batches that the hooks' iterator would get next, up to the end of the pass.
-    """
-
-    def __init__(self, loader: Any, rank_loader: RankLoader) -> None:
-        self._loader = loader
-        self._rank_loader = rank_loader
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__.get("_loader"), name)
-
-    def __len__(self) -> int:
-        batches = self._rank_loader.batches_per_pass
-        if batches is None:
-            raise TypeError(f"the number of batches of {type(self._loader).__name__} is not known")
-        return batches
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __iter__(self) -> Iterator[Any]:
-        while (batch := self._rank_loader.next_batch()) is not None:
-            if batch.size or batch.data is not None:  # not a validation step without samples for this rank
-                yield batch.data
-            if not self._rank_loader.in_pass:
-                return
-
-
 def _length(loader: RankLoader | None, extent: Extent) -> int | None:
     if not extent.one_pass:
         return extent.num_steps

@@ -5,7 +5,8 @@ streams, loaders, means, and what its buffers were. In a step every rank in turn
 gradients to the exchange, with its record for the next step. When all ranks have given theirs, every process has the same
 mean of all gradients, summed in rank order, and makes the update. So the bits do not depend on who carries what.
 
-Everything here runs in the thread that trains.
+Everything here runs in the thread that trains. Long because whose turn it is, what a record says and how a step goes hang on one
+another's order.
 """
 
 from __future__ import annotations

@@ -14,10 +14,11 @@ from torchtrainer.comm.shared_memory import SharedMemoryExchange, why_not_shared
 from torchtrainer.config import BATCH_SIZE, TrainSettings
 from torchtrainer.errors import InvalidArgumentError
 from torchtrainer.observe.notices import notice
-from torchtrainer.operator import TrainingOperator
-from torchtrainer.spec import BuildSpec
+from torchtrainer.operator import OperatorContext, TrainingOperator
+from torchtrainer.spec import BuildSpec, rank_config
 from torchtrainer.topology import share_of
 from torchtrainer.train.backward_sync import BackwardSync, sync_through_group
+from torchtrainer.train.build import build_operator
 from torchtrainer.train.components import internals
 from torchtrainer.train.equality import make_equal
 from torchtrainer.train.gradient_sync import RecoverableSync
@@ -27,7 +28,7 @@ from torchtrainer.train.records import RecordFile
 from torchtrainer.train.sharding import unknown_kinds
 from torchtrainer.train.shared_step import SharedStep
 from torchtrainer.train.trained import TrainedParameters
-from torchtrainer.worker.executor import Executor, build_rank
+from torchtrainer.worker.executor import Executor
 from torchtrainer.worker.reassignment import BoundaryGate, Reassignment
 
 if TYPE_CHECKING:
@@ -36,6 +37,48 @@ if TYPE_CHECKING:
     from torchtrainer.worker.saver import RegionSaver
 
 NOT_IN_MEMORY = "the gradients of this run do not travel through shared memory"
+
+
+def run_initialization_hook(spec: BuildSpec) -> None:
+    """Runs the user's ``initialization_hook``, if there is one; before anything else of the run, for any number of ranks."""
+    if spec.initialization_hook is not None:
+        spec.initialization_hook()
+
+
+def build_rank(
+    spec: BuildSpec,
+    *,
+    collective: Collective,
+    device: torch.device,
+    local_rank: int,
+    progress: Progress,
+    in_memory: bool = False,
+    batch_shares: tuple[int, ...] = (),
+) -> TrainingOperator:
+    """Builds the operator of a rank.
+
+    Args:
+        spec: the user's code and options.
+        collective: the ranks of the run.
+        device: where this rank trains.
+        local_rank: place of the rank on its machine.
+        progress: where the rank shows what it is doing.
+        in_memory: gradients are to be exchanged through shared memory.
+        batch_shares: parts of ``config[BATCH_SIZE]`` by rank, for a process that carries all ranks.
+    """
+    progress.enter("setup")
+    context = OperatorContext(
+        config=rank_config(spec.config, rank=collective.rank, world_size=collective.world_size),
+        settings=spec.settings,
+        device=device,
+        collective=collective,
+        local_rank=local_rank,
+        progress=progress,
+        in_memory=in_memory,
+        batch_shares=batch_shares,
+        say=notice if collective.rank == 0 else None,
+    )
+    return build_operator(spec, context)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,23 +6,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import nn
 
-from torchtrainer.comm.group import Collective
 from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES
 from torchtrainer.errors import InvalidArgumentTypeError
-from torchtrainer.observe.notices import notice
-from torchtrainer.operator import OperatorContext, TrainingOperator
-from torchtrainer.spec import BuildSpec, rank_config
-from torchtrainer.train.build import build_operator
+from torchtrainer.operator import TrainingOperator
 from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankLoader
 from torchtrainer.train.gradient_sync import GradientSync, NoSync
 from torchtrainer.train.hooks import bind_hook, epoch_info
 from torchtrainer.train.loop import Extent, StepIterator, train_epoch
 from torchtrainer.train.metrics import PassResult, plain
-from torchtrainer.train.progress import Progress, StepGate
+from torchtrainer.train.progress import StepGate
 from torchtrainer.train.rank_context import trainable_of
 from torchtrainer.train.schedules import step_by_metric
 from torchtrainer.train.state import capture, restore, restore_weights
@@ -37,48 +32,6 @@ _NO_LOADER = (
     "Training Operator does not have any registered {name} loader. Please register one with "
     "`self.register_data({name}_loader=...)` in the setup function, or return one from data_creator."
 )
-
-
-def run_initialization_hook(spec: BuildSpec) -> None:
-    """Runs the user's ``initialization_hook``, if there is one; before anything else of the run, for any number of ranks."""
-    if spec.initialization_hook is not None:
-        spec.initialization_hook()
-
-
-def build_rank(
-    spec: BuildSpec,
-    *,
-    collective: Collective,
-    device: torch.device,
-    local_rank: int,
-    progress: Progress,
-    in_memory: bool = False,
-    batch_shares: tuple[int, ...] = (),
-) -> TrainingOperator:
-    """Builds the operator of a rank.
-
-    Args:
-        spec: the user's code and options.
-        collective: the ranks of the run.
-        device: where this rank trains.
-        local_rank: place of the rank on its machine.
-        progress: where the rank shows what it is doing.
-        in_memory: gradients are to be exchanged through shared memory.
-        batch_shares: parts of ``config[BATCH_SIZE]`` by rank, for a process that carries all ranks.
-    """
-    progress.enter("setup")
-    context = OperatorContext(
-        config=rank_config(spec.config, rank=collective.rank, world_size=collective.world_size),
-        settings=spec.settings,
-        device=device,
-        collective=collective,
-        local_rank=local_rank,
-        progress=progress,
-        in_memory=in_memory,
-        batch_shares=batch_shares,
-        say=notice if collective.rank == 0 else None,
-    )
-    return build_operator(spec, context)
 
 
 class Executor:

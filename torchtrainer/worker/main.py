@@ -32,9 +32,9 @@ from torchtrainer.script.take_over import ScriptState, take_over
 from torchtrainer.spec import BuildSpec
 from torchtrainer.train.progress import Progress, StepMark
 from torchtrainer.train.refetching import LoaderLoss
-from torchtrainer.worker.assembly import Assembled, build_worker
+from torchtrainer.worker.assembly import Assembled, build_worker, run_initialization_hook
 from torchtrainer.worker.encoding import encode_result
-from torchtrainer.worker.executor import Executor, run_initialization_hook
+from torchtrainer.worker.executor import Executor
 from torchtrainer.worker.link import Link, StopGate
 from torchtrainer.worker.reassignment import Released
 from torchtrainer.worker.saver import RegionSaver
