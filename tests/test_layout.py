@@ -195,6 +195,29 @@ def test_units_free_of_torch_do_not_name_it_at_module_level():
     assert not wrong, "\n".join(wrong)
 
 
+SEAM_USERS = ("trainer", "planning", "calls")
+"""They use any engine and any group, by the Protocols in ``engines/base.py`` alone."""
+BEHIND_SEAMS = ("engines", "worker", "train", "comm")
+VALUES = frozenset({"ModelStates"})
+"""Not what a rank is, but what a call returned in place of a model."""
+ASKING = ("isinstance", "issubclass", "type")
+
+
+@pytest.mark.parametrize("unit", SEAM_USERS)
+def test_what_an_engine_is_makes_no_difference_to_the_trainer(unit):
+    """Of what comes from below the seam, nothing is asked which class it is of."""
+    (module,) = (module for module in MODULES if module.name == f"torchtrainer.{unit}")
+    imported = {used.name.rpartition(".")[2] for used in module.imports if unit_of(used.name) in BEHIND_SEAMS}
+    kinds = imported - VALUES
+    asked = [node for node in ast.walk(module.tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in ASKING]
+    wrong = [ast.unparse(node) for node in asked if kinds & {name for one in node.args[1:] for name in names_in(one)}]
+    assert wrong == [], "let the Protocol say it"
+
+
+def names_in(node: ast.expr) -> set[str]:
+    return {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
+
+
 def heavy_modules_after(code: str) -> list[str]:
     report = (
         "import json, sys; print(json.dumps(sorted({'torch', 'numpy', 'pandas', 'matplotlib'} & set(sys.modules))))"

@@ -6,7 +6,6 @@ Long because it is the public interface: most of it is the documentation of the 
 from __future__ import annotations
 
 import os
-import socket
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -18,16 +17,14 @@ from torchtrainer.arguments import check_may_change, refuse_unknown
 from torchtrainer.calls import Calls, nothing
 from torchtrainer.checkpoint.copies import Remade, load_models, made, models_of
 from torchtrainer.checkpoint.journal import Journal, Recorded, spell, spell_function
-from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES, CheckpointConfig, FailureConfig, PreemptionConfig, Timeouts
+from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES, CheckpointConfig, FailureConfig, PreemptionConfig
 from torchtrainer.driver.interrupts import forget_interrupted_calls
 from torchtrainer.driver.run_dir import BorrowedRunDirectory, RunDirectory
 from torchtrainer.driver.run_record import RunState
 from torchtrainer.engines.base import Engine, Group
-from torchtrainer.engines.inline_group import InlineGroup
 from torchtrainer.errors import (
     InvalidArgumentError,
     InvalidArgumentTypeError,
-    NotAvailableError,
     Preempted,
     TrainerClosedError,
 )
@@ -178,7 +175,7 @@ class TorchTrainer:
             journal=Journal(self._run_dir.root, self._run.records, writes=self._run.keeps, keep=run.checkpoint.keep),
             checkpoint=self._run.checkpoint,
             notices=self._notices,
-            timeouts=Timeouts(),
+            timeouts=run.engine.timeouts,
             requeue=run.preemption.requeue,
             on_error=note_weakly(weakref.WeakMethod(self._note_error)),
             newest=self._run.newest,
@@ -200,7 +197,7 @@ class TorchTrainer:
         self._start(run)
 
     def _start(self, run: RunPlan) -> None:
-        orders = self._run.orders(run.checkpoint, Timeouts(), run.preemption.signals)
+        orders = self._run.orders(run.checkpoint, run.engine.timeouts, run.preemption.signals)
         compiled = str(self._run_dir.compiled) if self._run_dir.durable else None
         plan = run.for_group(
             log_dir=str(self._run_dir.logs), logs_stay=self._run_dir.durable, orders=orders, compiled=compiled
@@ -459,13 +456,7 @@ class TorchTrainer:
         Raises:
             NotAvailableError: the ranks are other processes (everywhere but with ``use_local=True`` or under a launcher).
         """
-        group = self._living_group()
-        if isinstance(group, InlineGroup):
-            operator: TrainingOperator = group.operator
-            return operator
-        raise NotAvailableError(
-            "the operators live in the worker processes: use apply_all_operators(fn), or use_local=True to debug one here"
-        )
+        return self._living_group().local_operator()
 
     @property
     def local_worker(self) -> LocalWorker:
@@ -538,13 +529,13 @@ class TorchTrainer:
             return str(file)
         if file.is_dir():
             raise InvalidArgumentError(f"save takes the path of a file, and {file} is a directory")
+        group = self._living_group()
         state = self._call("state_dict")[0]
         if self._is_main:
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.save(state, file)
             _warn_about_extras(file)
-        if isinstance(self._group, InlineGroup):
-            self._group.wait_for_all()  # no rank may read what rank 0 still writes
+        group.wait_for_all()  # no rank may read what rank 0 still writes
         self._done(call, None)
         return str(file)
 
@@ -574,7 +565,7 @@ class TorchTrainer:
             ProcessStatus(
                 pid=view.pid,
                 ranks=view.ranks,
-                machine=view.machine or socket.gethostname(),
+                machine=view.machine,
                 device=view.device,
                 step=view.step,
                 phase=view.phase,

@@ -337,6 +337,7 @@ class Controller:
             log_dir=self._start.log_dir,
             logs_stay=self._logs_stay,
             pids={rank: view.pid for view in self.views for rank in view.ranks},
+            machines={rank: view.machine for view in self.views for rank in view.ranks},
             doing=self._doing,
             why=raised.why,
         )

@@ -123,7 +123,7 @@ def on_worker_started(machine: Machine, event: WorkerStarted, now: float) -> Res
     """Sent when the process of a worker exists. One that was given up meanwhile is ended."""
     if machine.view(event.worker) is None:
         return machine, (Send(message=KillWorker(group=machine.group, worker=event.worker)),)
-    return machine.see(event.worker, pid=event.pid, heard_at=now, phase_since=now), ()
+    return machine.see(event.worker, pid=event.pid, machine=event.machine, heard_at=now, phase_since=now), ()
 
 
 def on_beat(machine: Machine, event: Beat, now: float) -> Result:
@@ -194,6 +194,7 @@ def _cause_of(machine: Machine, view: WorkerView, event: WorkerExited) -> Worker
     return hung or WorkerDied(
         ranks=view.ranks or (view.like,),
         pid=event.pid,
+        machine=view.machine,
         exit_code=event.exit_code,
         phase=view.phase,
         step=view.step,

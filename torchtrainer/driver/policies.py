@@ -56,6 +56,7 @@ def root_cause(
         return WorkerDied(
             ranks=(leaving.rank,),
             pid=death.pid if death else 0,
+            machine=death.machine if death else "",
             exit_code=leaving.exit_code or 0,
             phase=leaving.phase,
             step=leaving.step,

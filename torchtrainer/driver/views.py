@@ -31,7 +31,7 @@ class WorkerView:
         ranks: that it carries; none: it is a newcomer, which has not joined, or a spare.
         like: the rank that it was built like.
         pid: 0 before the process exists.
-        machine: its host name; empty: that of the driver.
+        machine: the host name of where it runs; empty before the process exists.
         phase, phase_since: what its training thread does, and since when (monotonic).
         heard_at: when it was heard of last (monotonic).
         spoke: it has sent a heartbeat.

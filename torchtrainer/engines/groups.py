@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from torchtrainer.process.guard import kill_session
 from torchtrainer.process.logs import LogTail, size_of
 from torchtrainer.process.paths import EnginePaths, RankPaths
 from torchtrainer.script.take_over import SCRIPT_FILE
-from torchtrainer.topology import WORKER_MARK
+from torchtrainer.topology import WORKER_MARK, gloo_interface
 
 WORKER_ENTRY = "torchtrainer.worker.main:main"
 WRITER_ENTRY = "torchtrainer.checkpoint.writer:main"
@@ -94,7 +93,7 @@ class Group:
 
 def new_group(message: StartGroup, paths: EnginePaths) -> Group:
     """A group of which no process exists yet."""
-    ranks = range(message.world_size)
+    ranks = message.here
     memory = SharedMemory.of(message.world_size, paths.root)
     group = Group(
         spec=replace(message, blob=b""),
@@ -137,17 +136,18 @@ def child_spec(group: Group, worker: int, paths: EnginePaths, record: list[Any] 
         record: what it is built with if it comes later than the others.
     """
     message, rank = group.spec, group.like[worker]
-    loopback = "lo0" if sys.platform == "darwin" else "lo"
     environ = {
-        "GLOO_SOCKET_IFNAME": loopback,  # Gloo's own sockets then listen on loopback only
+        **gloo_interface(one_machine=len(message.nodes) == 1),
         "OMP_NUM_THREADS": str(message.threads),
         **message.environ,
         WORKER_MARK: message.group,
         SCRIPT_FILE: str(paths.spec(message.group)),
         "RANK": str(rank),
         "WORLD_SIZE": str(message.world_size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(message.world_size),
+        "LOCAL_RANK": str(message.here.index(rank)),
+        "LOCAL_WORLD_SIZE": str(len(message.here)),
+        "GROUP_RANK": str(message.node_rank),
+        "GROUP_WORLD_SIZE": str(len(message.nodes)),
     }
     return ChildSpec(
         key=worker_name(message.group, worker),
@@ -166,6 +166,7 @@ def child_spec(group: Group, worker: int, paths: EnginePaths, record: list[Any] 
 def _worker_arguments(group: Group, worker: int, paths: EnginePaths, record: list[Any] | None) -> dict[str, Any]:
     """What a worker is told; see `torchtrainer.worker.main.WorkerArguments`."""
     message, snapshots, rank = group.spec, group.snapshots, group.like[worker]
+    local_rank = message.here.index(rank)
     store = paths.store(message.group)
     return {
         "group": message.group,
@@ -174,14 +175,16 @@ def _worker_arguments(group: Group, worker: int, paths: EnginePaths, record: lis
         "rank": rank,
         "ranks": [rank] if record is None else [],
         "world_size": message.world_size,
-        "socket": paths.socket,
+        "local_rank": local_rank,
+        "local_world_size": len(message.here),
+        "endpoint": paths.endpoint,
         "spec_path": str(paths.spec(message.group)),
         "store_path": str(store if record is None else store.with_name(f"{store.name}-{worker}")),
         "log_dir": message.log_dir,
         "threads": message.threads,
         "backend": message.backend,
         "timeout_s": message.timeout_s,
-        "gpu": message.gpus[rank] if message.gpus else None,
+        "gpu": message.gpus[local_rank] if message.gpus else None,
         "heartbeat_s": message.heartbeat_s,
         "progress_s": message.progress_s,
         "hold_s": message.hold_s,

@@ -11,6 +11,7 @@ whatever way that happens. It decides nothing about training.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -75,7 +76,8 @@ class Host:
     def __init__(self, paths: EnginePaths, driver_pid: int, driver_pipe: int, start_method: str) -> None:
         self._paths = paths
         self._starters = Starters(start_method)
-        self._router = Router(paths.socket)
+        self._router = Router(paths.endpoint)
+        self._machine = socket.gethostname()
         self._driver_pid = driver_pid
         self._driver_watch = [fd for fd in (open_pidfd(driver_pid), driver_pipe) if fd is not None]
         self._groups: dict[str, Group] = {}
@@ -189,10 +191,10 @@ class Host:
             spec_path = self._paths.spec(message.group)
             with open(os.open(spec_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(message.blob)
-            for stream in ("stdout", "stderr"):
+            for stream in ("stdout", "stderr") if 0 in message.here else ():
                 log = RankPaths.of(message.log_dir, 0).stream(stream)
                 group.tails[stream] = LogTail(log, start=size_of(log))
-            for rank in range(message.world_size):
+            for rank in message.here:
                 group.note_logs(rank)
                 self._starters.start(child_spec(group, rank, self._paths))
         except OSError as error:  # no space, or no more processes: other groups go on
@@ -329,7 +331,7 @@ class Host:
         group.pids[worker] = event.pid
         if group.killed or worker in group.unwanted:
             kill_session(event.pid)
-        self._to_driver(WorkerStarted(group=name, worker=worker, pid=event.pid))
+        self._to_driver(WorkerStarted(group=name, worker=worker, pid=event.pid, machine=self._machine))
 
     def _on_child_not_started(self, event: ChildNotStarted) -> None:
         name, number = event.key.rsplit("/", 1)

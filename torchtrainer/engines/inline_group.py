@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torchtrainer.engines.inline_agreement import Agreement
     from torchtrainer.engines.inline_gate import InlineGate
     from torchtrainer.engines.inline_saver import GatheringSaver
+    from torchtrainer.operator import TrainingOperator
     from torchtrainer.train.refetching import LoaderLoss
     from torchtrainer.worker.runtime import RankRuntime
 
@@ -83,7 +85,7 @@ class InlineGroup:
         if gather:
             torch.set_num_threads(plan.threads)
         run_initialization_hook(plan.spec)
-        self._device = str(device)
+        self._device, self._machine = str(device), socket.gethostname()
         self._peers = self._find_peers() if gather else None
         self._runtime: RankRuntime | None = self._built(plan, collective, device, local_rank)
 
@@ -151,6 +153,7 @@ class InlineGroup:
             worker=self._collective.rank,
             ranks=self._ranks,
             pid=os.getpid(),
+            machine=self._machine,
             phase=at.phase,
             phase_since=at.phase_since,
             heard_at=time.monotonic(),
@@ -168,10 +171,11 @@ class InlineGroup:
         """The ranks of this process."""
         return (self._collective.rank,) if self._gather else tuple(range(self.world_size))
 
-    @property
-    def operator(self) -> Any:
+    def local_operator(self) -> TrainingOperator:
         """The operator of this process's rank."""
-        return None if self._runtime is None else self._runtime.operator
+        assert self._runtime is not None
+        operator: TrainingOperator = self._runtime.operator
+        return operator
 
     # Calls
 

@@ -133,7 +133,9 @@ class Link:
         orders: what the driver asks for, calls among it, in order; None: nothing more will come.
     """
 
-    def __init__(self, *, socket: str, group: str, name: str, worker: int, progress: Progress, gate: StopGate) -> None:
+    def __init__(
+        self, *, endpoint: str, group: str, name: str, worker: int, progress: Progress, gate: StopGate
+    ) -> None:
         self._group = group
         self._worker = worker
         self._progress = progress
@@ -149,7 +151,7 @@ class Link:
             Boundary(group=group, worker=worker, call=call, round=round_, boundary=boundary)
         )
         self._snapshots: queue.SimpleQueue[SnapshotAnswer | SnapshotDone] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, args=(socket, name), name="torchtrainer-link", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(endpoint, name), name="torchtrainer-link", daemon=True)
         self.send(Hello(group=group, worker=worker, pid=os.getpid()))
         self._thread.start()
 
@@ -184,9 +186,9 @@ class Link:
 
     # Link's thread
 
-    def _run(self, socket: str, name: str) -> None:
+    def _run(self, endpoint: str, name: str) -> None:
         try:
-            self._serve(Dealer(socket, name))
+            self._serve(Dealer(endpoint, name))
         except BaseException:  # a worker that can neither hear nor speak would be waited for for ever
             traceback.print_exc()
             os._exit(EXIT_LINK_LOST)

@@ -68,7 +68,9 @@ class WorkerArguments:
     rank: int
     ranks: list[int]
     world_size: int
-    socket: str
+    local_rank: int
+    local_world_size: int
+    endpoint: str
     spec_path: str
     store_path: str
     log_dir: str
@@ -104,7 +106,7 @@ class Worker:
         self.progress.on_loader_lost = self._on_loader_lost
         self.gate = StopGate(arguments.hold_s)
         self.link = Link(
-            socket=arguments.socket,
+            endpoint=arguments.endpoint,
             group=arguments.group,
             name=arguments.name,
             worker=arguments.worker,
@@ -192,7 +194,7 @@ class Worker:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         spec = self._load_spec()
-        binding = bind(arguments.rank, arguments.world_size, arguments.threads, spec.settings.cpu_affinity)
+        binding = bind(arguments.local_rank, arguments.local_world_size, arguments.threads, spec.settings.cpu_affinity)
         if binding.refused and arguments.rank == 0:
             notice(f"cpu_affinity=True: {binding.refused}; processes run on any core")
         self.progress.enter("initialization_hook")

@@ -149,7 +149,7 @@ def build_seating(
         spec,
         collective=collective,
         device=device,
-        local_rank=arguments.rank,
+        local_rank=arguments.local_rank,
         progress=progress,
         in_memory=in_memory,
     )
