@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from torchtrainer.config import BATCH_SIZE, CheckpointConfig, FailureConfig, PreemptionConfig
+from torchtrainer.config import BATCH_SIZE, CheckpointConfig, FailureConfig, PreemptionConfig, Timeouts
 from torchtrainer.errors import (
     CallMismatchError,
     CheckpointDamagedError,
@@ -71,6 +71,7 @@ __all__ = [
     "ResumeError",
     "RunDirectoryError",
     "SnapshotError",
+    "Timeouts",
     "TorchTrainer",
     "TorchTrainerError",
     "TrainerBusyError",

@@ -27,7 +27,7 @@ from torchtrainer.engines.registry import engine_called
 from torchtrainer.engines.snapshots import CheckpointOrders
 from torchtrainer.errors import InvalidArgumentError, ResumeError
 from torchtrainer.observe.devices import gpu_count
-from torchtrainer.observe.notices import notice, notice_once
+from torchtrainer.observe.notices import notice, notice_once, warn
 from torchtrainer.preempt.watch import NoticeWatch
 from torchtrainer.process.cgroups import usable_cores
 from torchtrainer.process.paths import private_directory
@@ -173,7 +173,7 @@ class RunPlan:
         if opened.checkpoints is None:
             return None
         config = replace(self.preemption, signals=()) if in_notebook() else self.preemption
-        notices = NoticeWatch(config, os.environ, metadata=self.watches_machine, say=notice)
+        notices = NoticeWatch(config, os.environ, metadata=self.watches_machine, say=warn)
         notices.start()
         return notices
 

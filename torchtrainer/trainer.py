@@ -32,7 +32,7 @@ from torchtrainer.observe.devices import GpuMonitor
 from torchtrainer.observe.events import Callbacks, EpochEvent, RunEndEvent, ValidateEvent
 from torchtrainer.observe.failures import FailureRecord
 from torchtrainer.observe.history import History, HistoryFile
-from torchtrainer.observe.notices import notice
+from torchtrainer.observe.notices import notice, warn
 from torchtrainer.observe.profiles import PROFILE, StepTraces, with_whole_profiles
 from torchtrainer.observe.shown import Shown
 from torchtrainer.observe.status import ProcessStatus, Status
@@ -775,7 +775,7 @@ def reduce_results_or_list(results: list[PassResult], reduce: bool) -> Any:
 def tell_traces(directory: str, paths: list[str], errors: list[str]) -> None:
     """Says where traces are and how to look at them, and why there are none of some processes."""
     for error in errors:
-        notice(f"a trace could not be written to {directory}: {error}")
+        warn(f"a trace could not be written to {directory}: {error}")
     if paths:
         files = "1 trace is" if len(paths) == 1 else f"{len(paths)} traces are"
         notice(f"{files} in {directory}: open them at https://ui.perfetto.dev or chrome://tracing")
@@ -821,7 +821,7 @@ def _warn_about_extras(path: str | os.PathLike[str]) -> None:
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        notice(
+        warn(
             f"{os.fspath(path)} holds objects from operator.state_dict() that load() refuses ({str(error).splitlines()[0]}): "
             "let state_dict() return tensors, numbers, text and containers of them"
         )

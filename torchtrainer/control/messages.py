@@ -10,9 +10,9 @@ Long because it is the contract of the processes: most of it says what each mess
                host --> worker        SnapshotAnswer, SnapshotDone
     driver --> host                   StartGroup, StartWorker, KillWorker, KillGroup, SignalWorkers, DumpStacks, Quit
     worker --> host                   SnapshotWanted, SnapshotTaken
-    worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Held, Shared, Carried, Bound, LoaderLost, Beat, Heard
-    host   --> driver                 EngineReady, EngineFailed, EngineRepaired, GroupFailed, WorkerStarted, WorkerExited, GroupGone,
-                                      Output, Stacks, CheckpointEnded
+    worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Held, Shared, Carried, Bound, LoaderLost, Beat, Heard, Logged
+    host   --> driver                 EngineReady, EngineFailed, GroupFailed, WorkerStarted, WorkerExited, GroupGone, Output,
+                                      Stacks, CheckpointEnded, Logged
 """
 
 from __future__ import annotations
@@ -518,14 +518,6 @@ class EngineFailed(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineRepaired(Message):
-    """The spawner was lost and is replaced; the workers of the group go on. ``text``: how it was lost, and by what it is replaced."""
-
-    group: str
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class WorkerStarted(FromWorker):
     """The process of a rank exists. ``machine``: the host name of where it runs."""
 
@@ -575,6 +567,22 @@ class Output(FromWorker):
     """Whole lines that a rank wrote to stdout or stderr."""
 
     stream: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logged(FromWorker):
+    """Something to tell the user, for the driver's logger.
+
+    Attributes:
+        rank: the one that the sender was built like; None: it is no worker.
+        pid: of the sender.
+        level: of `logging`.
+    """
+
+    rank: int | None
+    pid: int
+    level: int
     text: str
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torchtrainer.control.messages import StartGroup
@@ -11,7 +13,7 @@ from torchtrainer.engines.snapshots import CheckpointOrders, Snapshots
 from torchtrainer.process.child import ChildSpec
 from torchtrainer.process.guard import kill_session
 from torchtrainer.process.logs import LogTail, size_of
-from torchtrainer.process.paths import EnginePaths, RankPaths
+from torchtrainer.process.paths import EnginePaths, RankPaths, private_directory
 from torchtrainer.script.take_over import SCRIPT_FILE
 from torchtrainer.topology import WORKER_MARK, gloo_interface
 
@@ -70,6 +72,21 @@ class Group:
     def worker_of(self, pid: int) -> int | None:
         """Number of a process, None if it is not of this group."""
         return next((worker for worker, known in self.pids.items() if known == pid), None)
+
+    def open_files(self, blob: bytes, paths: EnginePaths) -> None:
+        """Writes what the workers are built from, and begins to follow what rank 0 writes, if it is one of them.
+
+        Raises:
+            OSError: there is no space.
+        """
+        private_directory(Path(self.spec.log_dir))
+        with open(os.open(paths.spec(self.spec.group), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(blob)
+        for stream in ("stdout", "stderr") if 0 in self.spec.here else ():
+            log = RankPaths.of(self.spec.log_dir, 0).stream(stream)
+            self.tails[stream] = LogTail(log, start=size_of(log))
+        for rank in self.spec.here:
+            self.note_logs(rank)
 
     def note_logs(self, worker: int) -> None:
         """Remembers what is in the logs that a process is about to write to: an earlier one has said that."""

@@ -10,6 +10,7 @@ whatever way that happens. It decides nothing about training.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -23,13 +24,13 @@ from torchtrainer.control.messages import (
     DumpStacks,
     EngineFailed,
     EngineReady,
-    EngineRepaired,
     Failure,
     GroupFailed,
     GroupGone,
     Hello,
     KillGroup,
     KillWorker,
+    Logged,
     Quit,
     Reply,
     SignalWorkers,
@@ -44,17 +45,16 @@ from torchtrainer.control.messages import (
 from torchtrainer.control.wire import ForWorker, FromWorker, Message
 from torchtrainer.engines.groups import WRITER, Group, child_spec, new_group, worker_name
 from torchtrainer.engines.output import ask_for_stacks, last_words, new_output, written_stacks
-from torchtrainer.engines.preload import preloadable
 from torchtrainer.engines.saving import Saving
 from torchtrainer.engines.starting import SpawnerReplaced, Starters
 from torchtrainer.process.guard import kill_process_group, kill_session, open_pidfd, settle_signals, signal_process
-from torchtrainer.process.logs import LogTail, size_of
 from torchtrainer.process.oom import OomWatch
-from torchtrainer.process.paths import EnginePaths, RankPaths, private_directory
+from torchtrainer.process.paths import EnginePaths
 from torchtrainer.process.starters import (
     ChildExited,
     ChildNotStarted,
     ChildStarted,
+    PreloadFailed,
     StarterEvent,
     StarterFailed,
     StarterReady,
@@ -81,7 +81,6 @@ class Host:
         self._driver_pid = driver_pid
         self._driver_watch = [fd for fd in (open_pidfd(driver_pid), driver_pipe) if fd is not None]
         self._groups: dict[str, Group] = {}
-        self._preloaded: set[str] = set()
         self._oom = OomWatch()
         self._quit = False
         self._exits: list[tuple[float, ChildExited]] = []
@@ -169,17 +168,11 @@ class Host:
         if isinstance(message, Beat) and not group.active:
             return
         if isinstance(message, WorkerReady):
-            self._learn_modules(message.modules)
+            self._starters.preload(message.modules)
         if isinstance(message, WorkerReady | Reply | Failure):
             group.awaited.discard(message.worker)
             self._forward_output(group, flush=True)  # what was printed before comes before
         self._to_driver(message)
-
-    def _learn_modules(self, modules: list[str]) -> None:
-        new = [m for m in modules if preloadable(m) and m not in self._preloaded]
-        if new:
-            self._preloaded.update(new)
-            self._starters.preload(new)
 
     # Groups
 
@@ -187,15 +180,8 @@ class Host:
         group = new_group(message, self._paths)
         self._groups[message.group] = group
         try:
-            private_directory(Path(message.log_dir))
-            spec_path = self._paths.spec(message.group)
-            with open(os.open(spec_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(message.blob)
-            for stream in ("stdout", "stderr") if 0 in message.here else ():
-                log = RankPaths.of(message.log_dir, 0).stream(stream)
-                group.tails[stream] = LogTail(log, start=size_of(log))
+            group.open_files(message.blob, self._paths)
             for rank in message.here:
-                group.note_logs(rank)
                 self._starters.start(child_spec(group, rank, self._paths))
         except OSError as error:  # no space, or no more processes: other groups go on
             self._to_driver(GroupFailed(group=message.group, text=str(error)))
@@ -266,8 +252,9 @@ class Host:
         if isinstance(event, StarterReady):
             self._on_starter_ready(event)
         elif isinstance(event, SpawnerReplaced):
-            for name in self._groups:
-                self._to_driver(EngineRepaired(group=name, text=event.text))
+            self._warn(f"{event.text}, and the workers go on")
+        elif isinstance(event, PreloadFailed):
+            self._warn(event.text)
         elif isinstance(event, StarterFailed):
             self._on_starter_failed(event)
         elif isinstance(event, ChildStarted):
@@ -277,6 +264,12 @@ class Host:
         else:
             # A moment later: what the worker said last may still be on its way.
             self._exits.append((time.monotonic() + EXIT_SETTLE_S, event))
+
+    def _warn(self, text: str) -> None:
+        """Tells the user of every trainer."""
+        for name in self._groups:
+            told = Logged(group=name, worker=0, rank=None, pid=os.getpid(), level=logging.WARNING, text=text)
+            self._to_driver(told)
 
     def _on_starter_ready(self, event: StarterReady) -> None:
         self._starters.on_ready(event)

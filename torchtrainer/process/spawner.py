@@ -165,7 +165,7 @@ def _preload(link: FrameSocket, modules: list[str]) -> None:
         try:
             importlib.import_module(name)
         except Exception as error:
-            print(f"preload of {name} left out: {error}", file=sys.stderr)
+            link.send({"unloaded": {"text": f"preload of {name} left out: {error}"}})
     gc.freeze()
     report_ready(link, 0.0)
 

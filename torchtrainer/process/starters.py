@@ -67,7 +67,14 @@ class ChildNotStarted:
     text: str
 
 
-StarterEvent = StarterReady | StarterFailed | ChildStarted | ChildNotStarted | ChildExited
+@dataclass(frozen=True, kw_only=True)
+class PreloadFailed:
+    """A module could not be imported ahead; processes import it themselves, if they can."""
+
+    text: str
+
+
+StarterEvent = StarterReady | StarterFailed | ChildStarted | ChildNotStarted | ChildExited | PreloadFailed
 
 
 class Starter(Protocol):
@@ -166,6 +173,8 @@ class SpawnerStarter:
                 events.append(ChildExited(**body))
             elif kind == "unforked":
                 events.append(ChildNotStarted(**body))
+            elif kind == "unloaded":
+                events.append(PreloadFailed(**body))
             else:
                 self._failed = True
                 events.append(StarterFailed(text=body))

@@ -29,8 +29,7 @@ from torchtrainer.train.state import capture, restore, restore_weights
 from torchtrainer.train.team_loop import TeamLoader
 from torchtrainer.train.uneven import GradientShare, UnevenWatch
 from torchtrainer.train.weights import WEIGHTS
-from torchtrainer.worker.digests import step_iterator
-from torchtrainer.worker.keeper import RankKeeper, Saver
+from torchtrainer.worker.keeper import RankKeeper, Saver, step_iterator
 from torchtrainer.worker.models import copies
 from torchtrainer.worker.profiling import PassObserver
 
