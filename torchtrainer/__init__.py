@@ -41,6 +41,7 @@ from torchtrainer.version import __version__
 if TYPE_CHECKING:
     from torchtrainer import session
     from torchtrainer.engines.local import LocalEngine, prestart
+    from torchtrainer.observe.events import Callback
     from torchtrainer.observe.history import History
     from torchtrainer.operator import TrainingOperator
     from torchtrainer.preempt.notice import Notice
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BATCH_SIZE",
     "CallMismatchError",
+    "Callback",
     "CheckpointConfig",
     "CheckpointDamagedError",
     "CheckpointError",
@@ -88,6 +90,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Callback": "torchtrainer.observe.events",
     "History": "torchtrainer.observe.history",
     "LocalEngine": "torchtrainer.engines.local",
     "Notice": "torchtrainer.preempt.notice",

@@ -29,7 +29,7 @@ from torchtrainer.errors import (
     TrainerClosedError,
 )
 from torchtrainer.observe.devices import GpuMonitor
-from torchtrainer.observe.events import Callbacks, EpochEvent, RunEndEvent, ValidateEvent
+from torchtrainer.observe.events import Callbacks, EpochEvent, RunEndEvent, RunStartEvent, ValidateEvent
 from torchtrainer.observe.failures import FailureRecord
 from torchtrainer.observe.history import History, HistoryFile
 from torchtrainer.observe.notices import notice, warn
@@ -100,8 +100,7 @@ class TorchTrainer:
         preemption: where warnings come from that the machine or the job will be taken away.
         failure: what is done about processes that die or hang.
         engine: ``local``, ``spmd``, "auto", or an engine object.
-        callbacks: objects with any of ``on_step``, ``on_epoch_end``, ``on_validate_end``, ``on_failure``,
-            ``on_checkpoint``, ``on_run_end``; called here, under a launcher on rank 0.
+        callbacks: objects with any of the methods of `Callback`; called here, under a launcher on rank 0.
 
     Raises:
         InvalidArgumentError, InvalidArgumentTypeError: an argument that cannot work (a ``ValueError``, a ``TypeError``).
@@ -217,6 +216,20 @@ class TorchTrainer:
         self._watch.attach(lambda: group.views)
         # Also when nobody calls shutdown: with the trainer, or at the latest with this process.
         self._finalizer = weakref.finalize(self, _end, self._group, self._run, self._notices, self._gpu_monitor)
+        self._tell_start(run.world_size)
+
+    def _tell_start(self, world_size: int) -> None:
+        reached = self._run.checkpoint.step if self._run.checkpoint is not None else 0
+        resumed = reached if self._run.records or reached else None
+        try:
+            self._callbacks.on_run_start(
+                RunStartEvent(
+                    config=self.config, run_dir=self._run_dir.shown, resumed_step=resumed, world_size=world_size
+                )
+            )
+        except BaseException:
+            self._close("failed", force=True)
+            raise
 
     def __reduce__(self) -> tuple[type[AbsentTrainer], tuple[()]]:
         """An object that keeps its trainer travels to the workers, where the trainer is not."""

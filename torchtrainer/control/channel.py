@@ -7,6 +7,7 @@ where it was built to. So whoever can send a message is the user.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Sequence
 
@@ -28,11 +29,8 @@ class Router:
         self._socket.set_hwm(0)
         filter_uid = getattr(zmq, "IPC_FILTER_UID", None)
         if filter_uid is not None and hasattr(os, "getuid"):
-            try:
+            with contextlib.suppress(zmq.ZMQError):  # libzmq built without it: the directory's mode is the protection
                 self._socket.setsockopt(filter_uid, os.getuid())
-            except zmq.ZMQError:  # libzmq built without it: the directory's mode is the protection
-                filter_uid = None
-        self.checks_uid = filter_uid is not None
         self._socket.bind(endpoint)
 
     def wait(self, fds: Iterable[int], timeout_s: float) -> set[int]:

@@ -11,8 +11,8 @@ Long because it is the contract of the processes: most of it says what each mess
     driver --> host                   StartGroup, StartWorker, KillWorker, KillGroup, SignalWorkers, DumpStacks, Quit
     worker --> host                   SnapshotWanted, SnapshotTaken
     worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Held, Shared, Carried, Bound, LoaderLost, Beat, Heard, Logged
-    host   --> driver                 EngineReady, EngineFailed, GroupFailed, WorkerStarted, WorkerExited, GroupGone, Output,
-                                      Stacks, CheckpointEnded, Logged
+    host   --> driver                 EngineFailed, GroupFailed, WorkerStarted, WorkerExited, GroupGone, Output, Stacks,
+                                      CheckpointEnded, Logged
 """
 
 from __future__ import annotations
@@ -499,15 +499,6 @@ class CheckpointEnded(Message):
     size_bytes: int = 0
     error: str = ""
     problems: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineReady(Message):
-    """The spawner has imported torch and can fork."""
-
-    host_pid: int
-    spawner_pid: int
-    import_s: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,6 @@ from torchtrainer.control.messages import (
     Call,
     DumpStacks,
     EngineFailed,
-    EngineReady,
     Failure,
     GroupFailed,
     GroupGone,
@@ -250,7 +249,7 @@ class Host:
 
     def _on_starter_event(self, event: StarterEvent | SpawnerReplaced) -> None:
         if isinstance(event, StarterReady):
-            self._on_starter_ready(event)
+            self._starters.on_ready(event)
         elif isinstance(event, SpawnerReplaced):
             self._warn(f"{event.text}, and the workers go on")
         elif isinstance(event, PreloadFailed):
@@ -270,10 +269,6 @@ class Host:
         for name in self._groups:
             told = Logged(group=name, worker=0, rank=None, pid=os.getpid(), level=logging.WARNING, text=text)
             self._to_driver(told)
-
-    def _on_starter_ready(self, event: StarterReady) -> None:
-        self._starters.on_ready(event)
-        self._to_driver(EngineReady(host_pid=os.getpid(), spawner_pid=event.pid, import_s=event.import_s))
 
     def _on_starter_failed(self, event: StarterFailed) -> None:
         for group in self._groups.values():

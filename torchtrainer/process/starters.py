@@ -30,7 +30,6 @@ class StarterReady:
     """Workers can be started from now on; with how many threads the spawner has."""
 
     pid: int
-    import_s: float
     threads: int
 
 
@@ -261,7 +260,7 @@ class ExecStarter:
 
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._events: list[StarterEvent] = [StarterReady(pid=os.getpid(), import_s=0.0, threads=1)]
+        self._events: list[StarterEvent] = [StarterReady(pid=os.getpid(), threads=1)]
 
     def fds(self) -> list[int]:
         """None: exits are found by asking, at the host's tick."""
