@@ -574,21 +574,8 @@ class TorchTrainer:
         Under a launcher it is no collective call: any rank may ask, and sees all processes.
         """
         views = self._group.views if self._group is not None else ()
-        processes = tuple(
-            ProcessStatus(
-                pid=view.pid,
-                ranks=view.ranks,
-                machine=view.machine,
-                device=view.device,
-                step=view.step,
-                phase=view.phase,
-                use=self._watch.use_of(view),
-            )
-            for view in views
-            if not view.lost
-        )
         return Status(
-            processes=processes,
+            processes=tuple(ProcessStatus.of(view, self._watch.use_of(view)) for view in views if not view.lost),
             failures=tuple(self._watch.failures.records),
             step=self._step,
             epoch=self._epoch,

@@ -20,7 +20,7 @@ from torchtrainer.engines.base import CallResult, GroupPlan
 from torchtrainer.engines.inline_peers import Peers
 from torchtrainer.engines.launched_memory import LaunchedMemory
 from torchtrainer.errors import EngineError, InvalidArgumentError, InvalidArgumentTypeError
-from torchtrainer.observe.devices import read_process_use
+from torchtrainer.observe.heartbeat import heartbeat
 from torchtrainer.preempt.notice import Notice, is_more_urgent
 from torchtrainer.train.metrics import PassResult
 
@@ -148,22 +148,9 @@ class InlineGroup:
     @property
     def views(self) -> tuple[WorkerView, ...]:
         """This process, and the others of the launch as far as it sees them."""
-        at = self._progress
         own = WorkerView(
-            worker=self._collective.rank,
-            ranks=self._ranks,
-            pid=os.getpid(),
-            machine=self._machine,
-            phase=at.phase,
-            phase_since=at.phase_since,
-            heard_at=time.monotonic(),
-            spoke=True,
-            step=at.step,
-            epoch=at.epoch,
-            batch=at.batch,
-            device=self._device,
-            cpu_s=time.process_time(),
-        )
+            worker=self._collective.rank, ranks=self._ranks, pid=os.getpid(), machine=self._machine, device=self._device
+        ).heard(self._beat(self._collective.rank), time.monotonic())
         return (own,) if self._peers is None else self._peers.views(own)
 
     @property
@@ -336,27 +323,11 @@ class InlineGroup:
 
     def _report(self) -> None:
         """Shows the listener where the rank stands."""
-        at = self._progress
-        use = read_process_use(os.getpid())
         self._tell_checkpoints()
-        self._listener.on_beat(
-            Beat(
-                group="",
-                worker=0,
-                call=1,
-                phase=at.phase,
-                phase_age_s=time.monotonic() - at.phase_since,
-                epoch=at.epoch,
-                step=at.step,
-                batch=at.batch,
-                batches=at.batches,
-                samples=at.samples,
-                loss=at.loss(self._ranks),
-                rss_bytes=(use and use.rss_bytes) or 0,
-                cpu_s=use.cpu_s if use else 0.0,
-                ranks=[self._collective.rank],
-            )
-        )
+        self._listener.on_beat(self._beat(worker=0))
+
+    def _beat(self, worker: int) -> Beat:
+        return heartbeat(self._progress, group="", worker=worker, call=1, ranks=list(self._ranks))
 
 
 def _as_data(value: Any) -> bytes:
