@@ -2,6 +2,9 @@
 #
 #   make demo    train on real images with 2 workers, kill one of them, and print what that cost and the accuracy
 #   make test    the test suite
+#   make check   in under a minute: lint, types, and the tests that start no processes
+#   make fast    the tests that take no more than ten seconds each
+#   make repeat  one test, TIMES times in a row: make repeat TEST=tests/test_cleanup.py TIMES=20
 #   make torches the fast tests and those of the launcher with the oldest torch and the newest, each in an environment of its own
 #   make lint    ruff and mypy
 #   make soak    the long tests
@@ -16,6 +19,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TEST_PROCESSES ?= 2
+TIMES ?= 20
 TORCHES ?= 2.6 newest
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
@@ -24,7 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test torches lint soak bench docs clean
+.PHONY: help demo test check fast repeat torches lint soak bench docs clean
 .PRECIOUS: $(VENV)-torch-%/installed.stamp  # long to make
 
 help:
@@ -35,6 +39,16 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(TEST_ARGS)
+
+check: lint
+	$(BIN)/python -m pytest -m "pure and not slow and not soak" $(TEST_ARGS)
+
+fast: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m "not slow and not soak and not kernel" $(TEST_ARGS)
+
+repeat: $(INSTALLED)
+	@test -n "$(TEST)" || { echo 'which test? make repeat TEST=tests/test_cleanup.py::test_name' >&2; exit 2; }
+	@for time in $$(seq $(TIMES)); do echo "$$time of $(TIMES)"; $(BIN)/python -m pytest -q -x $(TEST) $(TEST_ARGS) || exit 1; done
 
 torches: $(TORCHES:%=torch-%)
 

@@ -57,10 +57,10 @@ class FleetConnection(CountedConnection):
     def __init__(self, timeouts: Timeouts) -> None:  # the host's process is started by the one that this replaces
         self._timeouts = timeouts
         self.paths = EnginePaths.create()
-        command = [sys.executable, str(PROGRAMS / "fleet.py"), self.paths.socket]
+        command = [sys.executable, str(PROGRAMS / "fleet.py"), self.paths.endpoint]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         self._pidfd = open_pidfd(self._process.pid)
-        self._dealer = Dealer(self.paths.socket, "driver")
+        self._dealer = Dealer(self.paths.endpoint, "driver")
         self._lock = threading.RLock()
         self._inboxes = {}
         self._lost = None
@@ -124,6 +124,7 @@ def controlled(ranks: int, listener: Listener):
     start = StartGroup(
         group="group-0",
         world_size=ranks,
+        nodes=[list(range(ranks))],
         log_dir=str(connection.paths.root),
         environ={},
         cwd=".",

@@ -17,7 +17,13 @@ from torchtrainer.process.crashes import last_crash
 CLASSES = [
     kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.TorchTrainerError)
 ]
-SCENE = Scene(log_dir="/runs/a/logs", logs_stay=True, pids={0: 100, 1: 101, 2: 102}, doing="train()")
+SCENE = Scene(
+    log_dir="/runs/a/logs",
+    logs_stay=True,
+    pids={0: 100, 1: 101, 2: 102},
+    machines={0: "here", 1: "there", 2: "there"},
+    doing="train()",
+)
 
 
 def failure(
@@ -123,7 +129,9 @@ def test_a_place_has_the_name_that_the_user_called(doing, phase, text) -> None:
 
 
 def died(**changes):
-    return WorkerDied(**{"ranks": (1,), "pid": 101, "exit_code": -9, "phase": "train", "step": 36, **changes})
+    return WorkerDied(
+        **{"ranks": (1,), "pid": 101, "exit_code": -9, "phase": "train", "step": 36, "machine": "there", **changes}
+    )
 
 
 def test_a_killed_worker() -> None:

@@ -36,7 +36,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"checkpoint"}),
     frozenset({"control"}),
     frozenset({"comm"}),
-    frozenset({"train", "operator", "lightning"}),
+    frozenset({"train", "operator"}),
+    frozenset({"lightning"}),
     frozenset({"driver"}),
     frozenset({"observe"}),
     frozenset({"worker"}),
@@ -78,12 +79,16 @@ class Import:
     Attributes:
         name: dotted, the imported object included: ``torch.distributed.TCPStore``.
         line: in the file.
-        at_module_level: runs when the module is imported; not inside a function.
+        function: that it stands in, of the outermost ones; empty: it runs when the module is imported.
     """
 
     name: str
     line: int
-    at_module_level: bool
+    function: str
+
+    @property
+    def at_module_level(self) -> bool:
+        return not self.function
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,20 +109,20 @@ def unit_of(module: str) -> str:
     return parts[1] if len(parts) > 1 else "__init__"
 
 
-def imports_in(body: list[ast.stmt], at_module_level: bool = True) -> Iterator[Import]:
+def imports_in(body: list[ast.stmt], function: str = "") -> Iterator[Import]:
     """Imports that can run: what stands under ``if TYPE_CHECKING`` never does."""
     for node in body:
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(name=alias.name, line=node.lineno, at_module_level=at_module_level)
+                yield Import(name=alias.name, line=node.lineno, function=function)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: imports are absolute"
             for alias in node.names:
-                yield Import(name=f"{node.module}.{alias.name}", line=node.lineno, at_module_level=at_module_level)
+                yield Import(name=f"{node.module}.{alias.name}", line=node.lineno, function=function)
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            yield from imports_in(node.orelse, at_module_level)
+            yield from imports_in(node.orelse, function)
         else:
-            inside = at_module_level and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            inside = function or (node.name if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else "")
             for field in ("body", "orelse", "finalbody", "handlers", "cases"):
                 yield from imports_in(getattr(node, field, []), inside)
 
@@ -142,6 +147,57 @@ def is_from(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A part that uses the core, and that the core can do without.
+
+    Attributes:
+        parts: modules or packages.
+        seam: where the core reaches it, ``module:function``; empty: users alone do, by its name.
+    """
+
+    parts: tuple[str, ...]
+    seam: str = ""
+
+    def has(self, module: str) -> bool:
+        return any(is_from(module, f"torchtrainer.{part}") for part in self.parts)
+
+
+ADAPTERS = {
+    "lightning": Adapter(parts=("lightning",), seam="operator:from_ptl"),
+    "verify-resume": Adapter(
+        parts=("launcher.verify_resume", "launcher.verify_compare", "launcher.verify_start"), seam="launcher.cli:main"
+    ),
+    "what verify-resume compares": Adapter(
+        parts=("worker.digests", "worker.held"), seam="worker.checkpointer:step_iterator"
+    ),
+    "doctor": Adapter(
+        parts=("launcher.doctor", "launcher.doctor_checks", "launcher.doctor_torch"), seam="launcher.cli:main"
+    ),
+    "cloud pollers": Adapter(
+        parts=("preempt.aws", "preempt.azure", "preempt.gcp", "preempt.metadata"),
+        seam="preempt.clouds:metadata_sources",
+    ),
+    "resnet": Adapter(parts=("resnet",)),
+}
+"""Parts that depend on the core; the core reaches each by an import inside one function, or not at all."""
+
+
+def is_seam(module: Module, used: Import) -> bool:
+    target = imported_module(used.name)
+    where = f"{module.name.removeprefix('torchtrainer.')}:{used.function}"
+    return any(adapter.has(target) and adapter.seam == where for adapter in ADAPTERS.values())
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+def test_the_core_reaches_an_adapter_by_one_function_alone(adapter):
+    imports = [(module, used) for module in MODULES if not adapter.has(module.name) for used in module.imports]
+    reached = [(module, used) for module, used in imports if adapter.has(imported_module(used.name))]
+    wrong = [f"{module.path}:{used.line}: {used.name}" for module, used in reached if not is_seam(module, used)]
+    assert not wrong, "\n".join(wrong)
+    assert bool(reached) == bool(adapter.seam), "nothing reaches it any more"
+
+
 def test_units_import_from_layers_below_only():
     layer_of = {unit: index for index, layer in enumerate(LAYERS) for unit in layer}
     wrong = []
@@ -153,6 +209,7 @@ def test_units_import_from_layers_below_only():
                 target == module.unit
                 or layer_of[target] < layer_of[module.unit]
                 or {target, module.unit} <= LAYERS[layer_of[target]]
+                or is_seam(module, used)
             ):
                 continue
             wrong.append(
@@ -193,6 +250,29 @@ def test_units_free_of_torch_do_not_name_it_at_module_level():
         if module.unit in FREE_OF_TORCH and used.at_module_level and is_from(used.name.split(".")[0], "torch")
     ]
     assert not wrong, "\n".join(wrong)
+
+
+SEAM_USERS = ("trainer", "planning", "calls")
+"""They use any engine and any group, by the Protocols in ``engines/base.py`` alone."""
+BEHIND_SEAMS = ("engines", "worker", "train", "comm")
+VALUES = frozenset({"ModelStates"})
+"""Not what a rank is, but what a call returned in place of a model."""
+ASKING = ("isinstance", "issubclass", "type")
+
+
+@pytest.mark.parametrize("unit", SEAM_USERS)
+def test_what_an_engine_is_makes_no_difference_to_the_trainer(unit):
+    """Of what comes from below the seam, nothing is asked which class it is of."""
+    (module,) = (module for module in MODULES if module.name == f"torchtrainer.{unit}")
+    imported = {used.name.rpartition(".")[2] for used in module.imports if unit_of(used.name) in BEHIND_SEAMS}
+    kinds = imported - VALUES
+    asked = [node for node in ast.walk(module.tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in ASKING]
+    wrong = [ast.unparse(node) for node in asked if kinds & {name for one in node.args[1:] for name in names_in(one)}]
+    assert wrong == [], "let the Protocol say it"
+
+
+def names_in(node: ast.expr) -> set[str]:
+    return {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
 
 
 def heavy_modules_after(code: str) -> list[str]:

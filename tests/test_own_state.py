@@ -6,7 +6,6 @@ import pytest
 import torch
 from recovery_programs import (
     Job,
-    Plan,
     Strike,
     assert_as_undisturbed,
     epochs_of,
@@ -21,22 +20,6 @@ pytestmark = pytest.mark.usefixtures("no_worker_left")
 EPOCHS = 3
 KILLED = "was killed by SIGKILL"
 IN_THE_UPDATE = ("averaged", "teacher", "swa", "norms")
-
-
-@pytest.fixture
-def plan_of(tmp_path):
-    """Plans strikes; at the end they all must have come to pass."""
-    directory = tmp_path / "strikes"
-    directory.mkdir()
-    plans = []
-
-    def plan_of(*strikes: Strike) -> Plan:
-        plans.append(Plan(directory=str(directory), strikes=strikes))
-        return plans[-1]
-
-    yield plan_of
-    for plan in plans:
-        assert plan.missing() == []
 
 
 EACH_RANK_ONCE = {

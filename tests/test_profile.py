@@ -7,6 +7,7 @@ import os
 import secrets
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from programs import CREATORS
 from test_spmd import launch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from torchtrainer import CheckpointConfig, InvalidArgumentError, TorchTrainer, TrainingOperator
+from torchtrainer import CheckpointConfig, InvalidArgumentError, TrainingOperator
 from torchtrainer.observe.bottleneck import PHASES, RankTimes, TrainingFacts, bottleneck, slowest
 from torchtrainer.observe.history import History, read_history
 from torchtrainer.observe.plot import curves_of
@@ -259,25 +260,17 @@ def burn(seconds: float) -> None:
 
 
 @pytest.fixture
-def make():
+def make(trainers):
     """Makes trainers that are shut down at the end of the test."""
-    made = []
-
-    def make(**arguments):
-        defaults = {
-            "model_creator": model_creator,
-            "data_creator": data_creator,
-            "optimizer_creator": optimizer_creator,
-            "loss_creator": torch.nn.CrossEntropyLoss,
-            "num_workers": 2,
-            "run_dir": None,
-        }
-        made.append(TorchTrainer(**{**defaults, **arguments}))
-        return made[-1]
-
-    yield make
-    for trainer in made:
-        trainer._close("finished", force=True)
+    return partial(
+        trainers,
+        model_creator=model_creator,
+        data_creator=data_creator,
+        optimizer_creator=optimizer_creator,
+        loss_creator=torch.nn.CrossEntropyLoss,
+        num_workers=2,
+        run_dir=None,
+    )
 
 
 PLANTED = {

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from torchtrainer import BATCH_SIZE, TorchTrainer, TrainerClosedError, TrainingOperator
+from torchtrainer import BATCH_SIZE, TrainerClosedError, TrainingOperator
 
 SAMPLES, BATCH = 40, 4
 WORKERS = {"local": {"num_workers": 1, "use_local": True}, "1": {"num_workers": 1}, "2": {"num_workers": 2}}
@@ -71,19 +71,14 @@ class Line(TrainingOperator):
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(trainers):
     """Makes trainers that are shut down at the end of the test; without arguments they learn a line with creators."""
-    made: list[TorchTrainer] = []
 
     def make(operator=None, **arguments):
         parts = {"training_operator_cls": operator} if operator is not None else CREATORS
-        trainer = TorchTrainer(**{**parts, "run_dir": tmp_path / f"run{len(made)}", **arguments})
-        made.append(trainer)
-        return trainer
+        return trainers(**{**parts, **arguments})
 
-    yield make
-    for trainer in made:
-        trainer._close("finished", force=True)
+    return make
 
 
 @pytest.fixture(params=list(WORKERS))

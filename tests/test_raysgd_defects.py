@@ -31,7 +31,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from torchtrainer import BATCH_SIZE, TorchTrainer, TrainingOperator
+from torchtrainer import BATCH_SIZE, TrainingOperator
 
 SAMPLES, BATCH = 40, 4
 WORKERS = {"local": {"num_workers": 1, "use_local": True}, "1": {"num_workers": 1}, "2": {"num_workers": 2}}
@@ -89,18 +89,13 @@ def as_numbers(batch):
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(trainers):
     """Makes trainers that are shut down at the end of the test; with creators unless it gets an operator of its own."""
-    made: list[TorchTrainer] = []
 
     def make(operator=None, *, creators=CREATORS, **arguments):
-        given = {"training_operator_cls": operator, **creators, "run_dir": tmp_path / f"run{len(made)}", **arguments}
-        made.append(TorchTrainer(**given))
-        return made[-1]
+        return trainers(**{"training_operator_cls": operator, **creators, **arguments})
 
-    yield make
-    for trainer in made:
-        trainer._close("finished", force=True)
+    return make
 
 
 @pytest.fixture(params=list(WORKERS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from torchtrainer import TorchTrainer, TrainingOperator
+from torchtrainer import TrainingOperator
 
 SAMPLES = 12
 LOCAL = {"num_workers": 1, "use_local": True}
@@ -45,19 +46,9 @@ CREATORS = {
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(trainers):
     """Makes trainers that are shut down at the end of the test."""
-    made: list[TorchTrainer] = []
-
-    def make(**arguments):
-        made.append(
-            TorchTrainer(**{**CREATORS, "run_dir": tmp_path / f"run{len(made)}", "use_gpu": False, **arguments})
-        )
-        return made[-1]
-
-    yield make
-    for trainer in made:
-        trainer._close("finished", force=True)
+    return partial(trainers, **{**CREATORS, "use_gpu": False})
 
 
 # Info

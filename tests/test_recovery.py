@@ -39,22 +39,6 @@ LONG = 100
 KILLED = "was killed by SIGKILL"
 
 
-@pytest.fixture
-def plan_of(tmp_path):
-    """Plans strikes; at the end they all must have come to pass."""
-    directory = tmp_path / "strikes"
-    directory.mkdir()
-    plans = []
-
-    def plan_of(*strikes: Strike) -> Plan:
-        plans.append(Plan(directory=str(directory), strikes=strikes))
-        return plans[-1]
-
-    yield plan_of
-    for plan in plans:
-        assert plan.missing() == []
-
-
 def run(job: Job, plan: Plan, *, epochs: int = EPOCHS, **arguments):
     """Trains; the result is that of an undisturbed run. Returns the status at the end."""
     with job.trainer(plan, **arguments) as trainer:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import stat
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from torchtrainer import BATCH_SIZE, LocalEngine, TorchTrainer, TrainerClosedError, TrainingOperator
+from torchtrainer import BATCH_SIZE, LocalEngine, TrainerClosedError, TrainingOperator
 from torchtrainer.observe.devices import proportional_memory, read_process_use
 
 N_TRAIN, N_VALIDATION = 64, 21
@@ -36,26 +37,16 @@ def optimizer_creator(model, config):
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(trainers):
     """Makes trainers that are shut down at the end of the test."""
-    made = []
-
-    def make(**arguments):
-        defaults = {
-            "model_creator": model_creator,
-            "data_creator": data_creator,
-            "optimizer_creator": optimizer_creator,
-            "loss_creator": torch.nn.CrossEntropyLoss,
-            "num_workers": 2,
-            "run_dir": tmp_path / f"run{len(made)}",
-        }
-        trainer = TorchTrainer(**{**defaults, **arguments})
-        made.append(trainer)
-        return trainer
-
-    yield make
-    for trainer in made:
-        trainer._close("finished", force=True)
+    return partial(
+        trainers,
+        model_creator=model_creator,
+        data_creator=data_creator,
+        optimizer_creator=optimizer_creator,
+        loss_creator=torch.nn.CrossEntropyLoss,
+        num_workers=2,
+    )
 
 
 def reference_weights(world_size, epochs, batch):

@@ -30,7 +30,7 @@ from torchtrainer.train.digest import digest, digest_of_all, leaves
 from torchtrainer.train.loop import StepIterator
 from torchtrainer.train.progress import Progress
 from torchtrainer.worker.assembly import build_rank
-from torchtrainer.worker.digests import step_iterator
+from torchtrainer.worker.checkpointer import step_iterator
 from torchtrainer.worker.held import held_values
 
 DEADLINE_S = 250
@@ -193,8 +193,8 @@ with trainer(run_dir=None) as made:
 WITHOUT_TRAINING = """
 import os, signal, sys
 from pathlib import Path
-from torchtrainer.config import DIGESTS
-from torchtrainer.observe.digest_log import HELD, VERIFY_RUNS, Details, DigestWriter, Orders, Place
+from torchtrainer.config import DIGESTS, VERIFY_RUNS
+from torchtrainer.observe.digest_log import HELD, Details, DigestWriter, Orders, Place
 
 how, logs, runs = sys.argv[1], Path(os.environ[DIGESTS]), Path(os.environ[VERIFY_RUNS])
 runs.mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from torchtrainer.config import BATCH_SIZE, CheckpointConfig, FailureConfig, PreemptionConfig
+from torchtrainer.config import BATCH_SIZE, CheckpointConfig, FailureConfig, PreemptionConfig, Timeouts
 from torchtrainer.errors import (
     CallMismatchError,
     CheckpointDamagedError,
@@ -41,6 +41,7 @@ from torchtrainer.version import __version__
 if TYPE_CHECKING:
     from torchtrainer import session
     from torchtrainer.engines.local import LocalEngine, prestart
+    from torchtrainer.observe.events import Callback
     from torchtrainer.observe.history import History
     from torchtrainer.operator import TrainingOperator
     from torchtrainer.preempt.notice import Notice
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BATCH_SIZE",
     "CallMismatchError",
+    "Callback",
     "CheckpointConfig",
     "CheckpointDamagedError",
     "CheckpointError",
@@ -71,6 +73,7 @@ __all__ = [
     "ResumeError",
     "RunDirectoryError",
     "SnapshotError",
+    "Timeouts",
     "TorchTrainer",
     "TorchTrainerError",
     "TrainerBusyError",
@@ -87,6 +90,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Callback": "torchtrainer.observe.events",
     "History": "torchtrainer.observe.history",
     "LocalEngine": "torchtrainer.engines.local",
     "Notice": "torchtrainer.preempt.notice",

@@ -32,6 +32,8 @@ CALLED_WITH = {
 """What each function of the user gets. A loss creator may take ``config`` or nothing."""
 
 NOT_YET = "is not in this version"
+ENGINE_PARTS = ("name", "timeouts", "topology", "open_run", "start_group")
+"""What `torchtrainer.engines.base.Engine` asks for."""
 SEEDS = 1 << 63
 """Seeds are below this: what torch's generators take."""
 
@@ -157,19 +159,18 @@ def check_batch_size(config: Mapping[str, Any], world_size: int) -> None:
         )
 
 
-def check_not_yet(
+def check_options(
     *,
     resume: Any,
     checkpoint: CheckpointConfig,
     preemption: PreemptionConfig,
     failure: FailureConfig,
-    engine: Any,
 ) -> None:
-    """Refuses what the interface has but this version does not.
+    """Checks that each option is an object of its kind.
 
     Raises:
-        NotAvailableError: says what is missing.
-        InvalidArgumentError: a value that means nothing.
+        InvalidArgumentTypeError: it is something else.
+        InvalidArgumentError: ``resume`` means nothing.
     """
     if not isinstance(checkpoint, CheckpointConfig):
         raise InvalidArgumentTypeError(f"checkpoint must be a CheckpointConfig, got {checkpoint!r}")
@@ -179,13 +180,19 @@ def check_not_yet(
         raise InvalidArgumentTypeError(
             f"failure must be a FailureConfig, such as FailureConfig(hang_timeout_s=60), got {failure!r}"
         )
-    if not isinstance(engine, str) and not callable(getattr(engine, "start_group", None)):
-        raise InvalidArgumentTypeError(
-            f'engine must be "auto", "local", "spmd" or an engine object such as LocalEngine(), got {engine!r}'
-        )
     check_resume(resume)
-    if engine == "ray":
-        raise NotAvailableError(f'the Ray engine {NOT_YET}: use engine="local", or start the script with torchrun')
+
+
+def check_engine(engine: Any) -> None:
+    """Raises an InvalidArgumentTypeError if this is neither the name of an engine nor has what one needs."""
+    if isinstance(engine, str):
+        return
+    lacks = [name for name in ENGINE_PARTS if not hasattr(engine, name)]
+    if lacks:
+        raise InvalidArgumentTypeError(
+            f'engine must be "auto", "local", "spmd" or an engine object such as LocalEngine(), got {engine!r}, which has no '
+            f"{', '.join(lacks)}"
+        )
 
 
 def check_resume(resume: object) -> None:

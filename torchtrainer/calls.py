@@ -21,7 +21,7 @@ from torchtrainer.driver.run_record import check_function, function_of_call
 from torchtrainer.engines.base import CallResult, Group
 from torchtrainer.errors import EngineError, Preempted, ResumeError
 from torchtrainer.observe.failures import taken_again
-from torchtrainer.observe.notices import notice as tell
+from torchtrainer.observe.notices import notice, warn
 from torchtrainer.preempt.notice import Notice
 from torchtrainer.preempt.slurm import requeue
 from torchtrainer.preempt.watch import NoticeWatch
@@ -167,7 +167,7 @@ class Calls:
             except Exception as error:
                 if self._ended or not self._living().retryable or not self._may_go_back():
                     raise
-                tell(f"{str(error).splitlines()[0]} All ranks are started anew")
+                warn(f"{str(error).splitlines()[0]} All ranks are started anew")
                 again = True
 
     def _may_go_back(self) -> bool:
@@ -191,7 +191,7 @@ class Calls:
         self.catch_up()
         where = f"the checkpoint of step {reached}" if self._checkpoint is not None else "the beginning"
         redone, seconds = self._lost_steps.count(), time.monotonic() - began
-        tell(f"going on from {where} after {seconds:.1f} s: {taken_again(redone)}")
+        notice(f"going on from {where} after {seconds:.1f} s: {taken_again(redone)}")
         if self._on_restart is not None:
             self._on_restart(redone, seconds)
 
@@ -231,7 +231,7 @@ class Calls:
             self._reached = len(self._made)
         lost = self.journal.add(text, result, step=step, epoch=epoch, is_state=is_state, function=function)
         if lost is not None:
-            tell(f"the result of {text} is not recorded, as {lost}. This run could not be resumed beyond it")
+            warn(f"the result of {text} is not recorded, as {lost}. This run could not be resumed beyond it")
 
     def catch_up(self) -> None:
         """Brings the ranks to where the script is: by the checkpoint, and by the calls after it."""
@@ -273,7 +273,7 @@ class Calls:
                 raise ResumeError(
                     f"{why}. trainer.save(path) needs no copy; pass resume=False to start anew"
                 ) from error
-            tell(f"{why}: it is trained again up to there. trainer.save(path) needs no copy")
+            notice(f"{why}: it is trained again up to there. trainer.save(path) needs no copy")
             self._reached = 0
         if self._from > index:
             self._checkpoint, self._from = None, 0
@@ -375,7 +375,7 @@ class Calls:
         if code == EXIT_PREEMPTED and self._requeue and (said := requeue(os.environ)):
             text = f"{text}; {said}"
         if told:
-            tell(text)
+            notice(text)
         raise Preempted(code, text)
 
     def _code(self) -> int:
@@ -395,6 +395,6 @@ class Calls:
     def _save_for(self, hint: Notice) -> None:
         if not self._hinted:
             self._hinted = True
-            tell(f"{hint.text}: a checkpoint is saved, and the run goes on")
+            notice(f"{hint.text}: a checkpoint is saved, and the run goes on")
             if self._calling:
                 self._living().save()

@@ -33,6 +33,8 @@ MEMORY_FORMATS: tuple[str, ...] = ("auto", "channels_last", "as_made")
 CLOUDS: tuple[str, ...] = ("aws", "azure", "gcp")
 DIGESTS = "TORCHTRAINER_DIGESTS"
 """Environment variable of ``torchtrainer verify-resume``: directory for the logs of this start of the script."""
+VERIFY_RUNS = "TORCHTRAINER_VERIFY_RUNS"
+"""The same: directory below which run directories and checkpoints of such a start go, instead of where the script wants them."""
 PREEMPTION_SIGNALS: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
 
 

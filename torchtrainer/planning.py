@@ -13,20 +13,21 @@ from torchtrainer.arguments import (
     check_batch_size,
     check_counts,
     check_creators,
-    check_not_yet,
+    check_engine,
+    check_options,
     decide_gpus,
     decide_threads,
     settings_from,
 )
-from torchtrainer.config import CheckpointConfig, FailureConfig, PreemptionConfig, Timeouts, TrainSettings
+from torchtrainer.config import CheckpointConfig, FailureConfig, PreemptionConfig, TrainSettings
 from torchtrainer.driver.run_record import in_notebook, reached_by
 from torchtrainer.engines.base import Engine, GroupPlan
-from torchtrainer.engines.inline import LocalModeEngine, SpmdEngine, spmd_engine
-from torchtrainer.engines.local import shared_engine
+from torchtrainer.engines.inline import LocalModeEngine
+from torchtrainer.engines.registry import engine_called
 from torchtrainer.engines.snapshots import CheckpointOrders
 from torchtrainer.errors import InvalidArgumentError, ResumeError
 from torchtrainer.observe.devices import gpu_count
-from torchtrainer.observe.notices import notice, notice_once
+from torchtrainer.observe.notices import notice, notice_once, warn
 from torchtrainer.preempt.watch import NoticeWatch
 from torchtrainer.process.cgroups import usable_cores
 from torchtrainer.process.paths import private_directory
@@ -69,7 +70,6 @@ OPTIONS: dict[str, Callable[[], Any]] = {
     "preemption": PreemptionConfig,
 }
 """What stands for None."""
-ENGINES = ("auto", "local", "spmd", "ray")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class RunPlan:
             gpus=self.gpus,
             log_dir=log_dir,
             logs_stay=logs_stay,
-            timeouts=Timeouts(),
+            timeouts=self.engine.timeouts,
             hang_timeout_s=self.hang_timeout_s,
             checkpoint=orders,
             save_every_s=self.checkpoint.every_seconds,
@@ -163,9 +163,7 @@ class RunPlan:
             self._check_preemptions(opened)
             return opened
 
-        if isinstance(self.engine, SpmdEngine):
-            return self.engine.share(open_here, known, borrowed, self.spec.settings, self.gpus)
-        return open_here()
+        return self.engine.open_run(open_here, known, borrowed, self.spec.settings, self.gpus)
 
     def watch_notices(self, opened: OpenRun) -> NoticeWatch | None:
         """Begins to watch for warnings of a preemption; None for a run that keeps nothing, which could not be saved.
@@ -175,7 +173,7 @@ class RunPlan:
         if opened.checkpoints is None:
             return None
         config = replace(self.preemption, signals=()) if in_notebook() else self.preemption
-        notices = NoticeWatch(config, os.environ, metadata=self.watches_machine, say=notice)
+        notices = NoticeWatch(config, os.environ, metadata=self.watches_machine, say=warn)
         notices.start()
         return notices
 
@@ -217,14 +215,14 @@ def plan_run(given: Mapping[str, Any]) -> RunPlan:
     config, failure = given["config"], given["failure"]
     check_creators(creators, given["training_operator_cls"])
     check_counts(given["num_workers"], given["min_workers"], config)
-    topology = _topology_for(given["engine"], given["use_local"])
+    engine = _engine_for(given["engine"], use_local=given["use_local"])
+    topology = engine.topology
     world_size = topology.world_size if topology else given["num_workers"]
-    check_not_yet(
+    check_options(
         resume=given["resume"],
         checkpoint=given["checkpoint"],
         preemption=given["preemption"],
         failure=failure,
-        engine=given["engine"],
     )
     check_batch_size(config, world_size)
     local_ranks = topology.local_world_size if topology else world_size
@@ -235,7 +233,7 @@ def plan_run(given: Mapping[str, Any]) -> RunPlan:
     operator_cls = given["training_operator_cls"]
     return RunPlan(
         spec=BuildSpec(settings=settings, config=config, training_operator_cls=operator_cls, **creators),
-        engine=_engine_for(given["engine"], topology, given["use_local"]),
+        engine=engine,
         world_size=world_size,
         threads=_threads(given["num_cpus_per_worker"], local_ranks, topology),
         gpus=gpus,
@@ -271,29 +269,15 @@ def _settings(given: Mapping[str, Any], *, use_gpu: bool) -> TrainSettings:
     )
 
 
-def _topology_for(engine: str | Engine, use_local: bool) -> Topology | None:
-    """The launch that this process is part of, if the trainer is to attach to it."""
-    if use_local or not isinstance(engine, str):
-        return None
-    if engine not in ENGINES:
-        raise InvalidArgumentError(f"engine must be one of {', '.join(ENGINES)}, or an engine object; got {engine!r}")
-    if engine in ("local", "ray"):
-        return None
-    topology = current_topology()
-    if topology is None and engine == "spmd":
-        raise InvalidArgumentError(
-            'engine="spmd" needs a launcher, but RANK and WORLD_SIZE (or those of srun or mpirun) are not set: start the '
-            'script with torchrun, or use engine="local"'
-        )
-    return topology
-
-
-def _engine_for(engine: str | Engine, topology: Topology | None, use_local: bool) -> Engine:
+def _engine_for(engine: str | Engine, *, use_local: bool) -> Engine:
+    check_engine(engine)
     if use_local:
         return LocalModeEngine()
-    if topology is not None:
-        return spmd_engine(topology)
-    return shared_engine() if isinstance(engine, str) else engine
+    if not isinstance(engine, str):
+        return engine
+    if engine == "auto":
+        engine = "local" if current_topology() is None else "spmd"
+    return engine_called(engine)
 
 
 def _tell_ranks(topology: Topology, num_workers: int) -> None:

@@ -44,7 +44,7 @@ from torchtrainer.driver.run_record import (
 from torchtrainer.engines.snapshots import CheckpointOrders
 from torchtrainer.errors import CheckpointDamagedError, CheckpointError, ResumeError
 from torchtrainer.observe.failures import counted, spell_age, taken_again
-from torchtrainer.observe.notices import notice, notice_once
+from torchtrainer.observe.notices import notice, notice_once, warn
 from torchtrainer.process.own_files import RECORD_BYTES, printable, read_own
 from torchtrainer.run_places import beside, checkpoints_of, kept_below, remote_url
 
@@ -93,7 +93,7 @@ class OpenRun:
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies; None: there is none."""
-        return None if self.checkpoints is None else newest_in(self.checkpoints, self.generation, notice)
+        return None if self.checkpoints is None else newest_in(self.checkpoints, self.generation, warn)
 
     def orders(self, config: CheckpointConfig, timeouts: Timeouts, signals: Sequence[str]) -> CheckpointOrders | None:
         """Where and how the states of the run are kept."""
@@ -115,7 +115,7 @@ class OpenRun:
         """Tells of a run directory that does not take what is to be kept; once, as the rest follows from it."""
         if not self.in_trouble:
             self.in_trouble = True
-            notice(text)
+            warn(text)
 
     def write_record(self) -> None:
         """Writes what the directory says of the run, here and where copies are.
@@ -273,12 +273,12 @@ def _choose_remote(
     roots = [fresh]
     if run_dir == "auto":
         below = RemoteStore(
-            f"{config.path.rstrip('/')}/{fresh.absolute().parent.name}", keep=config.keep, on_problem=notice
+            f"{config.path.rstrip('/')}/{fresh.absolute().parent.name}", keep=config.keep, on_problem=warn
         )
         roots = [fresh.with_name(name) for name in reversed(below.children())]
     for root in roots:
         url = remote_url(config, root)
-        told = RemoteStore(url, keep=config.keep, on_problem=notice).read_note(RECORD) if url is not None else None
+        told = RemoteStore(url, keep=config.keep, on_problem=warn).read_note(RECORD) if url is not None else None
         if told is None:
             continue
         record = RunRecord.parse(told, str(url))
@@ -300,7 +300,7 @@ def _find_generation(opened: OpenRun, config: CheckpointConfig) -> None:
     opened.generation = next_generation(opened.checkpoints)
     url = remote_url(config, opened.directory.root)
     if url is not None:
-        opened.remote = RemoteStore(url, keep=config.keep, on_problem=notice)
+        opened.remote = RemoteStore(url, keep=config.keep, on_problem=warn)
         opened.generation = max(opened.generation, opened.remote.next_generation())
 
 
@@ -314,7 +314,7 @@ def _take_over(opened: OpenRun, previous: RunRecord, config: CheckpointConfig) -
     changed = differences(previous.parts, opened.record.parts)
     opened.record = opened.record.after(previous)
     if opened.checkpoints.is_dir() or opened.remote is not None:
-        store = CheckpointStore(opened.checkpoints, keep=config.keep, generation=opened.generation, on_problem=notice)
+        store = CheckpointStore(opened.checkpoints, keep=config.keep, generation=opened.generation, on_problem=warn)
         opened.checkpoint = store.newest()
         _take_copy(opened, store)
     if opened.checkpoint is not None and opened.checkpoint.meta["index"] > len(opened.records):
@@ -335,7 +335,7 @@ def _take_copy(opened: OpenRun, store: CheckpointStore) -> None:
         try:
             opened.checkpoint = opened.remote.download(copy, store)
         except CheckpointDamagedError as error:
-            notice(f"a copy in {opened.remote.url} is damaged and is not used: {error}")
+            warn(f"a copy in {opened.remote.url} is damaged and is not used: {error}")
             continue
         put_call_files(opened.directory.root, opened.checkpoint)
         opened.records = Journal.read(opened.directory.root)

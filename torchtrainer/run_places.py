@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from torchtrainer.config import CheckpointConfig
-from torchtrainer.observe.digest_log import VERIFY_RUNS
+from torchtrainer.config import VERIFY_RUNS, CheckpointConfig
 
 
 def kept_below(path: Path) -> Path:

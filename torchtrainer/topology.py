@@ -129,9 +129,14 @@ def to_environ(topology: Topology) -> dict[str, str]:
         "MASTER_ADDR": topology.master_addr,
         "MASTER_PORT": str(topology.master_port),
     }
-    if topology.one_machine and sys.platform in _LOOPBACK_INTERFACES:
-        variables["GLOO_SOCKET_IFNAME"] = _LOOPBACK_INTERFACES[sys.platform]
-    return variables
+    return {**variables, **gloo_interface(one_machine=topology.one_machine)}
+
+
+def gloo_interface(*, one_machine: bool) -> dict[str, str]:
+    """The variable that has Gloo's own sockets listen on loopback only, where all ranks are on one machine."""
+    if not one_machine or sys.platform not in _LOOPBACK_INTERFACES:
+        return {}
+    return {"GLOO_SOCKET_IFNAME": _LOOPBACK_INTERFACES[sys.platform]}
 
 
 def share_of(total: int, rank: int, world_size: int) -> int:

@@ -6,7 +6,6 @@ Long because it is the public interface: most of it is the documentation of the 
 from __future__ import annotations
 
 import os
-import socket
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -18,24 +17,22 @@ from torchtrainer.arguments import check_may_change, refuse_unknown
 from torchtrainer.calls import Calls, nothing
 from torchtrainer.checkpoint.copies import Remade, load_models, made, models_of
 from torchtrainer.checkpoint.journal import Journal, Recorded, spell, spell_function
-from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES, CheckpointConfig, FailureConfig, PreemptionConfig, Timeouts
+from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES, CheckpointConfig, FailureConfig, PreemptionConfig
 from torchtrainer.driver.interrupts import forget_interrupted_calls
 from torchtrainer.driver.run_dir import BorrowedRunDirectory, RunDirectory
 from torchtrainer.driver.run_record import RunState
 from torchtrainer.engines.base import Engine, Group
-from torchtrainer.engines.inline_group import InlineGroup
 from torchtrainer.errors import (
     InvalidArgumentError,
     InvalidArgumentTypeError,
-    NotAvailableError,
     Preempted,
     TrainerClosedError,
 )
 from torchtrainer.observe.devices import GpuMonitor
-from torchtrainer.observe.events import Callbacks, EpochEvent, RunEndEvent, ValidateEvent
+from torchtrainer.observe.events import Callbacks, EpochEvent, RunEndEvent, RunStartEvent, ValidateEvent
 from torchtrainer.observe.failures import FailureRecord
 from torchtrainer.observe.history import History, HistoryFile
-from torchtrainer.observe.notices import notice
+from torchtrainer.observe.notices import notice, warn
 from torchtrainer.observe.profiles import PROFILE, StepTraces, with_whole_profiles
 from torchtrainer.observe.shown import Shown
 from torchtrainer.observe.status import ProcessStatus, Status
@@ -103,8 +100,7 @@ class TorchTrainer:
         preemption: where warnings come from that the machine or the job will be taken away.
         failure: what is done about processes that die or hang.
         engine: ``local``, ``spmd``, "auto", or an engine object.
-        callbacks: objects with any of ``on_step``, ``on_epoch_end``, ``on_validate_end``, ``on_failure``,
-            ``on_checkpoint``, ``on_run_end``; called here, under a launcher on rank 0.
+        callbacks: objects with any of the methods of `Callback`; called here, under a launcher on rank 0.
 
     Raises:
         InvalidArgumentError, InvalidArgumentTypeError: an argument that cannot work (a ``ValueError``, a ``TypeError``).
@@ -178,7 +174,7 @@ class TorchTrainer:
             journal=Journal(self._run_dir.root, self._run.records, writes=self._run.keeps, keep=run.checkpoint.keep),
             checkpoint=self._run.checkpoint,
             notices=self._notices,
-            timeouts=Timeouts(),
+            timeouts=run.engine.timeouts,
             requeue=run.preemption.requeue,
             on_error=note_weakly(weakref.WeakMethod(self._note_error)),
             newest=self._run.newest,
@@ -200,7 +196,7 @@ class TorchTrainer:
         self._start(run)
 
     def _start(self, run: RunPlan) -> None:
-        orders = self._run.orders(run.checkpoint, Timeouts(), run.preemption.signals)
+        orders = self._run.orders(run.checkpoint, run.engine.timeouts, run.preemption.signals)
         compiled = str(self._run_dir.compiled) if self._run_dir.durable else None
         plan = run.for_group(
             log_dir=str(self._run_dir.logs), logs_stay=self._run_dir.durable, orders=orders, compiled=compiled
@@ -220,6 +216,20 @@ class TorchTrainer:
         self._watch.attach(lambda: group.views)
         # Also when nobody calls shutdown: with the trainer, or at the latest with this process.
         self._finalizer = weakref.finalize(self, _end, self._group, self._run, self._notices, self._gpu_monitor)
+        self._tell_start(run.world_size)
+
+    def _tell_start(self, world_size: int) -> None:
+        reached = self._run.checkpoint.step if self._run.checkpoint is not None else 0
+        resumed = reached if self._run.records or reached else None
+        try:
+            self._callbacks.on_run_start(
+                RunStartEvent(
+                    config=self.config, run_dir=self._run_dir.shown, resumed_step=resumed, world_size=world_size
+                )
+            )
+        except BaseException:
+            self._close("failed", force=True)
+            raise
 
     def __reduce__(self) -> tuple[type[AbsentTrainer], tuple[()]]:
         """An object that keeps its trainer travels to the workers, where the trainer is not."""
@@ -459,13 +469,7 @@ class TorchTrainer:
         Raises:
             NotAvailableError: the ranks are other processes (everywhere but with ``use_local=True`` or under a launcher).
         """
-        group = self._living_group()
-        if isinstance(group, InlineGroup):
-            operator: TrainingOperator = group.operator
-            return operator
-        raise NotAvailableError(
-            "the operators live in the worker processes: use apply_all_operators(fn), or use_local=True to debug one here"
-        )
+        return self._living_group().local_operator()
 
     @property
     def local_worker(self) -> LocalWorker:
@@ -538,13 +542,13 @@ class TorchTrainer:
             return str(file)
         if file.is_dir():
             raise InvalidArgumentError(f"save takes the path of a file, and {file} is a directory")
+        group = self._living_group()
         state = self._call("state_dict")[0]
         if self._is_main:
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.save(state, file)
             _warn_about_extras(file)
-        if isinstance(self._group, InlineGroup):
-            self._group.wait_for_all()  # no rank may read what rank 0 still writes
+        group.wait_for_all()  # no rank may read what rank 0 still writes
         self._done(call, None)
         return str(file)
 
@@ -570,21 +574,8 @@ class TorchTrainer:
         Under a launcher it is no collective call: any rank may ask, and sees all processes.
         """
         views = self._group.views if self._group is not None else ()
-        processes = tuple(
-            ProcessStatus(
-                pid=view.pid,
-                ranks=view.ranks,
-                machine=view.machine or socket.gethostname(),
-                device=view.device,
-                step=view.step,
-                phase=view.phase,
-                use=self._watch.use_of(view),
-            )
-            for view in views
-            if not view.lost
-        )
         return Status(
-            processes=processes,
+            processes=tuple(ProcessStatus.of(view, self._watch.use_of(view)) for view in views if not view.lost),
             failures=tuple(self._watch.failures.records),
             step=self._step,
             epoch=self._epoch,
@@ -784,7 +775,7 @@ def reduce_results_or_list(results: list[PassResult], reduce: bool) -> Any:
 def tell_traces(directory: str, paths: list[str], errors: list[str]) -> None:
     """Says where traces are and how to look at them, and why there are none of some processes."""
     for error in errors:
-        notice(f"a trace could not be written to {directory}: {error}")
+        warn(f"a trace could not be written to {directory}: {error}")
     if paths:
         files = "1 trace is" if len(paths) == 1 else f"{len(paths)} traces are"
         notice(f"{files} in {directory}: open them at https://ui.perfetto.dev or chrome://tracing")
@@ -830,7 +821,7 @@ def _warn_about_extras(path: str | os.PathLike[str]) -> None:
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        notice(
+        warn(
             f"{os.fspath(path)} holds objects from operator.state_dict() that load() refuses ({str(error).splitlines()[0]}): "
             "let state_dict() return tensors, numbers, text and containers of them"
         )

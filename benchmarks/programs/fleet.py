@@ -48,8 +48,8 @@ KILLED = -9
 class Fleet:
     """All workers of one group, and their host."""
 
-    def __init__(self, path: str) -> None:
-        self.router = Router(path)
+    def __init__(self, endpoint: str) -> None:
+        self.router = Router(endpoint)
         self.group = ""
         self.carriers: dict[int, list[int]] = {}
         self.called: set[int] = set()

@@ -15,7 +15,6 @@ import io
 import json
 import math
 import mmap
-import os
 import pickle
 import struct
 from collections import OrderedDict
@@ -157,12 +156,6 @@ class Prepared:
     layout: _Layout
     tensors: list[torch.Tensor]
     head: bytes
-
-
-def number_in(fd: int) -> int:
-    """The number of the snapshot that a region holds whole; 0: none."""
-    prologue = os.pread(fd, _PROLOGUE.size, 0)
-    return int(_PROLOGUE.unpack(prologue)[0]) if len(prologue) == _PROLOGUE.size else 0
 
 
 def assemble(paths: Sequence[str], number: int) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """ZeroMQ sockets of the control plane: the host binds one router, driver and workers connect to it.
 
-On one machine the socket is a file in a fresh directory that only its owner can enter, and libzmq checks the peer's user id
+Where that is says an endpoint, such as ``ipc:///run/user/1000/torchtrainer-x/control.ipc``; whoever starts the processes hands it
+to them. On one machine it is a file in a fresh directory that only its owner can enter, and libzmq checks the peer's user id
 where it was built to. So whoever can send a message is the user.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Sequence
 
@@ -20,19 +22,16 @@ RECONNECT_MS = 5
 class Router:
     """The host's end: receives from everybody, sends to a named peer. Used by one thread."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, endpoint: str) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
         self._socket.set_hwm(0)
         filter_uid = getattr(zmq, "IPC_FILTER_UID", None)
         if filter_uid is not None and hasattr(os, "getuid"):
-            try:
+            with contextlib.suppress(zmq.ZMQError):  # libzmq built without it: the directory's mode is the protection
                 self._socket.setsockopt(filter_uid, os.getuid())
-            except zmq.ZMQError:  # libzmq built without it: the directory's mode is the protection
-                filter_uid = None
-        self.checks_uid = filter_uid is not None
-        self._socket.bind(f"ipc://{path}")
+        self._socket.bind(endpoint)
 
     def wait(self, fds: Iterable[int], timeout_s: float) -> set[int]:
         """Waits until a message or one of the descriptors is ready; returns the ready descriptors."""
@@ -59,14 +58,14 @@ class Router:
 class Dealer:
     """The driver's and a worker's end. Used by the thread that made it."""
 
-    def __init__(self, path: str, name: str) -> None:
+    def __init__(self, endpoint: str, name: str) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
         self._socket.set_hwm(0)
         self._socket.setsockopt(zmq.IDENTITY, name.encode())
         self._socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-        self._socket.connect(f"ipc://{path}")
+        self._socket.connect(endpoint)
 
     def wait(self, fds: Iterable[int], timeout_s: float) -> set[int]:
         """Waits until a message or one of the descriptors is ready; returns the ready descriptors."""

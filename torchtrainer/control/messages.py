@@ -10,9 +10,9 @@ Long because it is the contract of the processes: most of it says what each mess
                host --> worker        SnapshotAnswer, SnapshotDone
     driver --> host                   StartGroup, StartWorker, KillWorker, KillGroup, SignalWorkers, DumpStacks, Quit
     worker --> host                   SnapshotWanted, SnapshotTaken
-    worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Held, Shared, Carried, Bound, LoaderLost, Beat, Heard
-    host   --> driver                 EngineReady, EngineFailed, EngineRepaired, GroupFailed, WorkerStarted, WorkerExited, GroupGone,
-                                      Output, Stacks, CheckpointEnded
+    worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Held, Shared, Carried, Bound, LoaderLost, Beat, Heard, Logged
+    host   --> driver                 EngineFailed, GroupFailed, WorkerStarted, WorkerExited, GroupGone, Output, Stacks,
+                                      CheckpointEnded, Logged
 """
 
 from __future__ import annotations
@@ -138,11 +138,13 @@ class EndWorker(ForWorker):
 
 @dataclass(frozen=True, kw_only=True)
 class StartGroup(Message):
-    """Start one worker process per rank. ``blob``: the script's state and the pickled `BuildSpec`, for `take_over`.
+    """Start one worker process per rank of a machine. ``blob``: the script's state and the pickled `BuildSpec`, for `take_over`.
 
     Attributes:
         group: name of the new group.
         world_size: ranks, one process each.
+        nodes: the ranks of each machine, in the order of their local ranks.
+        node_rank: which machine the receiving host is on.
         log_dir: directory for ``rank_<r>/stdout.log`` and the like.
         environ: the complete environment of each worker, before what is set per rank.
         cwd: working directory of the workers.
@@ -150,7 +152,7 @@ class StartGroup(Message):
         threads: intra-op threads per process.
         backend: ``gloo`` or ``nccl``.
         timeout_s: longest wait for any collective.
-        gpus: GPU index per rank, empty without GPUs.
+        gpus: GPU index per local rank, empty without GPUs.
         heartbeat_s: seconds between two heartbeats.
         progress_s: seconds between two progress reports of rank 0 during a call.
         checkpoint: where and how states are kept, fields of `CheckpointOrders`; None: nothing is kept.
@@ -158,6 +160,8 @@ class StartGroup(Message):
 
     group: str
     world_size: int
+    nodes: list[list[int]]
+    node_rank: int = 0
     log_dir: str
     environ: dict[str, str]
     cwd: str
@@ -171,6 +175,11 @@ class StartGroup(Message):
     hold_s: float = 60.0
     checkpoint: dict[str, Any] | None = None
     blob: bytes = b""
+
+    @property
+    def here(self) -> list[int]:
+        """The ranks of the machine that the receiving host is on."""
+        return self.nodes[self.node_rank]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -493,15 +502,6 @@ class CheckpointEnded(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineReady(Message):
-    """The spawner has imported torch and can fork."""
-
-    host_pid: int
-    spawner_pid: int
-    import_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class EngineFailed(Message):
     """The spawner could not get ready, or was lost and cannot be replaced."""
 
@@ -509,18 +509,11 @@ class EngineFailed(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineRepaired(Message):
-    """The spawner was lost and is replaced; the workers of the group go on. ``text``: how it was lost, and by what it is replaced."""
-
-    group: str
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class WorkerStarted(FromWorker):
-    """The process of a rank exists."""
+    """The process of a rank exists. ``machine``: the host name of where it runs."""
 
     pid: int
+    machine: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -565,6 +558,22 @@ class Output(FromWorker):
     """Whole lines that a rank wrote to stdout or stderr."""
 
     stream: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logged(FromWorker):
+    """Something to tell the user, for the driver's logger.
+
+    Attributes:
+        rank: the one that the sender was built like; None: it is no worker.
+        pid: of the sender.
+        level: of `logging`.
+    """
+
+    rank: int | None
+    pid: int
+    level: int
     text: str
 
 

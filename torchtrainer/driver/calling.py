@@ -15,7 +15,7 @@ from torchtrainer.driver.agreement import ask
 from torchtrainer.driver.causes import UserCodeFailed, WorkerLost
 from torchtrainer.driver.ending import kill
 from torchtrainer.driver.events import Action, CallRequested, Raised, Returned, SaveRequested, Send, StopRequested
-from torchtrainer.driver.policies import STEPPING_METHODS, Stop, after_failure, root_cause
+from torchtrainer.driver.policies import STEPPING_METHODS, root_cause, survives_failure
 from torchtrainer.driver.recovery import done, lose_newcomer, note_step
 from torchtrainer.driver.states import Calling, Idle, Machine, Result, Starting
 from torchtrainer.driver.views import Roster
@@ -164,8 +164,8 @@ def settle(machine: Machine, now: float) -> Result:
     cause = root_cause(state.failures, state.deaths, connected=bool(machine.bound) or not machine.recovers)
     if isinstance(state, Starting):
         return kill(machine, cause, now)
-    decision = after_failure(state.method, _all_reported(machine))
-    if isinstance(decision, Stop) or state.deaths or not isinstance(cause, UserCodeFailed):
+    survives = survives_failure(state.method, _all_reported(machine))
+    if not survives or state.deaths or not isinstance(cause, UserCodeFailed):
         retry = not isinstance(cause, UserCodeFailed) and may_retry(machine, cause)
         return kill(machine, cause, now, retry=retry, why=NOT_IN_PLACE if retry else "")
     actions: tuple[Action, ...] = (Raised(cause=cause, usable=True),)

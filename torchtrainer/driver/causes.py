@@ -20,6 +20,7 @@ class WorkerDied:
 
     Attributes:
         ranks, pid, exit_code: which one, by the ranks that it carried or was built like, and how it ended.
+        machine: the host name of where it was; empty: not known.
         phase, step: where it was by its last heartbeat.
         stderr_tail: its last words.
         crash: the stack that it crashed in; empty if it did not.
@@ -37,6 +38,7 @@ class WorkerDied:
     max_rss_bytes: int = 0
     failure: Failure | None = None
     oom: bool = False
+    machine: str = ""
 
     @property
     def rank(self) -> int:
@@ -50,6 +52,7 @@ class WorkerHung:
 
     Attributes:
         ranks, pid: the suspect: of those that do not wait for others, the worker that is furthest behind.
+        machine: the host name of where it is; empty: not known.
         phase, step: where it is.
         silent_s: seconds without progress.
         limit_s: how long it might have taken.
@@ -63,6 +66,7 @@ class WorkerHung:
     silent_s: float
     limit_s: float
     stacks: str = ""
+    machine: str = ""
 
     @property
     def rank(self) -> int:

@@ -52,7 +52,7 @@ class HostConnection:
         )
         self._oom = OomWatch()
         self._pidfd = open_pidfd(self._process.pid)
-        self._dealer = Dealer(self.paths.socket, "driver")
+        self._dealer = Dealer(self.paths.endpoint, "driver")
         self._lock = threading.RLock()
         self._inboxes: dict[str, deque[Incoming]] = {}
         self._lost: str | None = None

@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from torchtrainer.config import FailureConfig, Timeouts
-from torchtrainer.control.messages import Beat, CheckpointEnded, EngineRepaired, Heard, Output, Reply, StartGroup
+from torchtrainer.control.messages import (
+    Beat,
+    CheckpointEnded,
+    Heard,
+    Logged,
+    Output,
+    Reply,
+    StartGroup,
+)
 from torchtrainer.driver.causes import Cause
 from torchtrainer.driver.connection import POLL_S, HostConnection, Incoming
 from torchtrainer.driver.events import (
@@ -53,14 +61,14 @@ class Listener(Protocol):
     def on_output(self, output: Output) -> None:
         """Rank 0 wrote lines."""
 
+    def on_logged(self, logged: Logged) -> None:
+        """A worker, or the host, has something to tell the user."""
+
     def on_checkpoint(self, ended: CheckpointEnded) -> None:
         """A checkpoint was written, or could not be."""
 
     def on_heard(self, heard: Heard) -> None:
         """A signal that warns of a preemption came to a rank."""
-
-    def on_engine_repaired(self, repaired: EngineRepaired) -> None:
-        """The process that starts workers was lost, and is replaced."""
 
     def on_failure(self, cause: Cause, error: BaseException) -> None:
         """The group failed."""
@@ -289,12 +297,12 @@ class Controller:
             self._listener.on_beat(news)
         elif isinstance(news, Output):
             self._listener.on_output(news)
+        elif isinstance(news, Logged):
+            self._listener.on_logged(news)
         elif isinstance(news, CheckpointEnded):
             self._listener.on_checkpoint(news)
         elif isinstance(news, Heard):
             self._listener.on_heard(news)
-        elif isinstance(news, EngineRepaired):
-            self._listener.on_engine_repaired(news)
         elif isinstance(news, Recovered):
             self._listener.on_recovered(news)
         elif isinstance(news, Joined):
@@ -337,6 +345,7 @@ class Controller:
             log_dir=self._start.log_dir,
             logs_stay=self._logs_stay,
             pids={rank: view.pid for view in self.views for rank in view.ranks},
+            machines={rank: view.machine for view in self.views for rank in view.ranks},
             doing=self._doing,
             why=raised.why,
         )

@@ -89,7 +89,7 @@ from torchtrainer.driver.recovery import (
 from torchtrainer.driver.states import Calling, Closed, Ending, Idle, Killing, Machine, Result, Starting, in_turn
 from torchtrainer.driver.stragglers import with_lap
 from torchtrainer.driver.supervision import on_stacks, on_tick
-from torchtrainer.driver.views import WorkerView
+from torchtrainer.driver.views import WorkerView, seen_in
 
 
 def handle(machine: Machine, event: Event, now: float) -> Result:
@@ -123,7 +123,7 @@ def on_worker_started(machine: Machine, event: WorkerStarted, now: float) -> Res
     """Sent when the process of a worker exists. One that was given up meanwhile is ended."""
     if machine.view(event.worker) is None:
         return machine, (Send(message=KillWorker(group=machine.group, worker=event.worker)),)
-    return machine.see(event.worker, pid=event.pid, heard_at=now, phase_since=now), ()
+    return machine.see(event.worker, pid=event.pid, machine=event.machine, heard_at=now, phase_since=now), ()
 
 
 def on_beat(machine: Machine, event: Beat, now: float) -> Result:
@@ -137,15 +137,8 @@ def on_beat(machine: Machine, event: Beat, now: float) -> Result:
     machine = machine.see(
         event.worker,
         reading=view.reading and not view.busy,
-        phase=event.phase,
-        phase_since=now - event.phase_age_s,
-        step=event.step,
-        epoch=event.epoch,
-        batch=event.batch,
-        rss_bytes=event.rss_bytes,
-        cpu_s=event.cpu_s,
-        longest_s=event.longest_s,
         laps=with_lap(view, event),
+        **seen_in(event, now),
     )
     return note_step(machine, event.step), ()
 
@@ -194,6 +187,7 @@ def _cause_of(machine: Machine, view: WorkerView, event: WorkerExited) -> Worker
     return hung or WorkerDied(
         ranks=view.ranks or (view.like,),
         pid=event.pid,
+        machine=view.machine,
         exit_code=event.exit_code,
         phase=view.phase,
         step=view.step,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torchtrainer.control.messages import Failure
 from torchtrainer.driver.causes import UserCodeFailed, WorkerDied, WorkerLost
@@ -26,18 +26,6 @@ def save_interval_s(stall_s: float, write_s: float) -> float:
     return max(MIN_SAVE_EVERY_S, stall_s / MAX_SAVING_SHARE, 2 * write_s)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Keep:
-    """The group can go on taking calls."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stop:
-    """Every process of the group has to end; ``reason`` ends in the error."""
-
-    reason: str
-
-
 def root_cause(
     failures: tuple[Failure, ...], deaths: tuple[WorkerLost, ...], *, connected: bool = True
 ) -> UserCodeFailed | WorkerLost:
@@ -56,6 +44,7 @@ def root_cause(
         return WorkerDied(
             ranks=(leaving.rank,),
             pid=death.pid if death else 0,
+            machine=death.machine if death else "",
             exit_code=leaving.exit_code or 0,
             phase=leaving.phase,
             step=leaving.step,
@@ -69,18 +58,14 @@ def root_cause(
     return replace(silent[0], step=max(silent[0].step, *(failure.step for failure in failures), 0))
 
 
-def after_failure(method: str, all_ranks_reported: bool) -> Keep | Stop:
-    """Decides whether a group survives an exception in a call.
+def survives_failure(method: str, all_ranks_reported: bool) -> bool:
+    """Whether a group can go on taking calls after an exception in one: not if its ranks may not agree on the step any more.
 
     Args:
         method: the call.
         all_ranks_reported: every rank has returned from the call, by a result or by an exception.
     """
-    if method == "train":
-        return Stop(reason="a rank failed inside train(), so that the ranks may not agree on the step any more")
-    if not all_ranks_reported:
-        return Stop(reason="some ranks wait for a rank that failed")
-    return Keep()
+    return method != "train" and all_ranks_reported
 
 
 def why_not_resize(processes: int, *, world_size: int, min_workers: int, bound: str) -> str | None:

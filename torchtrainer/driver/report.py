@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pickle
-import socket
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchtrainer.control.messages import Failure
@@ -51,7 +51,7 @@ class Scene:
     Attributes:
         log_dir: logs of the ranks.
         logs_stay: the logs outlive the run.
-        pids: process id by rank.
+        pids, machines: process id and host name by rank.
         doing: what the user had asked for, by the name that workers know.
         why: a lost worker could not be made up for; empty: nobody tried.
     """
@@ -61,21 +61,28 @@ class Scene:
     pids: dict[int, int]
     doing: str
     why: str = ""
+    machines: dict[int, str] = field(default_factory=dict)
 
     def log(self, rank: int) -> Path:
         """The log that explains most about a rank."""
         return RankPaths.of(self.log_dir, rank).stream("stderr")
 
-    def who(self, ranks: int | tuple[int, ...], pid: int | None = None) -> str:
+    def who(self, ranks: int | tuple[int, ...], pid: int | None = None, machine: str = "") -> str:
         """A rank, or all that a process carries, the process and its machine."""
         ranks = (ranks,) if isinstance(ranks, int) else ranks
         named = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-        return f"{named} (pid {pid or self.pids.get(ranks[0], '?')}, {socket.gethostname()})"
+        where = machine or self._where(ranks[:1])
+        return f"{named} (pid {pid or self.pids.get(ranks[0], '?')}{where and f', {where}'})"
 
     def all_of(self, ranks: list[int]) -> str:
         """Several ranks to which the same happened."""
         pids = ", ".join(str(self.pids.get(rank, "?")) for rank in ranks)
-        return f"ranks {', '.join(map(str, ranks))} (equal errors; pids {pids}, {socket.gethostname()})"
+        where = self._where(ranks)
+        return f"ranks {', '.join(map(str, ranks))} (equal errors; pids {pids}{where and f', {where}'})"
+
+    def _where(self, ranks: Sequence[int]) -> str:
+        """The machines of some ranks; empty if they are not known."""
+        return ", ".join(dict.fromkeys(name for rank in ranks if (name := self.machines.get(rank))))
 
     def at(self, phase: str, step: int, known: str = "") -> str:
         """What a rank was doing, and how far the training was.
@@ -178,7 +185,7 @@ def _unpickled(failure: Failure) -> BaseException | None:
 
 
 def _died(cause: WorkerDied, scene: Scene) -> WorkerDiedError:
-    who = scene.who(cause.ranks, cause.pid)
+    who = scene.who(cause.ranks, cause.pid, cause.machine)
     if cause.failure is not None:
         said = cause.failure.text
         argument = said if said in ("", str(cause.exit_code)) else repr(said)
@@ -213,7 +220,7 @@ def _memory(cause: WorkerDied) -> list[str]:
 def _hung(cause: WorkerHung, scene: Scene) -> WorkerHungError:
     where = scene.at(cause.phase, cause.step)
     story = [
-        f"{scene.who(cause.ranks, cause.pid)} made no progress for {cause.silent_s:.1f} s {where}; all workers were stopped.",
+        f"{scene.who(cause.ranks, cause.pid, cause.machine)} made no progress for {cause.silent_s:.1f} s {where}; all workers were stopped.",
         f"Allowed were {cause.limit_s:g} s: pass failure=FailureConfig(hang_timeout_s=...) if it needs more.",
     ]
     if cause.stacks:

@@ -169,6 +169,7 @@ def _hung(view: WorkerView, limit_s: float, now: float) -> WorkerHung:
     return WorkerHung(
         ranks=view.ranks or (view.like,),
         pid=view.pid,
+        machine=view.machine,
         phase=view.phase,
         step=view.step,
         silent_s=silent_s(view, now),

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, overload
 
+from torchtrainer.control.messages import Beat
+
 EXCHANGING = frozenset({"exchange", "backward"})
 """Phases in which a worker may be waiting for the others."""
 BLOCK = 128
@@ -31,7 +33,7 @@ class WorkerView:
         ranks: that it carries; none: it is a newcomer, which has not joined, or a spare.
         like: the rank that it was built like.
         pid: 0 before the process exists.
-        machine: its host name; empty: that of the driver.
+        machine: the host name of where it runs; empty before the process exists.
         phase, phase_since: what its training thread does, and since when (monotonic).
         heard_at: when it was heard of last (monotonic).
         spoke: it has sent a heartbeat.
@@ -43,6 +45,7 @@ class WorkerView:
         leaving_by: it was told to leave, and has until then (monotonic); None: it stays.
         longest_s: the longest of its latest steps; 0.0: not known.
         laps: where it was in time, oldest first; for finding stragglers.
+        beat: its latest heartbeat, for what nobody decides by.
     """
 
     worker: int
@@ -64,10 +67,13 @@ class WorkerView:
     epoch: int = 0
     batch: int = 0
     device: str = ""
-    rss_bytes: int = 0
-    cpu_s: float = 0.0
     longest_s: float = 0.0
     laps: tuple[Lap, ...] = field(default=(), repr=False)
+    beat: Beat | None = field(default=None, repr=False)
+
+    def heard(self, beat: Beat, now: float) -> WorkerView:
+        """The view when the worker has sent a heartbeat."""
+        return replace(self, **seen_in(beat, now))
 
     @property
     def rank(self) -> int:
@@ -83,6 +89,21 @@ class WorkerView:
     def newcomer(self) -> bool:
         """Whether it is to join, and has not been told to yet."""
         return not self.ranks and not self.lost and self.leaving_by is None
+
+
+def seen_in(beat: Beat, now: float) -> dict[str, Any]:
+    """What a heartbeat says of its worker, as fields of its view."""
+    return {
+        "heard_at": now,
+        "spoke": True,
+        "phase": beat.phase,
+        "phase_since": now - beat.phase_age_s,
+        "step": beat.step,
+        "epoch": beat.epoch,
+        "batch": beat.batch,
+        "longest_s": beat.longest_s,
+        "beat": beat,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,10 @@
-"""What the trainer asks of an engine: a group of ranks that answers calls."""
+"""What the trainer asks of an engine: a group of ranks that answers calls. `docs/extending.md` says how to add one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from torchtrainer.config import FailureConfig, Timeouts, TrainSettings
 from torchtrainer.control.messages import CheckpointEnded
@@ -13,6 +13,12 @@ from torchtrainer.driver.views import WorkerView
 from torchtrainer.engines.snapshots import CheckpointOrders
 from torchtrainer.preempt.notice import Notice
 from torchtrainer.spec import BuildSpec
+from torchtrainer.topology import Topology
+
+if TYPE_CHECKING:
+    from torchtrainer.operator import TrainingOperator
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +29,7 @@ class GroupPlan:
         spec: creators and settings, what every rank is built from.
         world_size: ranks.
         threads: intra-op threads per process.
-        gpus: GPU index per rank, empty without GPUs.
+        gpus: GPU index per local rank, empty without GPUs.
         log_dir: where the ranks' output goes.
         logs_stay: whether that directory outlives the run.
         timeouts: deadlines of the engine.
@@ -110,14 +116,52 @@ class Group(Protocol):
     def await_checkpoint(self, snapshot: int, timeout_s: float) -> CheckpointEnded | None:
         """Waits until a snapshot is on disk, or cannot be; None if it took too long."""
 
+    def local_operator(self) -> TrainingOperator:
+        """The operator of the rank that is this process.
+
+        Raises:
+            NotAvailableError: all ranks are other processes.
+        """
+
+    def wait_for_all(self) -> None:
+        """Waits until every process that makes the trainer's calls has made this one; at once where one process makes them."""
+
     def end(self, force: bool = False) -> None:
         """Ends the ranks. Idempotent."""
 
 
 class Engine(Protocol):
-    """Makes groups."""
+    """Makes groups.
+
+    Attributes:
+        name: by which it is asked for.
+        timeouts: its deadlines, for all that waits in a run on it.
+        topology: where this process stands in a launch whose processes are the ranks; None: it drives ranks elsewhere.
+    """
 
     name: str
+    timeouts: Timeouts
+    topology: Topology | None
+
+    def open_run(
+        self,
+        open_here: Callable[[], T],
+        known: Callable[[T], dict[str, Any]],
+        borrowed: Callable[[Mapping[str, Any]], T],
+        settings: TrainSettings,
+        gpus: tuple[int, ...],
+    ) -> T:
+        """Opens the run once, whichever number of processes make the trainer; the others learn of it.
+
+        Args:
+            open_here: opens it in this process.
+            known: JSON data on what was opened, for the other processes.
+            borrowed: makes of that what the other processes have.
+            settings, gpus: of this run.
+
+        Raises:
+            TorchTrainerError: what kept any of the processes from it.
+        """
 
     def start_group(self, plan: GroupPlan, listener: Listener) -> Group:
         """Starts ranks and waits until they are built."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torchtrainer.control.messages import StartGroup
@@ -12,9 +13,9 @@ from torchtrainer.engines.snapshots import CheckpointOrders, Snapshots
 from torchtrainer.process.child import ChildSpec
 from torchtrainer.process.guard import kill_session
 from torchtrainer.process.logs import LogTail, size_of
-from torchtrainer.process.paths import EnginePaths, RankPaths
+from torchtrainer.process.paths import EnginePaths, RankPaths, private_directory
 from torchtrainer.script.take_over import SCRIPT_FILE
-from torchtrainer.topology import WORKER_MARK
+from torchtrainer.topology import WORKER_MARK, gloo_interface
 
 WORKER_ENTRY = "torchtrainer.worker.main:main"
 WRITER_ENTRY = "torchtrainer.checkpoint.writer:main"
@@ -72,6 +73,21 @@ class Group:
         """Number of a process, None if it is not of this group."""
         return next((worker for worker, known in self.pids.items() if known == pid), None)
 
+    def open_files(self, blob: bytes, paths: EnginePaths) -> None:
+        """Writes what the workers are built from, and begins to follow what rank 0 writes, if it is one of them.
+
+        Raises:
+            OSError: there is no space.
+        """
+        private_directory(Path(self.spec.log_dir))
+        with open(os.open(paths.spec(self.spec.group), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(blob)
+        for stream in ("stdout", "stderr") if 0 in self.spec.here else ():
+            log = RankPaths.of(self.spec.log_dir, 0).stream(stream)
+            self.tails[stream] = LogTail(log, start=size_of(log))
+        for rank in self.spec.here:
+            self.note_logs(rank)
+
     def note_logs(self, worker: int) -> None:
         """Remembers what is in the logs that a process is about to write to: an earlier one has said that."""
         paths = RankPaths.of(self.spec.log_dir, self.like[worker])
@@ -94,7 +110,7 @@ class Group:
 
 def new_group(message: StartGroup, paths: EnginePaths) -> Group:
     """A group of which no process exists yet."""
-    ranks = range(message.world_size)
+    ranks = message.here
     memory = SharedMemory.of(message.world_size, paths.root)
     group = Group(
         spec=replace(message, blob=b""),
@@ -137,17 +153,18 @@ def child_spec(group: Group, worker: int, paths: EnginePaths, record: list[Any] 
         record: what it is built with if it comes later than the others.
     """
     message, rank = group.spec, group.like[worker]
-    loopback = "lo0" if sys.platform == "darwin" else "lo"
     environ = {
-        "GLOO_SOCKET_IFNAME": loopback,  # Gloo's own sockets then listen on loopback only
+        **gloo_interface(one_machine=len(message.nodes) == 1),
         "OMP_NUM_THREADS": str(message.threads),
         **message.environ,
         WORKER_MARK: message.group,
         SCRIPT_FILE: str(paths.spec(message.group)),
         "RANK": str(rank),
         "WORLD_SIZE": str(message.world_size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(message.world_size),
+        "LOCAL_RANK": str(message.here.index(rank)),
+        "LOCAL_WORLD_SIZE": str(len(message.here)),
+        "GROUP_RANK": str(message.node_rank),
+        "GROUP_WORLD_SIZE": str(len(message.nodes)),
     }
     return ChildSpec(
         key=worker_name(message.group, worker),
@@ -166,6 +183,7 @@ def child_spec(group: Group, worker: int, paths: EnginePaths, record: list[Any] 
 def _worker_arguments(group: Group, worker: int, paths: EnginePaths, record: list[Any] | None) -> dict[str, Any]:
     """What a worker is told; see `torchtrainer.worker.main.WorkerArguments`."""
     message, snapshots, rank = group.spec, group.snapshots, group.like[worker]
+    local_rank = message.here.index(rank)
     store = paths.store(message.group)
     return {
         "group": message.group,
@@ -174,14 +192,16 @@ def _worker_arguments(group: Group, worker: int, paths: EnginePaths, record: lis
         "rank": rank,
         "ranks": [rank] if record is None else [],
         "world_size": message.world_size,
-        "socket": paths.socket,
+        "local_rank": local_rank,
+        "local_world_size": len(message.here),
+        "endpoint": paths.endpoint,
         "spec_path": str(paths.spec(message.group)),
         "store_path": str(store if record is None else store.with_name(f"{store.name}-{worker}")),
         "log_dir": message.log_dir,
         "threads": message.threads,
         "backend": message.backend,
         "timeout_s": message.timeout_s,
-        "gpu": message.gpus[rank] if message.gpus else None,
+        "gpu": message.gpus[local_rank] if message.gpus else None,
         "heartbeat_s": message.heartbeat_s,
         "progress_s": message.progress_s,
         "hold_s": message.hold_s,

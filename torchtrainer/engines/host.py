@@ -10,7 +10,9 @@ whatever way that happens. It decides nothing about training.
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -21,14 +23,13 @@ from torchtrainer.control.messages import (
     Call,
     DumpStacks,
     EngineFailed,
-    EngineReady,
-    EngineRepaired,
     Failure,
     GroupFailed,
     GroupGone,
     Hello,
     KillGroup,
     KillWorker,
+    Logged,
     Quit,
     Reply,
     SignalWorkers,
@@ -43,17 +44,16 @@ from torchtrainer.control.messages import (
 from torchtrainer.control.wire import ForWorker, FromWorker, Message
 from torchtrainer.engines.groups import WRITER, Group, child_spec, new_group, worker_name
 from torchtrainer.engines.output import ask_for_stacks, last_words, new_output, written_stacks
-from torchtrainer.engines.preload import preloadable
 from torchtrainer.engines.saving import Saving
 from torchtrainer.engines.starting import SpawnerReplaced, Starters
 from torchtrainer.process.guard import kill_process_group, kill_session, open_pidfd, settle_signals, signal_process
-from torchtrainer.process.logs import LogTail, size_of
 from torchtrainer.process.oom import OomWatch
-from torchtrainer.process.paths import EnginePaths, RankPaths, private_directory
+from torchtrainer.process.paths import EnginePaths
 from torchtrainer.process.starters import (
     ChildExited,
     ChildNotStarted,
     ChildStarted,
+    PreloadFailed,
     StarterEvent,
     StarterFailed,
     StarterReady,
@@ -75,11 +75,11 @@ class Host:
     def __init__(self, paths: EnginePaths, driver_pid: int, driver_pipe: int, start_method: str) -> None:
         self._paths = paths
         self._starters = Starters(start_method)
-        self._router = Router(paths.socket)
+        self._router = Router(paths.endpoint)
+        self._machine = socket.gethostname()
         self._driver_pid = driver_pid
         self._driver_watch = [fd for fd in (open_pidfd(driver_pid), driver_pipe) if fd is not None]
         self._groups: dict[str, Group] = {}
-        self._preloaded: set[str] = set()
         self._oom = OomWatch()
         self._quit = False
         self._exits: list[tuple[float, ChildExited]] = []
@@ -167,17 +167,11 @@ class Host:
         if isinstance(message, Beat) and not group.active:
             return
         if isinstance(message, WorkerReady):
-            self._learn_modules(message.modules)
+            self._starters.preload(message.modules)
         if isinstance(message, WorkerReady | Reply | Failure):
             group.awaited.discard(message.worker)
             self._forward_output(group, flush=True)  # what was printed before comes before
         self._to_driver(message)
-
-    def _learn_modules(self, modules: list[str]) -> None:
-        new = [m for m in modules if preloadable(m) and m not in self._preloaded]
-        if new:
-            self._preloaded.update(new)
-            self._starters.preload(new)
 
     # Groups
 
@@ -185,15 +179,8 @@ class Host:
         group = new_group(message, self._paths)
         self._groups[message.group] = group
         try:
-            private_directory(Path(message.log_dir))
-            spec_path = self._paths.spec(message.group)
-            with open(os.open(spec_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(message.blob)
-            for stream in ("stdout", "stderr"):
-                log = RankPaths.of(message.log_dir, 0).stream(stream)
-                group.tails[stream] = LogTail(log, start=size_of(log))
-            for rank in range(message.world_size):
-                group.note_logs(rank)
+            group.open_files(message.blob, self._paths)
+            for rank in message.here:
                 self._starters.start(child_spec(group, rank, self._paths))
         except OSError as error:  # no space, or no more processes: other groups go on
             self._to_driver(GroupFailed(group=message.group, text=str(error)))
@@ -262,10 +249,11 @@ class Host:
 
     def _on_starter_event(self, event: StarterEvent | SpawnerReplaced) -> None:
         if isinstance(event, StarterReady):
-            self._on_starter_ready(event)
+            self._starters.on_ready(event)
         elif isinstance(event, SpawnerReplaced):
-            for name in self._groups:
-                self._to_driver(EngineRepaired(group=name, text=event.text))
+            self._warn(f"{event.text}, and the workers go on")
+        elif isinstance(event, PreloadFailed):
+            self._warn(event.text)
         elif isinstance(event, StarterFailed):
             self._on_starter_failed(event)
         elif isinstance(event, ChildStarted):
@@ -276,9 +264,11 @@ class Host:
             # A moment later: what the worker said last may still be on its way.
             self._exits.append((time.monotonic() + EXIT_SETTLE_S, event))
 
-    def _on_starter_ready(self, event: StarterReady) -> None:
-        self._starters.on_ready(event)
-        self._to_driver(EngineReady(host_pid=os.getpid(), spawner_pid=event.pid, import_s=event.import_s))
+    def _warn(self, text: str) -> None:
+        """Tells the user of every trainer."""
+        for name in self._groups:
+            told = Logged(group=name, worker=0, rank=None, pid=os.getpid(), level=logging.WARNING, text=text)
+            self._to_driver(told)
 
     def _on_starter_failed(self, event: StarterFailed) -> None:
         for group in self._groups.values():
@@ -329,7 +319,7 @@ class Host:
         group.pids[worker] = event.pid
         if group.killed or worker in group.unwanted:
             kill_session(event.pid)
-        self._to_driver(WorkerStarted(group=name, worker=worker, pid=event.pid))
+        self._to_driver(WorkerStarted(group=name, worker=worker, pid=event.pid, machine=self._machine))
 
     def _on_child_not_started(self, event: ChildNotStarted) -> None:
         name, number = event.key.rsplit("/", 1)

@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from torchtrainer.config import TrainSettings
+from torchtrainer.config import Timeouts, TrainSettings
 from torchtrainer.driver.controller import Listener
 from torchtrainer.engines.base import GroupPlan
 from torchtrainer.engines.inline_group import InlineGroup, device_of
-from torchtrainer.errors import EngineError
+from torchtrainer.errors import EngineError, InvalidArgumentError
 from torchtrainer.process.child import flush_output
 from torchtrainer.process.own_files import open_own
 from torchtrainer.process.paths import RankPaths, private_directory
 from torchtrainer.topology import Topology, to_environ
+from torchtrainer.topology import current as current_topology
 
 if TYPE_CHECKING:
     from torchtrainer.comm.group import Collective
@@ -29,6 +30,21 @@ class LocalModeEngine:
     """``use_local=True``: the only rank is the calling process, so that a debugger stops inside the user's code."""
 
     name = "use_local"
+    topology: Topology | None = None
+
+    def __init__(self) -> None:
+        self.timeouts = Timeouts()
+
+    def open_run(
+        self,
+        open_here: Callable[[], T],
+        known: Callable[[T], dict[str, Any]],
+        borrowed: Callable[[Mapping[str, Any]], T],
+        settings: TrainSettings,
+        gpus: tuple[int, ...],
+    ) -> T:
+        """Opens the run here."""
+        return open_here()
 
     def start_group(self, plan: GroupPlan, listener: Listener) -> InlineGroup:
         """Builds the rank here."""
@@ -42,18 +58,20 @@ class SpmdEngine:
 
     Args:
         topology: where this process stands.
+        timeouts: deadlines.
     """
 
     name = "spmd"
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, timeouts: Timeouts | None = None) -> None:
         self.topology = topology
+        self.timeouts = timeouts or Timeouts()
         self._place: MeetingPlace | None = None
         self._joined: Collective | None = None
         self._logs: list[TextIO] = []
         self._stdout = sys.stdout
 
-    def share(
+    def open_run(
         self,
         open_here: Callable[[], T],
         known: Callable[[T], dict[str, Any]],
@@ -62,12 +80,6 @@ class SpmdEngine:
         gpus: tuple[int, ...],
     ) -> T:
         """Joins the other ranks; rank 0 opens the run and the others learn of it, or why there is none.
-
-        Args:
-            open_here: called on rank 0.
-            known: JSON data on what was opened, for the other ranks.
-            borrowed: makes of that what the other ranks have.
-            settings, gpus: of this run.
 
         Raises:
             TorchTrainerError: what kept a rank from it, on every rank.
@@ -167,8 +179,18 @@ _attached: list[SpmdEngine] = []
 """The engine of this launch, made when first needed: the ranks meet for a second trainer where they met for the first."""
 
 
-def spmd_engine(topology: Topology) -> SpmdEngine:
-    """The engine that all trainers of this process use while its place in the launch stays the same."""
+def spmd_engine() -> SpmdEngine:
+    """The engine that all trainers of this process use while its place in the launch stays the same.
+
+    Raises:
+        InvalidArgumentError: no launcher started this process.
+    """
+    topology = current_topology()
+    if topology is None:
+        raise InvalidArgumentError(
+            'engine="spmd" needs a launcher, but RANK and WORLD_SIZE (or those of srun or mpirun) are not set: start the '
+            'script with torchrun, or use engine="local"'
+        )
     if not _attached or _attached[0].topology != topology:
         _attached[:] = [SpmdEngine(topology)]
     return _attached[0]

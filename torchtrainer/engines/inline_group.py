@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from torchtrainer.engines.base import CallResult, GroupPlan
 from torchtrainer.engines.inline_peers import Peers
 from torchtrainer.engines.launched_memory import LaunchedMemory
 from torchtrainer.errors import EngineError, InvalidArgumentError, InvalidArgumentTypeError
-from torchtrainer.observe.devices import read_process_use
+from torchtrainer.observe.heartbeat import heartbeat
 from torchtrainer.preempt.notice import Notice, is_more_urgent
 from torchtrainer.train.metrics import PassResult
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torchtrainer.engines.inline_agreement import Agreement
     from torchtrainer.engines.inline_gate import InlineGate
     from torchtrainer.engines.inline_saver import GatheringSaver
+    from torchtrainer.operator import TrainingOperator
     from torchtrainer.train.refetching import LoaderLoss
     from torchtrainer.worker.executor import Executor
 
@@ -83,7 +85,7 @@ class InlineGroup:
         if gather:
             torch.set_num_threads(plan.threads)
         run_initialization_hook(plan.spec)
-        self._device = str(device)
+        self._device, self._machine = str(device), socket.gethostname()
         self._peers = self._find_peers() if gather else None
         self._executor: Executor | None = self._built(plan, collective, device, local_rank)
 
@@ -146,21 +148,9 @@ class InlineGroup:
     @property
     def views(self) -> tuple[WorkerView, ...]:
         """This process, and the others of the launch as far as it sees them."""
-        at = self._progress
         own = WorkerView(
-            worker=self._collective.rank,
-            ranks=self._ranks,
-            pid=os.getpid(),
-            phase=at.phase,
-            phase_since=at.phase_since,
-            heard_at=time.monotonic(),
-            spoke=True,
-            step=at.step,
-            epoch=at.epoch,
-            batch=at.batch,
-            device=self._device,
-            cpu_s=time.process_time(),
-        )
+            worker=self._collective.rank, ranks=self._ranks, pid=os.getpid(), machine=self._machine, device=self._device
+        ).heard(self._beat(self._collective.rank), time.monotonic())
         return (own,) if self._peers is None else self._peers.views(own)
 
     @property
@@ -168,10 +158,11 @@ class InlineGroup:
         """The ranks of this process."""
         return (self._collective.rank,) if self._gather else tuple(range(self.world_size))
 
-    @property
-    def operator(self) -> Any:
+    def local_operator(self) -> TrainingOperator:
         """The operator of this process's rank."""
-        return None if self._executor is None else self._executor.operator
+        assert self._executor is not None
+        operator: TrainingOperator = self._executor.operator
+        return operator
 
     # Calls
 
@@ -329,27 +320,11 @@ class InlineGroup:
 
     def _report(self) -> None:
         """Shows the listener where the rank stands."""
-        at = self._progress
-        use = read_process_use(os.getpid())
         self._tell_checkpoints()
-        self._listener.on_beat(
-            Beat(
-                group="",
-                worker=0,
-                call=1,
-                phase=at.phase,
-                phase_age_s=time.monotonic() - at.phase_since,
-                epoch=at.epoch,
-                step=at.step,
-                batch=at.batch,
-                batches=at.batches,
-                samples=at.samples,
-                loss=at.loss(self._ranks),
-                rss_bytes=(use and use.rss_bytes) or 0,
-                cpu_s=use.cpu_s if use else 0.0,
-                ranks=[self._collective.rank],
-            )
-        )
+        self._listener.on_beat(self._beat(worker=0))
+
+    def _beat(self, worker: int) -> Beat:
+        return heartbeat(self._progress, group="", worker=worker, call=1, ranks=list(self._ranks))
 
 
 def _as_data(value: Any) -> bytes:

@@ -47,6 +47,7 @@ class Peers:
                 machine=machine,
                 device=device,
                 phase="",
+                beat=None,
                 step=self._step(rank, own.step),
             )
             for rank, (pid, machine, device) in enumerate(self._told)

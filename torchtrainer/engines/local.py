@@ -7,10 +7,11 @@ import os
 import secrets
 import sys
 import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from torchtrainer.config import Timeouts
+from torchtrainer.config import Timeouts, TrainSettings
 from torchtrainer.control.messages import CheckpointEnded, StartGroup
 from torchtrainer.driver.connection import HostConnection
 from torchtrainer.driver.controller import Controller, Listener
@@ -18,13 +19,18 @@ from torchtrainer.driver.decoding import decode_reply
 from torchtrainer.driver.pickling import dumps
 from torchtrainer.driver.views import WorkerView
 from torchtrainer.engines.base import CallResult, GroupPlan
-from torchtrainer.errors import InvalidArgumentError
+from torchtrainer.errors import InvalidArgumentError, NotAvailableError
 from torchtrainer.observe.notices import notice_once
 from torchtrainer.preempt.notice import Notice
 from torchtrainer.script.modules import search_path
 from torchtrainer.script.take_over import ScriptState
+from torchtrainer.topology import Topology
 from torchtrainer.topology import current as current_topology
 
+if TYPE_CHECKING:
+    from torchtrainer.operator import TrainingOperator
+
+T = TypeVar("T")
 StartMethod = Literal["auto", "fork", "exec"]
 
 
@@ -57,10 +63,11 @@ class LocalEngine:
     Args:
         start_method: ``fork``: workers are forked from a process that has imported torch; ``exec``: each is a new
             interpreter; ``auto``: fork where that is safe (Linux).
-        timeouts: deadlines.
+        timeouts: deadlines of everything that waits in a run on this engine.
     """
 
     name = "local"
+    topology: Topology | None = None
 
     def __init__(self, start_method: StartMethod = "auto", timeouts: Timeouts | None = None) -> None:
         if start_method not in ("auto", "fork", "exec"):
@@ -78,6 +85,17 @@ class LocalEngine:
                 self._connection.close()
             self._connection = HostConnection(self.start_method, self.timeouts)
         return self._connection
+
+    def open_run(
+        self,
+        open_here: Callable[[], T],
+        known: Callable[[T], dict[str, Any]],
+        borrowed: Callable[[Mapping[str, Any]], T],
+        settings: TrainSettings,
+        gpus: tuple[int, ...],
+    ) -> T:
+        """Opens the run here: this process alone makes the trainer."""
+        return open_here()
 
     def start_group(self, plan: GroupPlan, listener: Listener) -> LocalGroup:
         """Starts one process per rank and waits until every rank is built.
@@ -115,6 +133,7 @@ class LocalEngine:
         return StartGroup(
             group=group,
             world_size=plan.world_size,
+            nodes=[list(range(plan.world_size))],
             log_dir=os.path.abspath(plan.log_dir if plan.logs_stay else connection.paths.logs(group)),
             environ={**script.environ, **plan.environ},
             cwd=script.cwd,
@@ -201,6 +220,15 @@ class LocalGroup:
     def await_checkpoint(self, snapshot: int, timeout_s: float) -> CheckpointEnded | None:
         """Waits until a snapshot is on disk; None if it took too long."""
         return self._controller.await_checkpoint(snapshot, timeout_s)
+
+    def local_operator(self) -> TrainingOperator:
+        """Raises `NotAvailableError`: this process is no rank."""
+        raise NotAvailableError(
+            "the operators live in the worker processes: use apply_all_operators(fn), or use_local=True to debug one here"
+        )
+
+    def wait_for_all(self) -> None:
+        """Returns at once: this process alone makes the calls."""
 
     def end(self, force: bool = False) -> None:
         """Ends the workers and waits until they are gone. Idempotent."""

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torchtrainer.engines.preload import PRELOAD
+from torchtrainer.engines.preload import PRELOAD, preloadable
 from torchtrainer.process.child import ChildSpec
 from torchtrainer.process.guard import adopt_orphans
 from torchtrainer.process.orphans import Orphans
@@ -128,9 +128,11 @@ class Starters:
         return True
 
     def preload(self, modules: Sequence[str]) -> None:
-        """Has later processes find these modules imported."""
-        self._modules += modules
-        self._first.preload(modules)
+        """Has later processes find those of these modules imported that start no threads."""
+        new = [name for name in modules if preloadable(name) and name not in self._modules]
+        if new:
+            self._modules += new
+            self._first.preload(new)
 
     def on_ready(self, event: StarterReady) -> None:
         """The spawner is ready: starts what waits for it, in another way if it has threads."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torchtrainer.config import DIGESTS
+from torchtrainer.config import DIGESTS, VERIFY_RUNS
 from torchtrainer.errors import TorchTrainerError
-from torchtrainer.observe.digest_log import HELD, ORDERS, VERIFY_RUNS, Orders, Spot, last_step, tail
+from torchtrainer.observe.digest_log import HELD, ORDERS, Orders, Spot, last_step, tail
 from torchtrainer.process.guard import be_killed_with_parent
 
 Signal = Literal["SIGTERM", "SIGKILL"]

@@ -16,7 +16,15 @@ from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar
 
 from torchtrainer.errors import EngineError
-from torchtrainer.process.starters import ChildExited, ChildNotStarted, ChildStarted, Starter, StarterFailed
+from torchtrainer.observe.notices import warn
+from torchtrainer.process.starters import (
+    ChildExited,
+    ChildNotStarted,
+    ChildStarted,
+    PreloadFailed,
+    Starter,
+    StarterFailed,
+)
 
 T = TypeVar("T")
 POLL_S = 0.05
@@ -216,6 +224,8 @@ class Watch:
                 )
             elif isinstance(event, ChildNotStarted):
                 raise EngineError(f"workers cannot be started: {event.text}")
+            elif isinstance(event, PreloadFailed):
+                warn(event.text)
             elif isinstance(event, StarterFailed):
                 self.lost = True
                 raise EngineError(f"workers cannot be started or watched any more: {event.text}")

@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-VERIFY_RUNS = "TORCHTRAINER_VERIFY_RUNS"
-"""Environment variable: directory below which run directories and checkpoints go, instead of where the script wants them."""
 ORDERS = "orders.json"
 HELD = "held"
 """File that a rank makes in the directory of the logs when it holds."""

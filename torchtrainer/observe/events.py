@@ -6,20 +6,28 @@ import difflib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torchtrainer.errors import InvalidArgumentError, InvalidArgumentTypeError
 from torchtrainer.observe.devices import DeviceUse
 from torchtrainer.observe.failures import FailureRecord
 
-CALLBACK_METHODS: tuple[str, ...] = (
-    "on_step",
-    "on_epoch_end",
-    "on_validate_end",
-    "on_failure",
-    "on_checkpoint",
-    "on_run_end",
-)
+
+@dataclass(frozen=True, kw_only=True)
+class RunStartEvent:
+    """The ranks are built, and nothing has been called yet.
+
+    Attributes:
+        config: what the trainer was given.
+        run_dir: where the run keeps its files; None: nothing is kept.
+        resumed_step: optimizer steps of the state that the run goes on from; None: it is a new run.
+        world_size: ranks.
+    """
+
+    config: Any
+    run_dir: str | None
+    resumed_step: int | None
+    world_size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +140,38 @@ class RunEndEvent:
     lost_s: float = 0.0
 
 
+class Callback(Protocol):
+    """What a trainer's ``callbacks`` are told: any object with at least one of these methods is one, subclass or not.
+
+    They are called in the driver, under a launcher on rank 0, in the thread that called the trainer, and what they raise comes out of that
+    call. `docs/extending.md` shows a logger.
+    """
+
+    def on_run_start(self, run: RunStartEvent, /) -> object:
+        """The ranks are built."""
+
+    def on_step(self, event: StepEvent, /) -> object:
+        """The latest step; at most ten times a second."""
+
+    def on_epoch_end(self, event: EpochEvent, /) -> object:
+        """A ``train()`` call is done."""
+
+    def on_validate_end(self, event: ValidateEvent, /) -> object:
+        """A ``validate()`` call is done."""
+
+    def on_failure(self, event: FailureEvent, /) -> object:
+        """There was a failure, and its outcome is known."""
+
+    def on_checkpoint(self, event: CheckpointEvent, /) -> object:
+        """A checkpoint is on disk, and verified."""
+
+    def on_run_end(self, event: RunEndEvent, /) -> object:
+        """The trainer was shut down, or its run failed."""
+
+
+CALLBACK_METHODS: tuple[str, ...] = tuple(name for name in vars(Callback) if name.startswith("on_"))
+
+
 class Callbacks:
     """Hands events to the user's objects, each method in the order of the objects.
 
@@ -162,6 +202,10 @@ class Callbacks:
 
     def __bool__(self) -> bool:
         return any(self._methods.values())
+
+    def on_run_start(self, event: RunStartEvent) -> None:
+        """Delivers the event."""
+        self._deliver("on_run_start", event)
 
     def on_step(self, event: StepEvent) -> None:
         """Delivers the event now, or keeps it as the latest one if the last delivery was too recent."""
@@ -221,7 +265,8 @@ def _methods_of(objects: Iterable[object]) -> dict[str, list[Callable[[Any], obj
         if not found:
             raise InvalidArgumentTypeError(_no_method(position, candidate))
         for name in found:
-            methods[name].append(getattr(candidate, name))
+            if getattr(type(candidate), name, None) is not getattr(Callback, name):  # inherited, and does nothing
+                methods[name].append(getattr(candidate, name))
     return methods
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from html import escape
 
+from torchtrainer.driver.views import WorkerView
 from torchtrainer.observe.devices import DeviceUse
 from torchtrainer.observe.failures import FAILURE_COLUMNS, FailureRecord
 from torchtrainer.observe.table import html_table, text_table
@@ -36,6 +37,19 @@ class ProcessStatus:
     step: int
     phase: str
     use: DeviceUse | None = None
+
+    @classmethod
+    def of(cls, view: WorkerView, use: DeviceUse | None) -> ProcessStatus:
+        """What is known of a worker; its latest heartbeat, if any came, is ``view.beat``."""
+        return cls(
+            pid=view.pid,
+            ranks=view.ranks,
+            machine=view.machine,
+            device=view.device,
+            step=view.step,
+            phase=view.phase,
+            use=use,
+        )
 
     def cells(self) -> tuple[str, ...]:
         """This process as a row under ``PROCESS_COLUMNS``."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
-from torchtrainer.control.messages import Beat, CheckpointEnded, EngineRepaired, Heard, Output
+from torchtrainer.control.messages import Beat, CheckpointEnded, Heard, Logged, Output
 from torchtrainer.driver.causes import Cause
 from torchtrainer.driver.events import Joined, Recovered, ReplacingStopped
 from torchtrainer.driver.report import short_cause
@@ -16,7 +17,7 @@ from torchtrainer.observe.devices import CpuMeter, DeviceUse, GpuMonitor
 from torchtrainer.observe.events import Callbacks, CheckpointEvent, StepEvent
 from torchtrainer.observe.failure_watch import FailureWatch
 from torchtrainer.observe.failures import FailureRecord, named
-from torchtrainer.observe.notices import PacedNotices, notice, standard_stream
+from torchtrainer.observe.notices import PacedNotices, log, notice, standard_stream
 from torchtrainer.observe.progress_bar import PassBar, StartBar
 from torchtrainer.observe.shown import Shown
 
@@ -135,7 +136,7 @@ class Watch:
         self._lines.say_due(all_held=True)
         cost = self.failures.goodput(total_s)
         if cost:
-            self._say(cost)
+            self._say(cost, level=logging.INFO)
 
     def device_use(self) -> tuple[DeviceUse, ...]:
         """Latest use of the GPUs, or of the CPU by each process that carries ranks, by lowest rank."""
@@ -210,9 +211,11 @@ class Watch:
         stream.write(text)
         stream.flush()
 
-    def on_engine_repaired(self, repaired: EngineRepaired) -> None:
-        """The process that starts workers was lost, and is replaced."""
-        self._say(f"{repaired.text}, and the workers go on")
+    def on_logged(self, logged: Logged) -> None:
+        """A worker, or the host, has something to tell the user."""
+        prefix = f"[rank {logged.rank}] " if self._prefix and logged.rank is not None else ""
+        with self._aside():
+            log(logged.level, logged.text, rank=logged.rank, pid=logged.pid, prefix=prefix)
 
     def on_failure(self, cause: Cause, error: BaseException) -> None:
         """The group failed."""
@@ -242,10 +245,13 @@ class Watch:
 
     # Parts
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, *, level: int = logging.WARNING) -> None:
         """Tells the user a line, above the bar if there is one."""
-        with self._bar.aside() if self._bar is not None else nullcontext():
-            notice(text)
+        with self._aside():
+            notice(text, level=level)
+
+    def _aside(self) -> AbstractContextManager[None]:
+        return self._bar.aside() if self._bar is not None else nullcontext()
 
     def _show_step(self, beat: Beat) -> None:
         if not self._use_tqdm and not self._callbacks:

@@ -11,7 +11,7 @@ import torch
 from torchtrainer.comm.group import Collective
 from torchtrainer.driver.causes import LoaderDied
 from torchtrainer.observe.failures import refetched_line
-from torchtrainer.observe.notices import notice
+from torchtrainer.observe.notices import warn
 from torchtrainer.train.data import RankLoader
 from torchtrainer.train.data_order import Dealing
 from torchtrainer.train.refetching import LoaderLoss, Losing
@@ -89,4 +89,4 @@ class OwnLoader:
 
 def _tell(loss: LoaderLoss) -> None:
     cause = {name: value for name, value in asdict(loss).items() if name != "seconds"}
-    notice(refetched_line(LoaderDied(**cause), None, loss.seconds))
+    warn(refetched_line(LoaderDied(**cause), None, loss.seconds))

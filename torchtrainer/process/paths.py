@@ -45,6 +45,11 @@ class EnginePaths:
         """Socket of the control plane."""
         return str(self.root / "control.ipc")
 
+    @property
+    def endpoint(self) -> str:
+        """Where driver and workers reach the control plane, as ZeroMQ spells it."""
+        return f"ipc://{self.socket}"
+
     def spec(self, group: str) -> Path:
         """What a group's workers are built from."""
         return self.root / f"{group}.spec"

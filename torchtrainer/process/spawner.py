@@ -5,7 +5,7 @@ and the host starts workers in another way if that is ever more than one. It spe
 trainer or a launcher, over one socket:
 
     owner --> spawner    {"fork": spec with a "key"}, {"preload": [module names]}
-    spawner --> owner    {"ready": {"pid", "import_s", "threads"}}, {"started": {"key", "pid"}},
+    spawner --> owner    {"ready": {"pid", "threads"}}, {"started": {"key", "pid"}},
                          {"exited": {"pid", "exit_code", "max_rss_bytes"}}, {"unforked": {"key", "text"}}, {"failed": text}
 
 A forked process goes on only when the owner was told of it. Whatever a worker leaves running in its process group goes with it. When
@@ -22,7 +22,6 @@ import select
 import signal
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -55,13 +54,12 @@ def main(arguments: list[str]) -> int:
 
 def import_first(link: FrameSocket, modules: Sequence[str]) -> bool:
     """Imports what workers will need and reports to the owner that forks can be asked for; False if an import failed."""
-    started = time.monotonic()
     try:
         import_quickly(modules)
     except BaseException:  # whatever it is, the user must see it
         link.send({"failed": traceback.format_exc()})
         return False
-    report_ready(link, time.monotonic() - started)
+    report_ready(link)
     return True
 
 
@@ -77,9 +75,9 @@ def import_quickly(modules: Sequence[str]) -> None:
     gc.freeze()
 
 
-def report_ready(link: FrameSocket, import_s: float) -> None:
+def report_ready(link: FrameSocket) -> None:
     """Tells the owner that forks can be asked for, and how many threads stand in their way."""
-    link.send({"ready": {"pid": os.getpid(), "import_s": import_s, "threads": thread_count()}})
+    link.send({"ready": {"pid": os.getpid(), "threads": thread_count()}})
 
 
 def serve(link: FrameSocket) -> Any:
@@ -165,9 +163,9 @@ def _preload(link: FrameSocket, modules: list[str]) -> None:
         try:
             importlib.import_module(name)
         except Exception as error:
-            print(f"preload of {name} left out: {error}", file=sys.stderr)
+            link.send({"unloaded": {"text": f"preload of {name} left out: {error}"}})
     gc.freeze()
-    report_ready(link, 0.0)
+    report_ready(link)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ class StarterReady:
     """Workers can be started from now on; with how many threads the spawner has."""
 
     pid: int
-    import_s: float
     threads: int
 
 
@@ -67,7 +66,14 @@ class ChildNotStarted:
     text: str
 
 
-StarterEvent = StarterReady | StarterFailed | ChildStarted | ChildNotStarted | ChildExited
+@dataclass(frozen=True, kw_only=True)
+class PreloadFailed:
+    """A module could not be imported ahead; processes import it themselves, if they can."""
+
+    text: str
+
+
+StarterEvent = StarterReady | StarterFailed | ChildStarted | ChildNotStarted | ChildExited | PreloadFailed
 
 
 class Starter(Protocol):
@@ -166,6 +172,8 @@ class SpawnerStarter:
                 events.append(ChildExited(**body))
             elif kind == "unforked":
                 events.append(ChildNotStarted(**body))
+            elif kind == "unloaded":
+                events.append(PreloadFailed(**body))
             else:
                 self._failed = True
                 events.append(StarterFailed(text=body))
@@ -252,7 +260,7 @@ class ExecStarter:
 
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._events: list[StarterEvent] = [StarterReady(pid=os.getpid(), import_s=0.0, threads=1)]
+        self._events: list[StarterEvent] = [StarterReady(pid=os.getpid(), threads=1)]
 
     def fds(self) -> list[int]:
         """None: exits are found by asking, at the host's tick."""

@@ -79,14 +79,18 @@ class LogSetup:
             left_out=left_out,
         )
 
-    def set_up(self) -> None:
-        """Sets this process up alike; to be called when the modules that the workers share with the script are loaded."""
-        for name, setup in self.loggers.items():
-            _set_up(logging.getLogger(name or None), setup)
+    def set_up(self) -> list[str]:
+        """Sets this process up alike; to be called when the modules that the workers share with the script are loaded.
+
+        Returns:
+            What could not be set up, as sentences for the user.
+        """
+        failed = [_set_up(logging.getLogger(name or None), setup) for name, setup in self.loggers.items()]
         logging.disable(self.disabled_up_to)
         if self.captures_warnings:
             logging.captureWarnings(capture=True)
         _set_up_filters(self.warning_filters)
+        return [text for text in failed if text]
 
 
 _UNTOUCHED = LoggerSetup(level=logging.NOTSET, propagate=True, disabled=False)
@@ -154,18 +158,20 @@ def _is_stream(stream: Any, name: str) -> bool:
     return stream in own or getattr(stream, "name", None) in (name, f"<{name}>")
 
 
-def _set_up(logger: logging.Logger, setup: LoggerSetup) -> None:
+def _set_up(logger: logging.Logger, setup: LoggerSetup) -> str:
+    """Sets a logger up; returns what could not be."""
     logger.setLevel(setup.level)
     logger.propagate, logger.disabled = setup.propagate, setup.disabled
     if logger.handlers or logger.filters:
-        return  # a module of the script's that has been loaded here has set it up
+        return ""  # a module of the script's that has been loaded here has set it up
     try:
         for blob in setup.handlers:
             logger.addHandler(_made_handler(*cloudpickle.loads(blob)))
         for blob in setup.filters:
             logger.addFilter(cloudpickle.loads(blob))
     except Exception as error:  # of a class that only the script's process has: no reason not to train
-        print(f"torchtrainer: logger {logger.name!r} is not set up as in the script: {error}", file=sys.stderr)
+        return f"logger {logger.name!r} is not set up as in the script: {error}"
+    return ""
 
 
 def _made_handler(kind: type[logging.Handler], state: dict[str, Any], stream: str) -> logging.Handler:

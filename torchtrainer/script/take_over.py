@@ -85,14 +85,14 @@ class ScriptState:
         )
 
 
-def take_over(path: str) -> tuple[ScriptState, Any]:
+def take_over(path: str) -> tuple[ScriptState, Any, list[str]]:
     """Makes this process like the script, and loads the script's code.
 
     Args:
         path: of a file with `ScriptState.dumps` and, after it, `pickler.dumps_in_place`.
 
     Returns:
-        The script's state, and what was pickled as its code.
+        The script's state, what was pickled as its code, and what of the script could not be taken over, as sentences.
     """
     with Path(path).open("rb") as file:
         state: ScriptState = pickle.load(file)
@@ -104,5 +104,4 @@ def take_over(path: str) -> tuple[ScriptState, Any]:
     sys.meta_path.insert(0, MisplacedModules(state.modules))
     write_settings(state.settings)
     value = loads_in_place(code)
-    state.logs.set_up()
-    return state, value
+    return state, value, state.logs.set_up()

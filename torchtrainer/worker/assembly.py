@@ -13,7 +13,7 @@ from torchtrainer.comm.group import Collective, GroupCollective, SingleCollectiv
 from torchtrainer.comm.shared_memory import SharedMemoryExchange, why_not_shared
 from torchtrainer.config import BATCH_SIZE, TrainSettings
 from torchtrainer.errors import InvalidArgumentError
-from torchtrainer.observe.notices import notice
+from torchtrainer.observe.notices import notice, warn
 from torchtrainer.operator import OperatorContext, TrainingOperator
 from torchtrainer.spec import BuildSpec, rank_config
 from torchtrainer.topology import share_of
@@ -152,7 +152,7 @@ def build_worker(
         spec,
         collective=collective,
         device=device,
-        local_rank=arguments.rank,
+        local_rank=arguments.local_rank,
         progress=progress,
         in_memory=in_memory,
     )
@@ -192,7 +192,7 @@ def _goes_through_memory(operator: TrainingOperator, *, tells: bool) -> bool:
     """Whether the operator's gradients do; ``tells``: this process says so if there is only no room for it."""
     components = internals(operator).components
     if components is not None and components.no_room and tells:
-        notice(
+        warn(
             f"gradients go through Gloo, more slowly, and lost workers cannot be recovered in place: {components.no_room}"
         )
     return components is not None and components.ours and not components.no_room

@@ -5,12 +5,14 @@ Everything here runs in the thread that trains, at step boundaries or between ca
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torchtrainer.checkpoint.writer import read_state
+from torchtrainer.config import DIGESTS
 from torchtrainer.errors import InvalidArgumentError
 from torchtrainer.observe.notices import notice
 from torchtrainer.train.complete_state import (
@@ -24,7 +26,7 @@ from torchtrainer.train.complete_state import (
     shared_state,
 )
 from torchtrainer.train.components import internals
-from torchtrainer.train.loop import Resumed
+from torchtrainer.train.loop import Resumed, StepIterator
 from torchtrainer.train.state import detached
 
 if TYPE_CHECKING:
@@ -214,3 +216,17 @@ def _say_what_begins_anew(operator: TrainingOperator) -> None:
             'comm_hook="powersgd": what the compression left out so far is in no checkpoint, so the numbers differ slightly from '
             "those of a run that was not interrupted"
         )
+
+
+def step_iterator(operator: TrainingOperator, checkpointer: RankCheckpointer) -> Callable[..., StepIterator]:
+    """What makes the iterator of a call; under ``torchtrainer verify-resume`` one that writes the states down.
+
+    Args:
+        operator: of the rank.
+        checkpointer: knows which call of the script is running.
+    """
+    if DIGESTS not in os.environ:
+        return StepIterator
+    from torchtrainer.worker.digests import watched_steps
+
+    return watched_steps(operator, checkpointer)

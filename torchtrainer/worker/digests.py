@@ -49,17 +49,14 @@ MAX_ATTRIBUTE_ITEMS, MAX_ATTRIBUTE_CHARACTERS = 16, 80
 """Attributes that are larger are left out: they are for people to read."""
 
 
-def step_iterator(operator: TrainingOperator, checkpointer: RankCheckpointer) -> Callable[..., StepIterator]:
-    """What makes the iterator of a call: `StepIterator`, unless this run is watched.
+def watched_steps(operator: TrainingOperator, checkpointer: RankCheckpointer) -> Callable[..., StepIterator]:
+    """What makes the iterator of a call in a run that is watched.
 
     Args:
         operator: of the rank.
         checkpointer: knows which call of the script is running.
     """
-    directory = os.environ.get(DIGESTS)
-    if directory is None:
-        return StepIterator
-    return partial(WatchedSteps, StateLog(Path(directory), operator, checkpointer))
+    return partial(WatchedSteps, StateLog(Path(os.environ[DIGESTS]), operator, checkpointer))
 
 
 class WatchedSteps(StepIterator):

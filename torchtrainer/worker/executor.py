@@ -23,8 +23,7 @@ from torchtrainer.train.schedules import step_by_metric
 from torchtrainer.train.state import capture, restore, restore_weights
 from torchtrainer.train.uneven import GradientShare, UnevenWatch
 from torchtrainer.train.weights import WEIGHTS
-from torchtrainer.worker.checkpointer import RankCheckpointer, Saver
-from torchtrainer.worker.digests import step_iterator
+from torchtrainer.worker.checkpointer import RankCheckpointer, Saver, step_iterator
 from torchtrainer.worker.models import copies
 from torchtrainer.worker.profiling import PassObserver
 

@@ -33,7 +33,7 @@ from torchtrainer.control.messages import (
     StopAt,
 )
 from torchtrainer.control.wire import ForWorker, Message
-from torchtrainer.observe.devices import read_process_use
+from torchtrainer.observe.heartbeat import heartbeat
 from torchtrainer.process.guard import tie_broken
 from torchtrainer.train.progress import Progress
 
@@ -133,7 +133,9 @@ class Link:
         orders: what the driver asks for, calls among it, in order; None: nothing more will come.
     """
 
-    def __init__(self, *, socket: str, group: str, name: str, worker: int, progress: Progress, gate: StopGate) -> None:
+    def __init__(
+        self, *, endpoint: str, group: str, name: str, worker: int, progress: Progress, gate: StopGate
+    ) -> None:
         self._group = group
         self._worker = worker
         self._progress = progress
@@ -149,7 +151,7 @@ class Link:
             Boundary(group=group, worker=worker, call=call, round=round_, boundary=boundary)
         )
         self._snapshots: queue.SimpleQueue[SnapshotAnswer | SnapshotDone] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, args=(socket, name), name="torchtrainer-link", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(endpoint, name), name="torchtrainer-link", daemon=True)
         self.send(Hello(group=group, worker=worker, pid=os.getpid()))
         self._thread.start()
 
@@ -174,7 +176,7 @@ class Link:
 
     def send_beat(self) -> None:
         """Says where this rank is now, so that even a short call shows its last step."""
-        self.send(self._beat(time.monotonic()))
+        self.send(self._beat())
 
     def close(self) -> None:
         """Sends what is left and ends the thread."""
@@ -184,9 +186,9 @@ class Link:
 
     # Link's thread
 
-    def _run(self, socket: str, name: str) -> None:
+    def _run(self, endpoint: str, name: str) -> None:
         try:
-            self._serve(Dealer(socket, name))
+            self._serve(Dealer(endpoint, name))
         except BaseException:  # a worker that can neither hear nor speak would be waited for for ever
             traceback.print_exc()
             os._exit(EXIT_LINK_LOST)
@@ -198,7 +200,7 @@ class Link:
                 os._exit(EXIT_LINK_LOST)  # where the kernel does not end us with the host
             now = time.monotonic()
             if now >= next_beat:
-                dealer.send(self._beat(now))
+                dealer.send(self._beat())
                 next_beat = now + self.beat_every_s
             if dealer.wait([self._wake_read], max(0.0, next_beat - now)):
                 os.read(self._wake_read, 4096)
@@ -232,24 +234,5 @@ class Link:
         elif isinstance(message, EndWorker):
             self.orders.put(None)
 
-    def _beat(self, now: float) -> Beat:
-        at, ranks = self._progress, self.ranks()
-        use = read_process_use(os.getpid())
-        return Beat(
-            group=self._group,
-            worker=self._worker,
-            call=self.call,
-            phase=at.phase,
-            phase_age_s=now - at.phase_since,
-            epoch=at.epoch,
-            step=int(at.step),
-            batch=at.batch,
-            batches=at.batches,
-            samples=at.samples,
-            loss=at.loss(ranks),
-            rss_bytes=(use and use.rss_bytes) or 0,
-            cpu_s=use.cpu_s if use else 0.0,
-            longest_s=at.longest_s,
-            spent_s=dict(at.spent_s),
-            ranks=ranks,
-        )
+    def _beat(self) -> Beat:
+        return heartbeat(self._progress, group=self._group, worker=self._worker, call=self.call, ranks=self.ranks())

@@ -19,10 +19,10 @@ import cloudpickle
 import torch
 
 from torchtrainer.comm.group import open_group
-from torchtrainer.control.messages import Call, Carry, Failure, Heard, Join, LoaderLost, Reply, WorkerReady
+from torchtrainer.control.messages import Call, Carry, Failure, Heard, Join, LoaderLost, Logged, Reply, WorkerReady
 from torchtrainer.control.wire import ForWorker
 from torchtrainer.driver.policies import STEPPING_METHODS
-from torchtrainer.observe.notices import notice
+from torchtrainer.observe.notices import forward_notices, warn
 from torchtrainer.process.affinity import bind
 from torchtrainer.process.allocation import keep_freed_memory
 from torchtrainer.process.child import flush_output
@@ -67,7 +67,9 @@ class WorkerArguments:
     rank: int
     ranks: list[int]
     world_size: int
-    socket: str
+    local_rank: int
+    local_world_size: int
+    endpoint: str
     spec_path: str
     store_path: str
     log_dir: str
@@ -103,13 +105,14 @@ class Worker:
         self.progress.on_loader_lost = self._on_loader_lost
         self.gate = StopGate(arguments.hold_s)
         self.link = Link(
-            socket=arguments.socket,
+            endpoint=arguments.endpoint,
             group=arguments.group,
             name=arguments.name,
             worker=arguments.worker,
             progress=self.progress,
             gate=self.gate,
         )
+        forward_notices(self._tell)
         self.link.beat_every_s = arguments.heartbeat_s
         self.saver = self._make_saver(arguments.checkpoint) if arguments.checkpoint is not None else None
         self._latest = Latest(call=0, method="")
@@ -190,9 +193,9 @@ class Worker:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         spec = self._load_spec()
-        binding = bind(arguments.rank, arguments.world_size, arguments.threads, spec.settings.cpu_affinity)
+        binding = bind(arguments.local_rank, arguments.local_world_size, arguments.threads, spec.settings.cpu_affinity)
         if binding.refused and arguments.rank == 0:
-            notice(f"cpu_affinity=True: {binding.refused}; processes run on any core")
+            warn(f"cpu_affinity=True: {binding.refused}; processes run on any core")
         self.progress.enter("initialization_hook")
         run_initialization_hook(spec)
         self.progress.enter("join process group")
@@ -219,7 +222,9 @@ class Worker:
 
     def _load_spec(self) -> BuildSpec:
         """The user's code and options, in a process that is made like the script first."""
-        self._script, spec = take_over(self.arguments.spec_path)
+        self._script, spec, left_out = take_over(self.arguments.spec_path)
+        for text in left_out:
+            warn(text)
         assert isinstance(spec, BuildSpec)
         return spec
 
@@ -320,6 +325,11 @@ class Worker:
         self.link.send(
             LoaderLost(group=arguments.group, worker=arguments.worker, step=self.progress.step, **asdict(loss))
         )
+
+    def _tell(self, level: int, text: str) -> None:
+        """Hands a line for the user on to the driver."""
+        at = self.arguments
+        self.link.send(Logged(group=at.group, worker=at.worker, rank=at.rank, pid=os.getpid(), level=level, text=text))
 
     def _on_notice(self, signum: int, frame: FrameType | None) -> None:
         """Hands a warning of a preemption on to the driver, which has all ranks stop; a loader's process leaves it to us."""
