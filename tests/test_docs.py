@@ -5,17 +5,22 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
+import itertools
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
+import torch
 from programs import run_program
+from torch.utils.data import DataLoader, TensorDataset
 
 import torchtrainer
 from torchtrainer import TorchTrainer, TorchTrainerError
 from torchtrainer.arguments import RETIRED
+from torchtrainer.comm.futex import why_not_shared
 from torchtrainer.config import FailureConfig, Timeouts
 from torchtrainer.launcher.cli import COMMANDS, make_parser
 from torchtrainer.observe.events import CALLBACK_METHODS
@@ -229,3 +234,50 @@ def test_files_and_functions_of_the_architecture_exist():
     assert len(places) > 20
     missing += [f"{name} {what}" for name, what in places if what not in defined(PACKAGE / name)]
     assert not missing
+
+
+class Trace:
+    """Notes which functions this process calls."""
+
+    def __init__(self) -> None:
+        self.called: dict[tuple[str, str], None] = {}
+
+    def __call__(self, frame, event, _):
+        if event == "call":
+            self.called[frame.f_code.co_filename, frame.f_code.co_name] = None
+
+
+def trace_calls():
+    sys.setprofile(Trace())
+
+
+def called():
+    trace = sys.getprofile()
+    sys.setprofile(None)
+    return list(trace.called)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(why_not_shared() is not None, reason=str(why_not_shared()))
+def test_a_batch_goes_the_way_that_the_architecture_tells():
+    story = page_text("architecture").partition("## A batch, from")[2].partition("\n## ")[0]
+    places = PLACE.findall(story)
+    files = list(dict.fromkeys(file for file, _ in places))
+    assert len(files) <= 9
+    assert [file for file, _ in itertools.groupby(places, key=lambda place: place[0])] == files, "it returns to none"
+    with TorchTrainer(
+        model_creator=lambda config: torch.nn.Linear(1, 1),
+        optimizer_creator=lambda model, config: torch.optim.SGD(model.parameters(), lr=0.1),
+        data_creator=lambda config: DataLoader(TensorDataset(torch.ones(16, 1), torch.ones(16, 1)), batch_size=2),
+        loss_creator=torch.nn.MSELoss,
+        num_workers=2,
+        initialization_hook=trace_calls,
+    ) as trainer:
+        trainer.train()
+        ways = trainer.apply_all_workers(called)
+    for way in ways:
+        found = {
+            (str(Path(file).relative_to(PACKAGE)), name) for file, name in way if Path(file).is_relative_to(PACKAGE)
+        }
+        missing = [place for place in places if (place[0], place[1].rpartition(".")[2]) not in found]
+        assert not missing

@@ -638,4 +638,4 @@ def test_digest_of_a_batch_looks_into_objects():
 
 
 def test_run_that_is_not_verified_uses_the_plain_iterator():
-    assert step_iterator(operator=None, keeper=None) is StepIterator
+    assert step_iterator(operator=None, checkpointer=None) is StepIterator

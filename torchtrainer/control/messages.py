@@ -85,7 +85,7 @@ class Share(ForWorker):
 
     Attributes:
         number: of the shared state.
-        ranks: that the worker will take over, whose cards have to fit this state.
+        ranks: that the worker will take over, whose records have to fit this state.
     """
 
     number: int

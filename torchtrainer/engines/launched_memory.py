@@ -35,7 +35,7 @@ class LaunchedMemory:
         first = collective.rank == 0
         self._held = SharedMemory.of(collective.world_size, Path(tempfile.gettempdir())) if first else None
         told: dict[str, Any] = collective.all_gather(self._held.paths() if self._held is not None else None)[0]
-        here = all(os.access(path, os.R_OK | os.W_OK) for path in (told["gradients"], *told["cards"]))
+        here = all(os.access(path, os.R_OK | os.W_OK) for path in (told["gradients"], *told["records"]))
         answers = collective.all_gather([here, os.getpid()])
         self._pids = [pid for _, pid in answers]
         self.paths: dict[str, Any] | None = told if all(found for found, _ in answers) else None

@@ -44,10 +44,10 @@ class MemoryFile:
 
 @dataclass
 class SharedMemory:
-    """What the workers of one group share: gradients, cards of the ranks, a state that one gives to another, and their steps."""
+    """What the workers of one group share: gradients, records of the ranks, a state that one gives to another, and their steps."""
 
     gradients: MemoryFile
-    cards: list[MemoryFile]
+    records: list[MemoryFile]
     shared: MemoryFile
     steps: MemoryFile
 
@@ -58,7 +58,7 @@ class SharedMemory:
         os.ftruncate(steps.fd, world_size * STEP_BYTES)
         return cls(
             gradients=MemoryFile.new("gradients", private_dir),
-            cards=[MemoryFile.new(f"card-{place}", private_dir) for place in range(world_size + 1)],
+            records=[MemoryFile.new(f"record-{place}", private_dir) for place in range(world_size + 1)],
             shared=MemoryFile.new("shared", private_dir),
             steps=steps,
         )
@@ -67,7 +67,7 @@ class SharedMemory:
         """Fields of `torchtrainer.worker.assembly.MemoryPaths`."""
         return {
             "gradients": self.gradients.path,
-            "cards": [one.path for one in self.cards],
+            "records": [one.path for one in self.records],
             "shared": self.shared.path,
             "steps": self.steps.path,
         }
@@ -83,5 +83,5 @@ class SharedMemory:
 
     def close(self) -> None:
         """Gives the memory back."""
-        for one in (self.gradients, *self.cards, self.shared, self.steps):
+        for one in (self.gradients, *self.records, self.shared, self.steps):
             one.close()

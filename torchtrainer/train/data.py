@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -339,3 +339,30 @@ class LoaderView:
                 yield batch.data
             if not self._rank_loader.in_pass:
                 return
+
+
+class JointLoader:
+    """The loaders of the ranks of a process, as one. All of them stand at the same place.
+
+    Args:
+        loaders: gives them by rank, as they are now.
+    """
+
+    def __init__(self, loaders: Callable[[], Mapping[int, RankLoader]]) -> None:
+        self._loaders = loaders
+
+    def __getattr__(self, name: str) -> Any:
+        loaders = self.__dict__["_loaders"]()
+        return getattr(loaders[min(loaders)], name)
+
+    def next_batch(self) -> RankBatch | None:
+        """The batches of all ranks by rank, as one; None after the last step of a pass."""
+        parts: dict[int, RankBatch] = {}
+        size = global_size = 0
+        for rank, loader in sorted(self._loaders().items()):
+            part = loader.next_batch()
+            if part is None:
+                return None
+            parts[rank] = part
+            size, global_size = size + part.size, part.global_size
+        return RankBatch(parts, size, global_size)

@@ -201,28 +201,28 @@ class DrawnOrders:
 
 
 class OrderComparison:
-    """Compares the orders that the processes of a run have drawn, once in each pass, by the cards of the ranks."""
+    """Compares the orders that the processes of a run have drawn, once in each pass, by the records of the ranks."""
 
     def __init__(self) -> None:
         self._noted: dict[str, tuple[int, int]] = {}
         self._due = False
 
     def note(self, loaders: Mapping[str, Mapping[str, int]]) -> None:
-        """To be called with the states of the loaders that go on a card."""
+        """To be called with the states of the loaders that go on a record."""
         orders = {
             name: (state["passes_started"], state["order"]) for name, state in loaders.items() if "order" in state
         }
         if orders != self._noted:
             self._noted, self._due = orders, True
 
-    def finish(self, cards: Sequence[RecordFile], number: int) -> None:
+    def finish(self, records: Sequence[RecordFile], number: int) -> None:
         """To be called when all ranks have given their gradients.
 
-        A card that has been written over by now is of a rank that is ahead, which has compared with this one.
+        A record that has been written over by now is of a rank that is ahead, which has compared with this one.
 
         Args:
-            cards: by rank.
-            number: of the cards that were noted last.
+            records: by rank.
+            number: of the records that were noted last.
 
         Raises:
             UnshardableLoaderError: the orders differ.
@@ -230,10 +230,10 @@ class OrderComparison:
         if not self._due:
             return
         self._due = False
-        for rank, card in enumerate(cards):
-            if not card.has(number):
+        for rank, record in enumerate(records):
+            if not record.has(number):
                 continue
-            _, plain = card.read(number)
+            _, plain = record.read(number)
             for name, (passes, order) in self._noted.items():
                 theirs = plain["loaders"].get(name, {})
                 if theirs.get("passes_started") == passes and theirs.get("order", order) != order:

@@ -3,7 +3,7 @@
 The rule is when an entry changes. What changes in the update of a step, from the exchange of gradients to `after_step`, belongs to
 all ranks, as the parameters do: every process makes the update once, however many ranks it carries. Such are averages of the
 weights, teachers, counters of updates. What changes elsewhere, in the forward pass or the loss, belongs to the rank: it is put
-aside when another rank's turn comes, and goes on the rank's card. An entry is a leaf of nested dicts; a list is one entry.
+aside when another rank's turn comes, and goes on the rank's record. An entry is a leaf of nested dicts; a list is one entry.
 
 Everything here runs in the thread that trains.
 """
@@ -102,14 +102,14 @@ class Extras:
             self.begin_comparison()
 
     def begin_comparison(self) -> None:
-        """Has the next card say what is shared, for the other ranks to compare."""
+        """Has the next record say what is shared, for the other ranks to compare."""
         if self._shared:
             self.sums = {
                 _name(path): digest_of_all(value, sampled=True) for path, value in self._live() if self._is_shared(path)
             }
 
     def compare(self, others: Sequence[Mapping[str, str] | None]) -> None:
-        """Compares with what is on the cards of the other ranks.
+        """Compares with what is on the records of the other ranks.
 
         Args:
             others: by rank; None: has nothing to compare.
@@ -152,7 +152,7 @@ def keeps_extras(operator: TrainingOperator) -> bool:
 
 
 def packed_extras(value: Any) -> bytes:
-    """An own state, or a rank's entries of it, for a card; empty for None."""
+    """An own state, or a rank's entries of it, for a record; empty for None."""
     if value is None:
         return b""
     buffer = io.BytesIO()

@@ -37,7 +37,7 @@ class RankContext:
         streams: its random streams, while those of another rank are in use.
         samples: that it had in the running call.
         meters: its means in the running call.
-        extras: its entries of the operator's own state, as its latest card or the end of its latest turn has them.
+        extras: its entries of the operator's own state, as its latest record or the end of its latest turn has them.
     """
 
     rank: int
@@ -87,26 +87,26 @@ class Buffers:
 
     @property
     def tensors(self) -> list[torch.Tensor | None]:
-        """All of them, in the order of a card; None for one that is not there now."""
+        """All of them, in the order of a record; None for one that is not there now."""
         return [*self.followed, *self.own]
 
-    def load_for(self, rank: int, cards: Sequence[RecordFile], number: int, *, alone: bool) -> None:
+    def load_for(self, rank: int, records: Sequence[RecordFile], number: int, *, alone: bool) -> None:
         """Makes the buffers those with which a rank begins a step: rank 0's, and the rank's own.
 
         Args:
             rank: about to begin.
-            cards: by rank.
+            records: by rank.
             number: of the exchange before.
             alone: the process carries no other rank, so that its buffers are the rank's own already.
         """
         if self._followed and not (alone and rank == 0):
-            self.load(cards[0].tensors(number), followed=True)
+            self.load(records[0].tensors(number), followed=True)
         if self._own and not alone:
-            self.load(cards[rank].tensors(number), followed=False)
+            self.load(records[rank].tensors(number), followed=False)
 
     @torch.no_grad()
     def load(self, values: Sequence[torch.Tensor | None], *, followed: bool) -> None:
-        """Copies values of a card into the followed buffers, or into the others; autograd takes no notice.
+        """Copies values of a record into the followed buffers, or into the others; autograd takes no notice.
 
         A buffer of another shape or type is replaced.
 

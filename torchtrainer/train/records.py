@@ -1,12 +1,12 @@
-"""Cards: what only one rank has at a step boundary, in memory that outlives the process that carries the rank.
+"""Records: what only one rank has at a step boundary, in memory that outlives the process that carries the rank.
 
-A card is written before the rank's share of a step is published, for the step after it. So whoever takes a rank over finds the
-card of the very step that the rank had not done yet. Each rank has a file with places for two cards, used in turn:
+A record is written before the rank's share of a step is published, for the step after it. So whoever takes a rank over finds the
+record of the very step that the rank had not done yet. Each rank has a file with places for two records, used in turn:
 
     turn, room | number, where, size | number, where, size | ... tensors, plain data ... | ... tensors, plain data ...
 
-The turn is written last: a card that is half written when its process dies is not there. Written and read by threads that train;
-nobody writes the card of a rank that somebody else carries.
+The turn is written last: a record that is half written when its process dies is not there. Written and read by threads that train;
+nobody writes the record of a rank that somebody else carries.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from torchtrainer.checkpoint.memory import map_shared
 from torchtrainer.errors import EngineError
 
 _TURN = struct.Struct("<QQ")
-"""Which place holds the latest card, and the room for plain data in each."""
+"""Which place holds the latest record, and the room for plain data in each."""
 _ENTRY = struct.Struct("<QQQ")
-"""Number of the card, where its plain data begin, and how long they are."""
+"""Number of the record, where its plain data begin, and how long they are."""
 _OTHERS = 1 << 63
 """Added to the length where the plain data hold the tensors, too."""
 _HEAD_BYTES = 256
 ALIGNMENT_BYTES = 64
 SPARE_BYTES = 16 * 1024
-"""Room for plain data beyond those of the first card: means of metrics come and go."""
+"""Room for plain data beyond those of the first record: means of metrics come and go."""
 PLACES = 2
 
 
@@ -69,13 +69,13 @@ def unpacked(value: Any) -> Any:
 
 
 class RecordFile:
-    """The cards of one rank.
+    """The records of one rank.
 
     Args:
         path: of the memory file; it may be empty still. None: memory of this process alone.
-        rank: whose cards they are.
-        tensors: the shapes and dtypes of what a card holds besides plain data; alike for all ranks. There is a place for each. A
-            card of others, that grew for instance, has them among its plain data.
+        rank: whose records they are.
+        tensors: the shapes and dtypes of what a record holds besides plain data; alike for all ranks. There is a place for each. A
+            record of others, that grew for instance, has them among its plain data.
     """
 
     def __init__(self, path: str | None, *, rank: int, tensors: Sequence[torch.Tensor | None]) -> None:
@@ -94,10 +94,10 @@ class RecordFile:
         self._views: list[list[torch.Tensor]] = []
 
     def write(self, number: int, tensors: Sequence[torch.Tensor | None], plain: Any) -> None:
-        """Writes a card; the one before it stays until the next one is written.
+        """Writes a record; the one before it stays until the next one is written.
 
         Args:
-            number: of the exchange after which the rank is as the card says.
+            number: of the exchange after which the rank is as the record says.
             tensors: of whatever shapes and types.
             plain: numbers, text, bytes, and lists, tuples and dicts of them.
 
@@ -111,7 +111,7 @@ class RecordFile:
         start = self._start(place) + self._tensor_bytes
         _ENTRY.pack_into(
             memory, _TURN.size + place * _ENTRY.size, number, start, 0
-        )  # no card, for whoever reads it now
+        )  # no record, for whoever reads it now
         there = [one for one in tensors if one is not None]
         if fits and there:
             views = [view for view, form in zip(self._views[place], self._forms, strict=True) if form is not None]
@@ -122,10 +122,10 @@ class RecordFile:
         _TURN.pack_into(memory, 0, place, self._room)
 
     def read(self, number: int) -> tuple[list[torch.Tensor | None], Any]:
-        """The card with a number: its tensors, as for `tensors`, and its plain data.
+        """The record with a number: its tensors, as for `tensors`, and its plain data.
 
         Raises:
-            EngineError: there is no such card, or it was written over while it was read.
+            EngineError: there is no such record, or it was written over while it was read.
         """
         place, start, size = self._find(number)
         assert self._map is not None
@@ -134,7 +134,7 @@ class RecordFile:
             place,
             start,
             size,
-        ):  # a rank that is a step ahead is writing the card after the next one
+        ):  # a rank that is a step ahead is writing the record after the next one
             raise EngineError(f"rank {self._rank} wrote over its state of exchange {number}")
         plain = marshal.loads(data)  # noqa: S302  # only this group's workers can open the file
         if not size & _OTHERS:
@@ -143,7 +143,7 @@ class RecordFile:
         return [_from_bytes(one) for one in others], plain
 
     def tensors(self, number: int) -> list[torch.Tensor | None]:
-        """The tensors of a card: most are views of the memory, valid until the card after the next one is written."""
+        """The tensors of a record: most are views of the memory, valid until the record after the next one is written."""
         place, _, size = self._find(number)  # may map the file anew
         return self.read(number)[0] if size & _OTHERS else self._placed(place)
 
@@ -153,7 +153,7 @@ class RecordFile:
         return [None if form is None else view for view, form in pairs]
 
     def has(self, number: int) -> bool:
-        """Whether the card with a number is there."""
+        """Whether the record with a number is there."""
         try:
             self._find(number)
         except EngineError:
@@ -201,7 +201,7 @@ class RecordFile:
             ) from error
 
     def _move(self, room: int) -> None:
-        """Makes room for longer plain data; both cards move along."""
+        """Makes room for longer plain data; both records move along."""
         assert self._map is not None
         turn = _TURN.unpack_from(self._map, 0)[0]
         kept = []

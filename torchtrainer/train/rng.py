@@ -85,7 +85,7 @@ def rng_from_data(data: Mapping[str, Any]) -> None:
 
 
 class StreamReader:
-    """Reads the generators of this process again and again, for cards.
+    """Reads the generators of this process again and again, for records.
 
     To have the states of Python's and numpy's generators as objects takes longer than all the rest together, so that their memory
     is compared first: as long as the words and the position of a generator are the same, and no second half of a pair of normal
@@ -153,7 +153,7 @@ def streams_from_plain(data: Mapping[str, Any]) -> RngState:
 
         numpy = (numpy[0], np.frombuffer(numpy[1], dtype=np.uint32), *numpy[2:])
     cpu = torch.frombuffer(bytearray(data["cpu"]), dtype=torch.uint8)
-    python = marshal.loads(data["python"])  # noqa: S302  # as the card that it came on
+    python = marshal.loads(data["python"])  # noqa: S302  # as the record that it came on
     return RngState(python=python, numpy=numpy, cpu=cpu, cuda=[])
 
 

@@ -20,7 +20,7 @@ import torch
 from torchtrainer.comm.board import NO_TAG
 from torchtrainer.comm.exchange import Exchange
 from torchtrainer.train.components import internals
-from torchtrainer.train.data import RankBatch, RankLoader
+from torchtrainer.train.data import JointLoader, RankBatch, RankLoader
 from torchtrainer.train.data_drawing import OrderComparison
 from torchtrainer.train.equality import Comparison
 from torchtrainer.train.extras import SHARED_EXTRAS, Extras, packed_extras, unpacked_extras
@@ -107,7 +107,9 @@ class SharedStep:
     @property
     def loader(self) -> RankLoader | None:
         """The train loaders of all ranks here, as one."""
-        return cast("RankLoader", JointLoader(self)) if "train" in self._now.loaders else None
+        if "train" not in self._now.loaders:
+            return None
+        return cast("RankLoader", JointLoader(lambda: {r: one.loaders["train"] for r, one in self.contexts.items()}))
 
     def each(self) -> Iterator[RankContext]:
         """Every rank in order, with its streams, loaders, means and buffers in place."""
@@ -417,30 +419,3 @@ class SharedStep:
             self.exchange.put(context.rank, number, gradients, **stands_for(self._operator, part))
         self._write_record(context, number)
         self.exchange.publish(context.rank, number, self._tag)
-
-
-class JointLoader:
-    """The train loaders of the ranks of a process, as one. All of them stand at the same place.
-
-    Args:
-        ranks: of this process.
-    """
-
-    def __init__(self, ranks: SharedStep) -> None:
-        self._ranks = ranks
-
-    def __getattr__(self, name: str) -> Any:
-        ranks: SharedStep = self.__dict__["_ranks"]
-        return getattr(ranks.contexts[min(ranks.contexts)].loaders["train"], name)
-
-    def next_batch(self) -> RankBatch | None:
-        """The batches of all ranks by rank, as one; None after the last step of a pass."""
-        parts: dict[int, RankBatch] = {}
-        size = global_size = 0
-        for rank, context in sorted(self._ranks.contexts.items()):
-            part = context.loaders["train"].next_batch()
-            if part is None:
-                return None
-            parts[rank] = part
-            size, global_size = size + part.size, part.global_size
-        return RankBatch(parts, size, global_size)

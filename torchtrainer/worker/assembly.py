@@ -87,13 +87,13 @@ class MemoryPaths:
 
     Attributes:
         gradients: of the exchange.
-        cards: of the ranks, by rank, and one more for what all take over from rank 0.
+        records: of the ranks, by rank, and one more for what all take over from rank 0.
         shared: for the state that one worker shares with another.
         steps: where each worker marks how far it is.
     """
 
     gradients: str
-    cards: list[str]
+    records: list[str]
     shared: str
     steps: str
 
@@ -345,7 +345,7 @@ def _sync_through_memory(
         by_rows=trained.by_rows,
     )
     tensors = Buffers(operator).tensors
-    files = [None] * world_size if paths is None else paths.cards
+    files = [None] * world_size if paths is None else paths.records
     records = [RecordFile(path, rank=rank, tensors=tensors) for rank, path in enumerate(files)]
     if bound_reason(operator):
         return BackwardSync(operator, exchange=exchange, trained=trained, records=records)
