@@ -13,8 +13,10 @@ PRELOAD = (
     "torchtrainer.worker.main",
 )
 """What every worker would import otherwise, lazily included: the first optimizer and DDP import ``torch._dynamo``."""
-_PRELOADABLE = ("torch", "torchvision", "numpy", "PIL")
-"""Packages whose modules a spawner may import after seeing a worker do so: known to start no thread when imported."""
+_PRELOADABLE = ("torch", "torchtrainer", "torchvision", "numpy", "PIL", "pytest", "_pytest")
+"""Packages whose modules a spawner may import after seeing a worker do so: known to start no thread when imported. Workers
+import `torchtrainer` as drivers do, and pytest, with the module that an operator is defined in: half a second that each would take.
+"""
 _ONLY_IN_ORDER = "torch._inductor."
 """Modules that cannot be imported one by one: torch's compiler, which also starts processes."""
 
