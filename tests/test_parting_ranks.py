@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +15,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchtrainer import TorchTrainer, TrainingOperator
 from torchtrainer.train.equality import _pieces_of
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from lightning.pytorch import LightningModule
 
 ROWS, BATCH = 36, 2
 X = torch.randn(ROWS, 6, generator=torch.Generator().manual_seed(1))
@@ -106,32 +102,6 @@ class Adversaries(BuiltIn):
         return {}
 
 
-class Lit(LightningModule):
-    def __init__(self, how: str | None = None):
-        super().__init__()
-        self.layer, self.how = nn.Linear(6, 1), how
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        loss = mse_loss(self.layer(batch[0]), batch[1])
-        breaks = self.global_rank == 1 and batch_idx == BREAKS_AT
-        if breaks and self.how == "leaves out":
-            return
-        self.manual_backward(loss)
-        if not (breaks and self.how == "does not update"):
-            optimizer.step()
-        if breaks and self.how == "flips a bit":
-            self.layer.weight.detach().view(-1)[:1].view(torch.int32).bitwise_xor_(1)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01)
-
-    def train_dataloader(self):
-        return DataLoader(TensorDataset(X, X[:, :1].clone()), batch_size=BATCH)
-
-
 FORMS = {
     "built-in": {"training_operator_cls": BuiltIn},
     "own-batch": {"training_operator_cls": OwnBatch},
@@ -141,19 +111,26 @@ FORMS = {
     "zero1": {"training_operator_cls": OwnBatch, "strategy": "zero1"},
     "fsdp": {"training_operator_cls": OwnBatch, "strategy": "fsdp"},
     "comm-hook": {"training_operator_cls": OwnBatch, "comm_hook": "bf16"},
-    "lightning": {"training_operator_cls": TrainingOperator.from_ptl(Lit)},
 }
+LIGHTNING_TOO = pytest.param("lightning", marks=pytest.mark.soak)
+"""Where two other forms of the same test, and two other tests with Lightning, have the default suite do."""
 OPTIONS = {"num_workers": 2, "num_cpus_per_worker": 1, "run_dir": None, "use_gpu": False, "timeout_s": 60}
+
+
+def options_of(form: str, **more) -> dict[str, Any]:
+    if form == "lightning":  # whose import takes seconds in every worker
+        from parting_lightning import Lit
+
+        return {**OPTIONS, "training_operator_cls": TrainingOperator.from_ptl(Lit), **more}
+    return {**OPTIONS, **FORMS[form], **more}
 
 
 def flip_a_bit(operator) -> None:
     """The lowest bit of one number, in the process of the last rank."""
     if operator.world_rank == operator.world_size - 1:
-        parameter = (
-            next(one for one in operator.get_model().parameters())
-            if isinstance(operator, FORMS["lightning"]["training_operator_cls"])
-            else next(getattr(operator, "judge", getattr(operator, "model", None)).parameters())
-        )
+        own = isinstance(operator, BuiltIn)
+        model = getattr(operator, "judge", operator.model) if own else operator.get_model()
+        parameter = next(model.parameters())
         parameter.detach().view(-1)[:1].view(torch.int32).bitwise_xor_(1)
 
 
@@ -167,9 +144,11 @@ def change_a_moment(operator) -> None:
         next(iter(operator.optimizer.state.values()))["momentum_buffer"].view(-1)[0] += 1e-6
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "fsdp"])  # where no two ranks have the same number
+@pytest.mark.parametrize(
+    "form", [*(form for form in FORMS if form != "fsdp"), "lightning"]
+)  # where no two ranks have the same number
 def test_a_changed_bit_is_seen_before_the_next_update(form) -> None:
-    with TorchTrainer(**{**OPTIONS, **FORMS[form]}) as trainer:
+    with TorchTrainer(**options_of(form)) as trainer:
         trainer.train()
         trainer.apply_all_operators(flip_a_bit)
         with pytest.raises(
@@ -178,9 +157,9 @@ def test_a_changed_bit_is_seen_before_the_next_update(form) -> None:
             trainer.train()
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("fsdp", "three-ranks")])
+@pytest.mark.parametrize("form", [*(form for form in FORMS if form not in ("fsdp", "three-ranks")), LIGHTNING_TOO])
 def test_a_bit_that_changes_in_the_middle_of_a_call_is_seen_in_the_next_step(form) -> None:
-    options = {**OPTIONS, **FORMS[form], "config": {"how": "flips a bit"}}
+    options = options_of(form, config={"how": "flips a bit"})
     seen = (
         rf"the ranks have different models: .*weight of rank \d is not that of rank \d, seen in step {BREAKS_AT + 1}\."
     )
@@ -220,7 +199,7 @@ def test_large_parameters_are_looked_at_in_pieces_of_their_memory() -> None:
 )
 @pytest.mark.parametrize("form", ["built-in", "own-batch", "comm-hook"])
 def test_all_that_optimizers_hold_is_compared(form, change, what) -> None:
-    with TorchTrainer(**{**OPTIONS, **FORMS[form]}) as trainer:
+    with TorchTrainer(**options_of(form)) as trainer:
         trainer.train()
         trainer.apply_all_operators(change)
         with pytest.raises(RuntimeError, match=what):
@@ -228,7 +207,7 @@ def test_all_that_optimizers_hold_is_compared(form, change, what) -> None:
 
 
 def test_a_process_that_carries_several_ranks_is_compared() -> None:
-    with TorchTrainer(**{**OPTIONS, **FORMS["built-in"], "num_workers": 3}) as trainer:
+    with TorchTrainer(**options_of("built-in", num_workers=3)) as trainer:
         trainer.train(num_steps=1)
         trainer.resize(2)
         trainer.apply_all_operators(flip_a_bit)
@@ -263,11 +242,11 @@ ALONE = r"would update .* by gradients that the ranks have not exchanged"
         ("comm-hook", "leaves out", rf"{PARTS}"),
         ("comm-hook", "updates twice", ALONE),
         ("lightning", "leaves out", rf"{PARTS}"),
-        ("lightning", "does not update", rf"{PARTS}"),
+        pytest.param("lightning", "does not update", rf"{PARTS}", marks=pytest.mark.soak),
     ],
 )
 def test_a_step_that_is_not_alike_is_an_error_that_says_where(form, how, what) -> None:
-    options = {**OPTIONS, **FORMS[form], "config": {"how": how}}
+    options = options_of(form, config={"how": how})
     with TorchTrainer(**options) as trainer, pytest.raises(RuntimeError, match=what):
         trainer.train()
 
@@ -275,7 +254,7 @@ def test_a_step_that_is_not_alike_is_an_error_that_says_where(form, how, what) -
 def test_the_last_step_of_a_call_counts_too() -> None:
     """A rank that leaves out the last exchange is not waited for."""
     for form in ("own-batch", "comm-hook"):
-        options = {**OPTIONS, **FORMS[form], "config": {"how": "leaves out"}}
+        options = options_of(form, config={"how": "leaves out"})
         with TorchTrainer(**options) as trainer, pytest.raises(RuntimeError, match=rf"{PARTS}.* in step {BREAKS_AT}"):
             trainer.train(num_steps=BREAKS_AT + 1)
 
@@ -283,9 +262,9 @@ def test_the_last_step_of_a_call_counts_too() -> None:
 LAUNCHED = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from test_parting_ranks import FORMS, OPTIONS, TorchTrainer, flip_a_bit
+from test_parting_ranks import TorchTrainer, flip_a_bit, options_of
 
-options = {**OPTIONS, **FORMS[sys.argv[2]], "config": {"how": sys.argv[3]}}
+options = options_of(sys.argv[2], config={"how": sys.argv[3]})
 with TorchTrainer(**options) as trainer:
     trainer.train(num_steps=2)
     if sys.argv[3] == "a bit":
