@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from failing import workers
 from recovery_programs import GONE_S, Plan, Strike, wait_for
 
 from torchtrainer import TorchTrainer
+
+# Hundreds of processes of the tests import the package: like an installed one it is compiled once.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture

@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from forked import Started, Zygote
 from programs import DEADLINE_S, GONE_S, MARK, marked_processes
 
 SCRIPTS = Path(__file__).with_name("launch_scripts")
-ZYGOTE = SCRIPTS / "zygote.py"
 WORKER_MARK = "worker>"
 """In every line that a worker script writes, and in no text of an error, which launchers repeat: all lines on standard error
 without it are the launcher's own words."""
@@ -134,77 +134,6 @@ class Observation:
     left_behind: tuple[str, ...]
 
 
-class Started(Protocol):
-    """A running command: ``subprocess.Popen`` is one."""
-
-    pid: int
-
-    def wait(self, timeout: float) -> int: ...
-
-
-class ZygoteEndedError(Exception):
-    """The process that runs torch's launcher is gone."""
-
-
-class Zygote:
-    """Has imported torch's launchers once and runs each command in a fork of itself."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-u", str(ZYGOTE)],
-            env={k: v for k, v in os.environ.items() if k in INHERITED},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-        )
-        self._ended: dict[int, int] = {}
-        self._rest = b""
-
-    def start(self, request: Mapping[str, Any]) -> Started:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        while True:
-            message = self._next(time.monotonic() + DEADLINE_S)
-            if "exit_code" not in message:
-                return _Forked(pid=message["pid"], zygote=self)
-            self._ended[message["pid"]] = message["exit_code"]
-
-    def wait(self, pid: int, timeout_s: float) -> int:
-        deadline = time.monotonic() + timeout_s
-        while pid not in self._ended:
-            message = self._next(deadline)
-            self._ended[message["pid"]] = message["exit_code"]
-        return self._ended.pop(pid)
-
-    def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(DEADLINE_S)
-        self._process.stdout.close()
-
-    def _next(self, deadline: float) -> dict[str, int]:
-        assert self._process.stdout is not None
-        while b"\n" not in self._rest:
-            left_s = max(0.0, deadline - time.monotonic())
-            if not select.select([self._process.stdout], [], [], left_s)[0]:
-                raise subprocess.TimeoutExpired("a command of the zygote", left_s)
-            more = os.read(self._process.stdout.fileno(), 65536)
-            if not more:
-                raise ZygoteEndedError
-            self._rest += more
-        line, _, self._rest = self._rest.partition(b"\n")
-        return json.loads(line)
-
-
-@dataclass(frozen=True)
-class _Forked:
-    pid: int
-    zygote: Zygote
-
-    def wait(self, timeout: float) -> int:
-        return self.zygote.wait(self.pid, timeout)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One form's run of a case, in a directory of its own that goes with it."""
@@ -270,7 +199,7 @@ def prepared(case: Case, form: Form) -> Iterator[Run]:
         (root / "stdin").write_text(case.stdin)
         os.mkfifo(root / "ready")
         work = root / "work"
-        shutil.copytree(SCRIPTS, work, ignore=shutil.ignore_patterns("zygote.py", "__pycache__", "fork_*", "ends_*"))
+        shutil.copytree(SCRIPTS, work, ignore=shutil.ignore_patterns("__pycache__", "fork_*", "ends_*"))
         report = work / "report.py"
         for copy in ("with space/ünï.py", "no_ending", "package/__main__.py", "package/part.py"):
             (work / copy).parent.mkdir(exist_ok=True)

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+from forked import ForkedProcess, can_be_forked
+
 TORCH = tuple(int(part) for part in version("torch").split(".")[:2])
 MARK = "TORCHTRAINER_TEST_MARK"
 DEADLINE_S = 60.0
@@ -57,7 +59,7 @@ class Program:
     """A Python program that runs in a process of its own."""
 
     path: Path
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | ForkedProcess
     mark: str
     temporary: Path
     output: str = ""
@@ -102,8 +104,20 @@ class Program:
         return [str(e) for e in self.temporary.iterdir() if not e.name.startswith(torchs)]
 
 
-def start_program(tmp_path: Path, text: str, *arguments: str, python: tuple[str, ...] = (), **environ: str) -> Program:
-    """Starts a program in ``tmp_path``, with a temporary directory of its own."""
+def start_program(
+    tmp_path: Path, text: str, *arguments: str, python: tuple[str, ...] = (), whole: bool = False, **environ: str
+) -> Program:
+    """Starts a program in ``tmp_path``, with a temporary directory of its own.
+
+    Args:
+        tmp_path: where it runs.
+        text: of the program.
+        arguments: of the program.
+        python: what is called with it; empty for this interpreter.
+        whole: it runs in an interpreter of its own in any case, from its first line to its last, as a user's does. Without
+            it a script, or our launcher, has one that is forked and looks fresh: it imports torch in no time.
+        environ: more variables.
+    """
     path = tmp_path / "program.py"
     path.write_text(textwrap.dedent(text))
     # Sockets have short paths; a directory below pytest's own would be too deep for one.
@@ -111,8 +125,12 @@ def start_program(tmp_path: Path, text: str, *arguments: str, python: tuple[str,
     mark = secrets.token_hex(8)
     env = {k: v for k, v in os.environ.items() if k not in ("XDG_RUNTIME_DIR", "RANK", "WORLD_SIZE")}
     env.update({MARK: mark, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1", **environ})
+    words = (*(python or (sys.executable,)), str(path), *arguments)
+    if not whole and can_be_forked(words, env):
+        forked = ForkedProcess(words[1:], tmp_path, env)
+        return _owned(Program(path=path, process=forked, mark=mark, temporary=temporary))
     process = subprocess.Popen(
-        [*(python or (sys.executable,)), str(path), *arguments],
+        words,
         cwd=tmp_path,
         env=env,
         stdin=subprocess.DEVNULL,
@@ -120,8 +138,11 @@ def start_program(tmp_path: Path, text: str, *arguments: str, python: tuple[str,
         stderr=subprocess.PIPE,
         text=True,
     )
-    program = Program(path=path, process=process, mark=mark, temporary=temporary)
-    weakref.finalize(program, shutil.rmtree, temporary, ignore_errors=True)
+    return _owned(Program(path=path, process=process, mark=mark, temporary=temporary))
+
+
+def _owned(program: Program) -> Program:
+    weakref.finalize(program, shutil.rmtree, program.temporary, ignore_errors=True)
     return program
 
 

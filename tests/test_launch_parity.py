@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-from parity import EMPTY, WORKER_MARK, Case, Difference, Finding, Form, Observation, Zygote, compare, flat, observe
+from parity import (
+    EMPTY,
+    INHERITED,
+    WORKER_MARK,
+    Case,
+    Difference,
+    Finding,
+    Form,
+    Observation,
+    Zygote,
+    compare,
+    flat,
+    observe,
+)
 
 from torchtrainer.process.signals import STACK_DUMP_SIGNAL
 
@@ -487,7 +501,7 @@ def sampled() -> list[Any]:
 
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
-    started = Zygote()
+    started = Zygote({k: v for k, v in os.environ.items() if k in INHERITED})
     yield started
     started.close()
 
