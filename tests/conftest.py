@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ from torchtrainer import TorchTrainer
 
 # Hundreds of processes of the tests import the package: like an installed one it is compiled once.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def pytest_collection_finish() -> None:
+    """What programs are forked from is there before any test counts processes or descriptors."""
+    if "forked" in sys.modules:
+        sys.modules["forked"].zygote()
 
 
 @pytest.fixture

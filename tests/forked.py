@@ -20,8 +20,10 @@ from typing import IO, Any, Protocol
 from torchtrainer.process.fresh import IMPORT_TIME_PREFIXES
 
 ZYGOTE = Path(__file__).with_name("zygote.py")
-LIKE_A_SPAWNER = {"PYTHONHASHSEED": "0", "TORCHTRAINER_TEST_MARK": "0" * 16}
-"""What a program's spawner is started with, and room for the mark of the program."""
+UNMARKED = {"TORCHTRAINER_TEST_MARK": "0" * 16}
+"""Room for the mark of a program."""
+LIKE_A_SPAWNER = {"PYTHONHASHSEED": "0"}
+"""What the spawner of a program is started with."""
 ANSWER_S = 60.0
 """Only a deadlock takes this long."""
 MODULES = ("torch._dynamo", "torchtrainer.trainer", "torchtrainer.worker.main")
@@ -125,10 +127,19 @@ class _Forked:
 
 
 class ForkedProcess:
-    """A command in a fork of the zygote, with what a test does with a `subprocess.Popen` in text mode."""
+    """A command in a fork of the zygote, with what a test does with a `subprocess.Popen` in text mode.
 
-    def __init__(self, words: Sequence[str], directory: Path, environ: Mapping[str, str]) -> None:
-        self._zygote = _zygote()
+    Args:
+        words: what would follow ``python``: a script or our launcher, with arguments.
+        directory: where it runs.
+        environ: all of it.
+        session: it has one of its own, and so a process group.
+    """
+
+    def __init__(
+        self, words: Sequence[str], directory: Path, environ: Mapping[str, str], *, session: bool = False
+    ) -> None:
+        self._zygote = zygote()
         self.returncode: int | None = None
         self._read: dict[str, str] = {}
         self._readers: list[threading.Thread] = []
@@ -136,9 +147,16 @@ class ForkedProcess:
         theirs, ours = {}, {}
         for stream in ("stdout", "stderr"):
             ours[stream], theirs[stream] = os.pipe()
-        request = {"program": "command", "arguments": [*words], "directory": str(directory), "environ": dict(environ)}
+        request = {
+            "program": "command",
+            "arguments": [*words],
+            "directory": str(directory),
+            "environ": {**UNMARKED, **environ},
+        }
         request |= {stream: f"/proc/{os.getpid()}/fd/{descriptor}" for stream, descriptor in theirs.items()}
-        self.pid = self._zygote.fork({**request, "stdin": os.devnull, "read_at_start": READ_AT_START})
+        self.pid = self._zygote.fork(
+            {**request, "session": session, "stdin": os.devnull, "read_at_start": READ_AT_START}
+        )
         if not select.select([ours["stdout"]], [], [], ANSWER_S)[0]:
             raise ZygoteEndedError(f"a fork did not open its streams within {ANSWER_S} s")
         os.read(ours["stdout"], 1)
@@ -214,8 +232,8 @@ def _close(*streams: IO[str]) -> None:
 _started: list[Zygote] = []
 
 
-def _zygote() -> Zygote:
+def zygote() -> Zygote:
     """The one of this process, which ends with it."""
     if not _started:
-        _started.append(Zygote({**AT_START, **LIKE_A_SPAWNER}, *MODULES))
+        _started.append(Zygote({**AT_START, **UNMARKED, **LIKE_A_SPAWNER}, *MODULES))
     return _started[0]

@@ -44,7 +44,7 @@ trainer = TorchTrainer(training_operator_cls=Forever, **CREATORS)
 
 
 def in_the_pass(tmp_path, ending: str = "trainer.train()") -> Program:
-    program = start_program(tmp_path, FOREVER + ending)
+    program = start_program(tmp_path, FOREVER + ending, whole=True)
     program.wait_for("in the pass")
     assert len(marked_processes(program.mark)) >= 7, "driver, host, spawner, 2 workers, 2 loader workers"
     return program
@@ -168,6 +168,6 @@ print("same" if before == after else f"before {before}\\nafter  {after}")
 @pytest.mark.slow
 @pytest.mark.soak
 def test_fifty_trainers_in_a_row_leave_nothing(tmp_path) -> None:
-    program = run_program(tmp_path, GROWTH, "50")
+    program = run_program(tmp_path, GROWTH, "50", whole=True)
     assert program.output.strip().endswith("same"), program.output + program.errors
     program.assert_nothing_left()

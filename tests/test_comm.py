@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
+from forked import ForkedProcess
 from torch import nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch's stubs leave them out
 from torch.nn.parallel import DistributedDataParallel
@@ -283,19 +284,13 @@ def run_ranks(case: Callable[[int, int, Path], Any], world_size: int, place: Pat
     environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if sys.platform == "linux":
         environ["GLOO_SOCKET_IFNAME"] = "lo"
-    with subprocess.Popen(
-        [sys.executable, __file__, case.__name__, str(world_size), str(place)],
-        env=environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as parent:
-        try:
-            output, _ = parent.communicate(timeout=RANK_DEADLINE_S * world_size)
-        except subprocess.TimeoutExpired:
-            os.killpg(parent.pid, 9)
-            raise
+    words = [__file__, case.__name__, str(world_size), str(place)]
+    parent = ForkedProcess(words, place, environ, session=True)
+    try:
+        output = "".join(parent.communicate(timeout=RANK_DEADLINE_S * world_size))
+    except subprocess.TimeoutExpired:
+        os.killpg(parent.pid, 9)
+        raise
     assert parent.returncode == 0, output
     with pytest.raises(ProcessLookupError):
         os.killpg(parent.pid, 0)

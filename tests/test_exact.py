@@ -77,6 +77,7 @@ with TorchTrainer(
     os.replace(f"{sys.argv[1]}.{os.getpid()}", f"{sys.argv[1]}.{os.environ.get('RANK', '0')}")
 """
 )
+RUN = (sys.executable, "-m", "torchtrainer", "run", "--nproc-per-node", "2")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -93,7 +94,7 @@ def weights(tmp_path: Path, program: str, name: str, python: tuple[str, ...] = (
 @pytest.mark.slow
 def test_two_epochs_equal_plain_ddp_to_the_last_bit(tmp_path) -> None:
     (expected,) = weights(tmp_path, BY_HAND, "hand", python=TORCHRUN)
-    for name, python, savers in (("trainer", (), 1), ("trainer_under_torchrun", TORCHRUN, 2)):
+    for name, python, savers in (("trainer", (), 1), ("trainer_under_our_launcher", RUN, 2)):
         saved = weights(tmp_path, BY_TRAINER, name, python=python)
         assert len(saved) == savers
         for rank, found in enumerate(saved):

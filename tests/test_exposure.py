@@ -30,7 +30,7 @@ sys.stdin.read() or input()
 def program(tmp_path):
     """A program in the middle of its run, its workers alive and idle."""
     text = WAITING.replace("sys.stdin.read() or input()", "import signal; signal.pause()")
-    running = start_program(tmp_path, text, SECRET_TOKEN="do-not-tell")
+    running = start_program(tmp_path, text, whole=True, SECRET_TOKEN="do-not-tell")
     running.wait_for("ready")
     yield running
     running.process.kill()

@@ -38,7 +38,7 @@ def checkpoints(cluster: Machines) -> set[int]:
 @pytest.mark.parametrize(
     ("rank", "static"),
     [
-        (0, False),
+        pytest.param(0, False, marks=SOAK),
         pytest.param(1, False, marks=SOAK),
         pytest.param(0, True, marks=SOAK),
         pytest.param(1, True, marks=SOAK),

@@ -196,7 +196,7 @@ workers = trainer.apply_all_operators(lambda operator: [score(), operator.seen])
 served = [score(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
 print(score(), served, workers)
 """
-    program = start_program(tmp_path, CREATORS + text)
+    program = start_program(tmp_path, CREATORS + text, whole=True)
     program.finish()
     own = int(Path("/proc/self/oom_score_adj").read_text())
     more = min(1000, own + WORKER_MORE)

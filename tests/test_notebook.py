@@ -86,6 +86,20 @@ def kernel(tmp_path):
     kernel.close()
 
 
+@pytest.fixture(scope="module")
+def used(tmp_path_factory):
+    kernel = Kernel(tmp_path_factory.mktemp("used"))
+    yield kernel
+    kernel.close()
+
+
+@pytest.fixture
+def used_kernel(used):
+    """A kernel in which other tests have been before, whose trainers are shut down: no cell depends on what they did."""
+    yield used
+    used.run("'trainer' in globals() and trainer.shutdown()")
+
+
 def wait_until_left(kernel: Kernel, processes: int) -> None:
     """Fails unless so many processes of the kernel, itself included, are left after the time that they are given."""
     deadline = time.monotonic() + GONE_S
@@ -147,62 +161,62 @@ def test_a_cell_that_makes_a_trainer_runs_again(kernel, tmp_path) -> None:
     assert len(list((tmp_path / "runs" / "notebook").iterdir())) == 3
 
 
-def test_an_interrupted_cell_leaves_workers_and_kernel_usable(kernel) -> None:
-    kernel.run(DEFINITIONS)
-    kernel.run(MAKE + "\nbefore = pids()")
+def test_an_interrupted_cell_leaves_workers_and_kernel_usable(used_kernel) -> None:
+    used_kernel.run(DEFINITIONS)
+    used_kernel.run(MAKE + "\nbefore = pids()")
     for number in range(1, 4):
-        kernel.run("trainer.apply_all_operators(lambda operator: operator.__dict__.update(slow=True, seen=[]))")
-        kernel.begin("trainer.train()", until="this is rank 0")
-        kernel.interrupt()
-        assert kernel.end()[1] == "KeyboardInterrupt"
-        assert kernel.run("print(pids() == before)") == "True\n"
-        kernel.run("trainer.apply_all_operators(lambda operator: operator.__dict__.update(slow=False))")
-        assert kernel.run("print(trainer.train()['epoch'])").endswith(f"{number}\n")
+        used_kernel.run("trainer.apply_all_operators(lambda operator: operator.__dict__.update(slow=True, seen=[]))")
+        used_kernel.begin("trainer.train()", until="this is rank 0")
+        used_kernel.interrupt()
+        assert used_kernel.end()[1] == "KeyboardInterrupt"
+        assert used_kernel.run("print(pids() == before)") == "True\n"
+        used_kernel.run("trainer.apply_all_operators(lambda operator: operator.__dict__.update(slow=False))")
+        assert used_kernel.run("print(trainer.train()['epoch'])").endswith(f"{number}\n")
         seen = "sorted(sum(trainer.apply_all_operators(lambda operator: operator.seen), []))"
-        assert kernel.run(f"print({seen} == list(range(N)))") == "True\n"
+        assert used_kernel.run(f"print({seen} == list(range(N)))") == "True\n"
 
 
-def test_after_an_interrupt_a_new_trainer_takes_the_place_of_the_old_one(kernel) -> None:
-    kernel.run(DEFINITIONS)
+def test_after_an_interrupt_a_new_trainer_takes_the_place_of_the_old_one(used_kernel) -> None:
+    used_kernel.run(DEFINITIONS)
     for _ in range(3):
-        kernel.run(MAKE)
-        wait_until_left(kernel, KERNEL_HOST_SPAWNER + 2)
-        kernel.run("trainer.apply_all_operators(lambda operator: operator.__dict__.update(slow=True))")
-        kernel.begin("for epoch in range(100):\n    trainer.train()", until="this is rank 0")
-        kernel.interrupt()
-        assert kernel.end()[1] == "KeyboardInterrupt"
+        used_kernel.run(MAKE)
+        wait_until_left(used_kernel, KERNEL_HOST_SPAWNER + 2)
+        used_kernel.run("trainer.apply_all_operators(lambda operator: operator.__dict__.update(slow=True))")
+        used_kernel.begin("for epoch in range(100):\n    trainer.train()", until="this is rank 0")
+        used_kernel.interrupt()
+        assert used_kernel.end()[1] == "KeyboardInterrupt"
 
 
-def test_an_interrupt_while_workers_are_built_leaves_none(kernel) -> None:
-    kernel.run(DEFINITIONS)
-    kernel.run("""
+def test_an_interrupt_while_workers_are_built_leaves_none(used_kernel) -> None:
+    used_kernel.run(DEFINITIONS)
+    used_kernel.run("""
 class Stuck(Operator):
     def setup(self, config):
         print("building")
         time.sleep(600)
 """)
-    kernel.begin(MAKE.replace("=Operator", "=Stuck"), until="building")
-    kernel.interrupt()
-    assert kernel.end()[1] == "KeyboardInterrupt"
-    wait_until_left(kernel, KERNEL_HOST_SPAWNER)
-    kernel.run(MAKE)
-    assert kernel.run("print(trainer.train()['num_samples'])").endswith("403\n")
+    used_kernel.begin(MAKE.replace("=Operator", "=Stuck"), until="building")
+    used_kernel.interrupt()
+    assert used_kernel.end()[1] == "KeyboardInterrupt"
+    wait_until_left(used_kernel, KERNEL_HOST_SPAWNER)
+    used_kernel.run(MAKE)
+    assert used_kernel.run("print(trainer.train()['num_samples'])").endswith("403\n")
 
 
-def test_an_error_in_a_cell_is_the_users_own(kernel) -> None:
-    kernel.run(DEFINITIONS)
-    kernel.run("""
+def test_an_error_in_a_cell_is_the_users_own(used_kernel) -> None:
+    used_kernel.run(DEFINITIONS)
+    used_kernel.run("""
 class Wrong(Operator):
     def train_batch(self, batch, batch_info):
         raise ValueError("from a cell")
 """)
-    kernel.run(MAKE.replace("=Operator", "=Wrong"))
-    kernel.client.execute("trainer.train()")
-    assert kernel.end()[1] == "ValueError"
-    assert "from a cell" in kernel.traceback
-    assert "in train_batch" in kernel.traceback, "the line of the user's code"
-    kernel.run(MAKE)
-    assert kernel.run("print(trainer.train()['num_samples'])").endswith("403\n")
+    used_kernel.run(MAKE.replace("=Operator", "=Wrong"))
+    used_kernel.client.execute("trainer.train()")
+    assert used_kernel.end()[1] == "ValueError"
+    assert "from a cell" in used_kernel.traceback
+    assert "in train_batch" in used_kernel.traceback, "the line of the user's code"
+    used_kernel.run(MAKE)
+    assert used_kernel.run("print(trainer.train()['num_samples'])").endswith("403\n")
 
 
 @pytest.mark.parametrize(
@@ -237,9 +251,9 @@ def test_a_kernel_that_ends_takes_everything_with_it(kernel, how, when) -> None:
     assert left == []
 
 
-def test_output_of_rank_0_and_the_progress_bar_come_to_the_cell(kernel) -> None:
-    kernel.run(DEFINITIONS)
-    printed = kernel.run(MAKE.replace(")", ", use_tqdm=True)") + "\nresult = trainer.train()")
+def test_output_of_rank_0_and_the_progress_bar_come_to_the_cell(used_kernel) -> None:
+    used_kernel.run(DEFINITIONS)
+    printed = used_kernel.run(MAKE.replace(")", ", use_tqdm=True)") + "\nresult = trainer.train()")
     assert printed.count("[rank 0] this is rank 0\n") == 1
     assert "train epoch 1" in printed
     assert "51/51" in printed

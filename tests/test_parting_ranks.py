@@ -277,7 +277,7 @@ with TorchTrainer(**options) as trainer:
     ("form", "how"), [("built-in", "a bit"), ("own-batch", "leaves out"), ("comm-hook", "does not update")]
 )
 def test_launched_ranks_that_part_are_told(form, how, tmp_path) -> None:
-    launcher = (sys.executable, "-m", "torchtrainer.run", "--nproc-per-node", "2")
+    launcher = (sys.executable, "-m", "torchtrainer", "run", "--nproc-per-node", "2")
     program = run_program(tmp_path, LAUNCHED, str(Path(__file__).parent), form, how, python=launcher)
     assert program.process.returncode == 1
     assert "the ranks have " in program.errors + program.output

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from programs import CREATORS, Program, run_program
 from test_spmd import TORCHRUN
 
+RUN = (sys.executable, "-m", "torchtrainer", "run", "--nproc-per-node", "2")
 ENVIRON = {"OMP_NUM_THREADS": "1"}
 SCRIPT = (
     CREATORS
@@ -250,12 +252,15 @@ def test_a_directory_of_the_users_has_one_beside_it_for_each_that_differs(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_under_a_launcher_the_same_holds(place) -> None:
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.soak), pytest.param(RUN, id="ours")]
+)
+def test_under_a_launcher_the_same_holds(place, launcher) -> None:
     shutil.rmtree(place / "runs")
     (place / "again").unlink()
     script = SCRIPT.replace("AT = 11", "AT = 6")
-    assert start(place, script=script, python=TORCHRUN, HOW="crash").process.returncode == 1
+    assert start(place, script=script, python=launcher, HOW="crash").process.returncode == 1
     (place / "again").touch()
-    changed = start(place, "--lr", "0.9", script=script, python=TORCHRUN)
+    changed = start(place, "--lr", "0.9", script=script, python=launcher)
     assert_starts_anew(changed, "--lr was not there and is '0.9'")
-    assert_goes_on(start(place, script=script, python=TORCHRUN))
+    assert_goes_on(start(place, script=script, python=launcher))

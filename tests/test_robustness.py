@@ -163,7 +163,9 @@ def test_a_file_in_the_current_directory_is_not_taken_for_a_module(tmp_path) -> 
     elsewhere.mkdir()
     (elsewhere / "queue.py").write_text("raise SystemExit('the wrong queue')\n")
     program = run_program(
-        tmp_path, f"import os\nos.chdir({str(elsewhere)!r})\n" + CREATORS + "print(TorchTrainer(**CREATORS).train())\n"
+        tmp_path,
+        f"import os\nos.chdir({str(elsewhere)!r})\n" + CREATORS + "print(TorchTrainer(**CREATORS).train())\n",
+        whole=True,
     )
     assert program.process.returncode == 0, program.errors
     assert "num_samples" in program.output
@@ -244,6 +246,7 @@ def test_a_signal_mask_of_the_driver_does_not_hide_deaths(tmp_path) -> None:
         "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])\n"
         + CREATORS
         + "TorchTrainer(**CREATORS).apply_all_workers(lambda: os._exit(5))\n",
+        whole=True,  # the host inherits the mask
     )
     assert program.process.returncode == 1
     assert "exited with code 5" in program.errors

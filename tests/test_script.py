@@ -190,7 +190,11 @@ creators = dict(model_creator=lambda config: torch.nn.Linear(1, 1), data_creator
 
 @pytest.mark.parametrize(
     ("methods", "loader", "start"),
-    [(["fork"], None, None), (["forkserver"], "spawn", None), ([None], None, "spawn")],
+    [
+        (["fork"], None, None),
+        (["forkserver"], "spawn", None),
+        pytest.param([None], None, "spawn", marks=pytest.mark.soak),
+    ],
 )
 def test_what_a_worker_pickles_by_name_is_found_without_a_main_guard(tmp_path, methods, loader, start) -> None:
     config = {"methods": methods, "loader": loader}
@@ -433,7 +437,10 @@ open(f"done.{{os.environ.get('RANK', 0)}}", "w").write(str(result["num_samples"]
 """
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed",
+    [pytest.param(">&-", marks=pytest.mark.soak), pytest.param("2>&-", marks=pytest.mark.soak), "<&- >&- 2>&-"],
+)
 def test_closed_standard_streams_are_no_hindrance(tmp_path, closed) -> None:
     python = ("sh", "-c", f'exec "$@" {closed}', "sh", sys.executable)
     program = run_program(tmp_path, CLOSED, "x", "kills", python=python)

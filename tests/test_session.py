@@ -84,8 +84,8 @@ def lines(text: str, start: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> str:
-    """What the script prints under torchrun when nothing happens."""
-    program = run_program(tmp_path_factory.mktemp("alone"), SCRIPT, python=TORCHRUN, **ENVIRON)
+    """What the script prints under our launcher when nothing happens; the long tests compare it with torchrun's."""
+    program = run_program(tmp_path_factory.mktemp("alone"), SCRIPT, python=RUN, **ENVIRON)
     assert program.ended_well(), program.errors
     return program.output
 

@@ -44,12 +44,7 @@ THREADS = "OMP_NUM_THREADS"
 MARK = "TORCHTRAINER_TEST_MARK"
 
 
-MARK_ADDRESS = 0
-
-
 def main(also: list[str]) -> None:
-    global MARK_ADDRESS
-    MARK_ADDRESS = mark_in_memory()
     environ = dict(os.environ)
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # its threads would not survive the fork
     for module in (*PRELOADED, *also):
@@ -129,7 +124,7 @@ def become_command(request: dict[str, Any], set_by_torch: dict[str, str]) -> NoR
     from torchtrainer.process.fresh import Fresh
 
     put_mark(request["environ"][MARK])
-    prepare(request, set_by_torch, session=False)
+    prepare(request, set_by_torch, session=request["session"])
     os.write(1, b"\n")  # whoever reads may close its ends for writing
     words: list[str] = request["arguments"]
     own = [entry for entry in request["environ"].get("PYTHONPATH", "").split(os.pathsep) if entry]
@@ -187,11 +182,16 @@ class Reserve:
             ours.close()
             os._exit(cls._be_host(theirs, driver))
         theirs.close()
-        environ = dict(os.environ)
+        environ, executable = dict(os.environ), sys.executable
 
         class Popen(subprocess.Popen[bytes]):
             def _execute_child(self, args: Any, *rest: Any) -> None:
-                if ours.fileno() < 0 or os.getpid() != driver or not alike(environ, os.environ, read_at_start):
+                if (
+                    ours.fileno() < 0
+                    or os.getpid() != driver
+                    or args[0] != executable
+                    or not alike(environ, os.environ, read_at_start)
+                ):
                     super()._execute_child(args, *rest)
                     return
                 message = {"arguments": args[4:], "environ": dict(os.environ), "directory": os.getcwd()}
@@ -223,7 +223,11 @@ class Reserve:
 
         class Popen(subprocess.Popen[bytes]):
             def _execute_child(self, args: Any, *rest: Any) -> None:
-                if args[4] != "torchtrainer.process.spawner" or len(os.listdir("/proc/self/task")) > 1:
+                if (
+                    args[0] != sys.executable
+                    or args[4] != "torchtrainer.process.spawner"
+                    or len(os.listdir("/proc/self/task")) > 1
+                ):
                     super()._execute_child(args, *rest)
                     return
                 pass_fds, environ, stdin = rest[3], rest[5], rest[9]
@@ -282,6 +286,9 @@ def put_mark(mark: str) -> None:
     text = mark.encode()
     assert len(text) == len(os.environ[MARK]), "as long as the one that the zygote was started with"
     ctypes.memmove(MARK_ADDRESS, text, len(text))
+
+
+MARK_ADDRESS = mark_in_memory()
 
 
 def become(request: dict[str, Any], set_by_torch: dict[str, str]) -> None:
