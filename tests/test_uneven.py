@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from launched import RUN
 from programs import start_program
-from test_spmd import TORCHRUN
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -208,7 +208,7 @@ for even in (True, False):
 
 @pytest.mark.slow
 def test_under_a_launcher_a_collective_in_an_uneven_step_says_so(tmp_path):
-    program = start_program(tmp_path, LAUNCHED, python=TORCHRUN)
+    program = start_program(tmp_path, LAUNCHED, python=(*RUN, "--nproc-per-node", "2"))
     program.finish()
     assert "num_samples 12" in program.output
     assert program.process.returncode != 0
