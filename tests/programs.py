@@ -126,7 +126,7 @@ def start_program(
     env = {k: v for k, v in os.environ.items() if k not in ("XDG_RUNTIME_DIR", "RANK", "WORLD_SIZE")}
     env.update({MARK: mark, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1", **environ})
     words = (*(python or (sys.executable,)), str(path), *arguments)
-    if not whole and can_be_forked(words, env):
+    if not whole and can_be_forked(words, environ):
         forked = ForkedProcess(words[1:], tmp_path, env)
         return _owned(Program(path=path, process=forked, mark=mark, temporary=temporary))
     process = subprocess.Popen(
