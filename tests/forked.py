@@ -24,7 +24,7 @@ UNMARKED = {"TORCHTRAINER_TEST_MARK": "0" * 16}
 """Room for the mark of a program."""
 LIKE_A_SPAWNER = {"PYTHONHASHSEED": "0"}
 """What the spawner of a program is started with."""
-ANSWER_S = 60.0
+ANSWER_S = 200.0
 """Only a deadlock takes this long."""
 MODULES = ("torch._dynamo", "torchtrainer.trainer", "torchtrainer.worker.main")
 """What programs import sooner or later, besides torch itself."""

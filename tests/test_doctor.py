@@ -45,7 +45,7 @@ def named(findings: list[Finding], name: str) -> Finding:
 
 
 def test_this_machine_is_well(tmp_path):
-    program = start_program(tmp_path, COMMAND, "--json")
+    program = start_program(tmp_path, COMMAND, "--json", whole=True)
     assert program.finish() == 0, program.output + program.errors
     findings = [Finding(**values) for values in json.loads(program.output)]
     assert program.errors == ""  # no progress bar where there is no terminal

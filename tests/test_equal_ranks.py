@@ -133,7 +133,7 @@ def test_a_worker_that_the_system_kills_for_memory_is_named_so_and_made_up_for(t
     try:
         (group / "memory.limit_in_bytes").write_text(str(LIMIT_BYTES))
         enter = f'open("{group}/cgroup.procs", "w").write("0")\n'
-        program = run_program(tmp_path, enter + CREATORS + HUNGRY)
+        program = run_program(tmp_path, enter + CREATORS + HUNGRY, whole=True)
         assert "failures [('was killed for memory', 'carried')]" in program.output, program.errors
         program.assert_nothing_left()
     finally:

@@ -157,7 +157,7 @@ def ends(tmp_path: Path, way: str, options: str) -> list[str]:
     (tmp_path / "broken.py").write_text("def f(:\n    pass\n")
     logs, unflushed = tmp_path / way, tmp_path / f"{way}.txt"
     command = (*RUN, "--max-restarts", str(KINDS - 1), "--redirects", "3", "--log-dir", str(logs), *options.split())
-    program = start_program(tmp_path, ENDS, python=command, OMP_NUM_THREADS="1", UNFLUSHED=str(unflushed))
+    program = start_program(tmp_path, ENDS, python=command, whole=True, OMP_NUM_THREADS="1", UNFLUSHED=str(unflushed))
     assert program.finish() == 1, program.errors
     assert unflushed.read_text() == "all of it"
     return [next(logs.glob(f"*/attempt_{n}/0/stderr.log")).read_text() for n in range(KINDS)]
@@ -193,7 +193,7 @@ def test_a_forked_package_sees_what_an_execd_one_sees_and_each_draws_a_seed(tmp_
     seen = []
     for options in ("", "--start-fresh"):
         python = (*RUN, *options.split(), "-m", "package", "an argument")
-        program = start_program(tmp_path, "", python=python, OMP_NUM_THREADS="2")
+        program = start_program(tmp_path, "", python=python, whole=True, OMP_NUM_THREADS="2")
         assert program.finish() == 0, program.errors
         seen.append(json.loads(program.output))
     assert seen[0]["same"] == seen[1]["same"]

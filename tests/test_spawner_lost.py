@@ -190,6 +190,7 @@ class Forever(TrainingOperator):
 
 TorchTrainer(training_operator_cls=Forever, **CREATORS).train()
 """,
+        whole=True,
     )
     program.wait_for("orphan")
     host = min(int(line.split()[0]) for line in marked_processes(program.mark) if ".host " in line)
