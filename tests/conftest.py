@@ -18,9 +18,9 @@ from torchtrainer import TorchTrainer
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """What programs are forked from is there before any test counts processes or descriptors."""
-    if "forked" in sys.modules:
+    if "forked" in sys.modules and not all(item.get_closest_marker("pure") for item in session.items):
         sys.modules["forked"].zygote()
 
 

@@ -27,7 +27,7 @@ from typing import Any, TextIO
 
 DEADLINE_S = 60.0
 """Only a deadlock takes this long."""
-GONE_S = 2.0
+GONE_S = 10.0
 """How long after a launcher's end its processes may still be there."""
 ENTER = 'echo "$1" > /proc/sys/kernel/hostname && mount --bind "$2" /etc/hosts && cd "$3" && unset OLDPWD && shift 3 && exec "$@"'
 """What a process does on its way into a node: ``ip netns exec`` gave it mounts of its own, ``unshare`` a host name."""

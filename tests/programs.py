@@ -20,9 +20,9 @@ from forked import ForkedProcess, can_be_forked
 
 TORCH = tuple(int(part) for part in version("torch").split(".")[:2])
 MARK = "TORCHTRAINER_TEST_MARK"
-DEADLINE_S = 60.0
+DEADLINE_S = 100.0
 """Only a deadlock takes this long."""
-GONE_S = 2.0
+GONE_S = 10.0
 """How long after its end a program's processes and files may still be there."""
 
 TORCH_ABORT = "terminate called without an active exception"

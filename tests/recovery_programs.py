@@ -32,7 +32,7 @@ SAMPLES, MEASURED = 93, 21
 """No number of ranks in the tests divides them."""
 DEADLINE_S = 30.0
 """Only a deadlock takes this long."""
-GONE_S = 2.0
+GONE_S = 10.0
 """How long after its end a trainer's processes may still be there."""
 FEW_EPOCHS = 5
 """What most disturbed runs take at most: they are compared with one and the same undisturbed run of so many."""
