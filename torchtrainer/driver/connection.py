@@ -14,7 +14,7 @@ from torchtrainer.control.channel import Dealer
 from torchtrainer.control.messages import EngineFailed, Quit
 from torchtrainer.control.wire import Message
 from torchtrainer.driver.events import HostLost
-from torchtrainer.process.guard import open_pidfd
+from torchtrainer.process.guard import open_pidfd, stop_signals_blocked
 from torchtrainer.process.oom import OomWatch
 from torchtrainer.process.paths import EnginePaths
 from torchtrainer.process.signals import describe_exit
@@ -45,11 +45,12 @@ class HostConnection:
         open_standard_descriptors()
         self._timeouts = timeouts
         self.paths = EnginePaths.create()
-        self._process = subprocess.Popen(
-            interpreter("torchtrainer.engines.host", str(self.paths.root), str(os.getpid()), start_method),
-            stdin=subprocess.PIPE,  # never written to: its end tells the host that we are gone
-            start_new_session=True,  # the terminal's Ctrl-C is for the user's process alone
-        )
+        with stop_signals_blocked():
+            self._process = subprocess.Popen(
+                interpreter("torchtrainer.engines.host", str(self.paths.root), str(os.getpid()), start_method),
+                stdin=subprocess.PIPE,  # never written to: its end tells the host that we are gone
+                start_new_session=True,  # the terminal's Ctrl-C is for the user's process alone
+            )
         self._oom = OomWatch()
         self._pidfd = open_pidfd(self._process.pid)
         self._dealer = Dealer(self.paths.endpoint, "driver")

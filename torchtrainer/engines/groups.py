@@ -14,13 +14,12 @@ from torchtrainer.process.child import ChildSpec
 from torchtrainer.process.guard import kill_session
 from torchtrainer.process.logs import LogTail, size_of
 from torchtrainer.process.paths import EnginePaths, RankPaths, private_directory
+from torchtrainer.process.signals import STOP_SIGNALS
 from torchtrainer.script.take_over import SCRIPT_FILE
 from torchtrainer.topology import WORKER_MARK, gloo_interface
 
 WORKER_ENTRY = "torchtrainer.worker.main:main"
 WRITER_ENTRY = "torchtrainer.checkpoint.writer:main"
-STOP_SIGNALS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"]
-"""They do nothing to a writer: the state is saved because somebody wants the processes to stop."""
 WRITER = "writer"
 """Stands in place of a rank in the name of a writer."""
 
@@ -139,7 +138,7 @@ def writer_spec(group: Group, number: int, paths: EnginePaths) -> ChildSpec:
         log_dir=str(paths.writer_logs(message.group)),
         rank=0,
         multiprocessing_dir=str(paths.multiprocessing(message.group)),
-        ignored_signals=STOP_SIGNALS,
+        ignored_signals=list(STOP_SIGNALS),  # it saves because somebody wants the processes to stop
     )
 
 

@@ -28,7 +28,7 @@ from torchtrainer.launcher.summary import Summary, process_start_s, say
 from torchtrainer.process.child import flush_output, leave
 from torchtrainer.process.frames import FrameSocket
 from torchtrainer.process.fresh import Fresh
-from torchtrainer.process.guard import thread_count
+from torchtrainer.process.guard import restore_signals, settle_signals, stop_signals_blocked, thread_count
 from torchtrainer.process.paths import LaunchPaths
 from torchtrainer.process.signals import EXIT_PREEMPTED
 from torchtrainer.process.spawner import import_first, import_quickly, serve
@@ -245,19 +245,22 @@ def _threads_unknown(args: argparse.Namespace) -> bool:
 
 def _fork_spawner(fresh: Fresh, paths: LaunchPaths) -> SpawnerStarter:
     ours, theirs = socket.socketpair()
-    pid = os.fork()
-    if pid == 0:
-        ours.close()
-        os.setsid()
-        _serve(FrameSocket(theirs), fresh, paths)
+    with stop_signals_blocked():
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            os.setsid()
+            _serve(FrameSocket(theirs), fresh, paths)
     theirs.close()
     return SpawnerStarter(FrameSocket(ours), pid)
 
 
 def _serve(link: FrameSocket, fresh: Fresh, paths: LaunchPaths) -> NoReturn:
     me = os.getpid()
+    before = settle_signals()
     spec = serve(link)
     if spec is not None:
+        restore_signals(before)
         become_program(spec, me, fresh)
     paths.remove()  # the launcher may have been killed
     os._exit(0)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torchtrainer.process.signals import STOP_SIGNALS
 
 ENDED_STATES = ("Z", "X")
 """States in ``/proc`` of a process that has ended: not reaped yet, and being reaped."""
@@ -88,15 +92,40 @@ def be_killed_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
-def settle_signals() -> None:
-    """For processes that only serve others: what they inherited is taken back, and warnings of an end are left to the others.
+def settle_signals() -> dict[int, Any]:
+    """For processes that only serve others: what they inherited is taken back, and signals to stop are left to the others.
 
     Schedulers send those to every process of a job, and who serves must not go before those who save.
+
+    Returns:
+        What those signals did before, for a process that is forked from this one: `restore_signals`.
     """
+    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in _stop_signals()}
     unblock_signals()
-    for name in ("SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    return before
+
+
+def restore_signals(before: Mapping[int, Any]) -> None:
+    """Undoes `settle_signals`, but for the mask."""
+    for signum, handler in before.items():
+        signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+
+
+@contextlib.contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """A process that is started inside begins with these signals blocked: none ends it before `settle_signals`."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _stop_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _stop_signals() -> list[int]:
+    return [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
 
 
 def unblock_signals() -> None:

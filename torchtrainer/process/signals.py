@@ -7,6 +7,9 @@ import signal
 STACK_DUMP_SIGNAL: int | None = getattr(signal, "SIGRTMIN", getattr(signal, "SIGUSR2", 0) - 3) + 3 or None
 """Makes a worker write its stacks; a real-time signal where there are some, so that user code keeps SIGUSR1 and SIGUSR2."""
 
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+"""By which people, terminals and schedulers say that it is over, some of them to every process there is."""
+
 EXIT_PREEMPTED = 75
 """Stopped with the state saved: start the same command again."""
 MAY_BE_OUT_OF_MEMORY = -int(getattr(signal, "SIGKILL", 9))
