@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nodes import Desk, Launcher, Node, Worker, nodes_and_desk
+from nodes import Desk, Lan, Launcher, Node, Worker, lan_and_desk
 
 OURS = (sys.executable, "-m", "torchtrainer", "run")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -102,7 +102,7 @@ FAULTS = {
         others="all workers",
         outcome="the others go on without it after `timeout_s`, with fewer ranks; with it when it is back",
     ),
-    "netem": Fault(happens="200 ms of delay, 5 % of packets lost", outcome="goes on, slowly"),
+    "slow": Fault(happens="200 ms of delay, 5 % of packets lost", outcome="goes on, slowly"),
     "not shared": Fault(
         happens="a worker is killed, and the run directory is not shared",
         says="must be on a file system that all",
@@ -123,11 +123,15 @@ def faults_table() -> str:
 class Machines:
     """Nodes, and the launch of a training script on them."""
 
-    nodes: list[Node]
+    lan: Lan
     desk: Desk
     command: Sequence[str]
     script: str
     shared: bool
+
+    @property
+    def nodes(self) -> list[Node]:
+        return self.lan.nodes
 
     def launch(self, node: Node, *, host: int = 0, nnodes: str = "2", static: bool = False) -> Launcher:
         """Starts a launcher that meets the others at the address of the hosting node."""
@@ -179,10 +183,10 @@ def machines(
     directory: Path, count: int = 2, *, command: Sequence[str] = OURS, shared: bool = True, rest: str = TRAINS
 ) -> Iterator[Machines]:
     """Nodes with a training script; the run directory is one for all of them, or one for each, as long as its launcher lives."""
-    with nodes_and_desk(directory, count) as (nodes, desk):
+    with lan_and_desk(directory, count) as (lan, desk):
         (directory / "run").mkdir()
         desk.environ.update(
             RUN=str(directory / "run"), TIMEOUT_S=str(TIMEOUT_S), OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1"
         )
         desk.environ.setdefault("PYTHONPATH", os.pathsep.join(sys.path))
-        yield Machines(nodes=nodes, desk=desk, command=command, script=desk.script(directory, rest), shared=shared)
+        yield Machines(lan=lan, desk=desk, command=command, script=desk.script(directory, rest), shared=shared)

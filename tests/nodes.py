@@ -32,6 +32,9 @@ GONE_S = 2.0
 ENTER = 'echo "$1" > /proc/sys/kernel/hostname && mount --bind "$2" /etc/hosts && cd "$3" && unset OLDPWD && shift 3 && exec "$@"'
 """What a process does on its way into a node: ``ip netns exec`` gave it mounts of its own, ``unshare`` a host name."""
 
+SIOCETHTOOL, ETHTOOL_STXCSUM, ETHTOOL_STSO, ETHTOOL_SGSO = 0x8946, 0x17, 0x1F, 0x24
+"""Of ``linux/ethtool.h``: switches what the sending hardware does."""
+
 REPORT = """
 import json, os, signal, socket, sys
 
@@ -71,6 +74,18 @@ sys.exit("the test has ended")
 def run_ip(*arguments: str) -> str:
     """Runs ``ip``; returns its standard output."""
     return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def let_the_sender_do_the_checksums(namespace: str) -> None:
+    """Leaves nothing to the hardware: a frame that a program forwards has to be whole, and no longer than the line takes."""
+    code = textwrap.dedent(f"""
+        import array, fcntl, socket, struct
+        for command in {(ETHTOOL_STXCSUM, ETHTOOL_STSO, ETHTOOL_SGSO)}:
+            value = array.array("I", [command, 0])
+            request = struct.pack("16sP", b"eth0", value.buffer_info()[0])
+            fcntl.ioctl(socket.socket(), {SIOCETHTOOL}, request.ljust(40, b"\\0"))
+    """)
+    subprocess.run(["ip", "netns", "exec", namespace, sys.executable, "-c", code], check=True)
 
 
 def pids_in(namespace: str) -> list[int]:
@@ -119,19 +134,6 @@ def why_no_nodes() -> str | None:
             subprocess.run(lan.nodes[0].command(["true"]), check=True, capture_output=True, text=True)
     except subprocess.CalledProcessError as error:
         return f"{' '.join(error.cmd)}: {error.stderr.strip()}"
-    return None
-
-
-@functools.cache
-def why_no_netem() -> str | None:
-    """Why packets cannot be delayed and lost on this machine; None if they can."""
-    if why_no_nodes() is not None or not shutil.which("tc"):
-        return why_no_nodes() or "not installed: tc"
-    with tempfile.TemporaryDirectory() as directory, Lan(Path(directory), count=1) as lan:
-        try:
-            lan.nodes[0].disturb("delay", "1ms")
-        except subprocess.CalledProcessError:
-            return "this kernel has no netem"
     return None
 
 
@@ -219,10 +221,6 @@ class Node:
         """Undoes `cut_towards`."""
         run_ip("-n", self.namespace, "neighbour", "delete", other.address, "dev", "eth0")
 
-    def disturb(self, *how: str) -> None:
-        """Delays and loses packets from here, as ``tc`` says it."""
-        subprocess.run(["tc", "-n", self.namespace, "qdisc", "add", "dev", "eth0", "root", "netem", *how], check=True)
-
     def lose_power(self) -> None:
         """Ends all that runs here, without a packet that says so."""
         self.cut()
@@ -285,6 +283,22 @@ class Lan:
         self._stack.close()
         for launcher in (launcher for node in self.nodes for launcher in node.launchers):
             launcher.finish()
+
+    def disturb(self, *, delay_s: float, loss: float, seed: int = 0) -> None:
+        """Delays all packets from now on, and loses some."""
+        for node in self.nodes:
+            let_the_sender_do_the_checksums(node.namespace)
+            node.cut()
+        arguments = [str(seed), str(delay_s), str(loss), *(node.port for node in self.nodes)]
+        bridge = [sys.executable, str(Path(__file__).with_name("slow_bridge.py")), *arguments]
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", f"{self._prefix}-lan", *bridge], stdout=subprocess.PIPE, text=True
+        )
+        self._stack.callback(process.wait)
+        self._stack.callback(process.kill)  # the last is done first
+        assert process.stdout is not None
+        with process.stdout as said:
+            assert said.readline() == "forwards\n"
 
     @staticmethod
     def _add_namespace(stack: contextlib.ExitStack, name: str) -> str:
@@ -394,7 +408,14 @@ class Desk:
 
 
 @contextlib.contextmanager
-def nodes_and_desk(directory: Path, count: int) -> Iterator[tuple[list[Node], Desk]]:
-    """Nodes and a desk, both gone afterwards."""
+def lan_and_desk(directory: Path, count: int) -> Iterator[tuple[Lan, Desk]]:
+    """Nodes on their bridge and a desk, gone afterwards."""
     with Desk() as desk, Lan(directory, count=count) as lan:
+        yield lan, desk
+
+
+@contextlib.contextmanager
+def nodes_and_desk(directory: Path, count: int) -> Iterator[tuple[list[Node], Desk]]:
+    """The same where the bridge is left alone."""
+    with lan_and_desk(directory, count) as (lan, desk):
         yield lan.nodes, desk

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from machines import FAULTS, Machines, last_word, machines, texts
-from nodes import Node, why_no_netem, why_no_nodes
+from nodes import Node, why_no_nodes
 
 pytestmark = [
     pytest.mark.skipif(why_no_nodes() is not None, reason=str(why_no_nodes())),
@@ -155,11 +155,9 @@ def test_training_goes_on_when_a_machine_that_lost_its_power_is_back(tmp_path, u
 
 
 @SOAK
-@pytest.mark.skipif(why_no_netem() is not None, reason=str(why_no_netem()))
 def test_delay_and_loss_change_nothing(tmp_path, undisturbed) -> None:
     with machines(tmp_path) as cluster:
-        for node in cluster.nodes:
-            node.disturb("delay", "200ms", "loss", "5%")
+        cluster.lan.disturb(delay_s=0.2, loss=0.05)
         launchers = cluster.launch_all()
         assert cluster.finish(launchers, cluster.held(launchers)) == undisturbed
 
