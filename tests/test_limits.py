@@ -21,7 +21,7 @@ from torchtrainer.process.cgroups import (
     cpu_quota,
     usable_cores,
 )
-from torchtrainer.process.oom import WORKER_MORE, be_killed_first
+from torchtrainer.process.oom import SPAWNER_MORE, WORKER_MORE, be_killed_first
 
 RUN = (sys.executable, "-m", "torchtrainer.run")
 MIB = 1024**2
@@ -166,9 +166,9 @@ def test_affinity_is_what_ranks_go_by(tmp_path) -> None:
 def test_a_worker_is_killed_before_those_that_others_need(tmp_path, before, after) -> None:
     own = tmp_path / "oom_score_adj"
     own.write_text(f"{before}\n")
-    be_killed_first(own=own)
+    be_killed_first(WORKER_MORE, own=own)
     assert int(own.read_text()) == after
-    be_killed_first(own=tmp_path / "nothing")
+    be_killed_first(WORKER_MORE, own=tmp_path / "nothing")
 
 
 def test_workers_and_their_loaders_are_killed_before_host_and_driver(tmp_path) -> None:
@@ -199,7 +199,7 @@ print(score(), served, workers)
     program = start_program(tmp_path, CREATORS + text)
     program.finish()
     own = int(Path("/proc/self/oom_score_adj").read_text())
-    more = min(1000, own + WORKER_MORE)
+    more = min(1000, own + SPAWNER_MORE + WORKER_MORE)
     assert program.output == f"{own} [{own}] {[[more, float(more)]] * 2}\n", program.errors
 
 
@@ -216,3 +216,12 @@ def test_too_little_memory_for_the_spawner_is_called_so(tmp_path) -> None:
     assert program.process.returncode == 1, program.output
     assert "was killed by SIGKILL: the system was out of memory and killed it. Use a smaller batch" in program.errors
     assert "code -9" not in program.errors
+
+
+def test_a_script_that_is_killed_for_memory_does_not_go_without_a_word(tmp_path) -> None:
+    """Its own process is the largest, and has no time to say anything."""
+    with control_group("memory", {"memory.limit_in_bytes": str(500 * MIB)}) as group:
+        program = run_in(
+            group, tmp_path, CREATORS + "TorchTrainer(run_dir=None, **CREATORS).train(); print('trained')\n"
+        )
+    assert ("trained" in program.output) != ("the system was out of memory" in program.errors), program.errors

@@ -165,17 +165,19 @@ def child_spec(group: Group, worker: int, paths: EnginePaths, record: list[Any] 
         "GROUP_RANK": str(message.node_rank),
         "GROUP_WORLD_SIZE": str(len(message.nodes)),
     }
+    arguments = _worker_arguments(group, worker, paths, record)
     return ChildSpec(
         key=worker_name(message.group, worker),
         entry=WORKER_ENTRY,
-        arguments=_worker_arguments(group, worker, paths, record),
+        arguments=arguments,
         environ=environ,
         cwd=message.cwd,
         sys_path=message.sys_path,
         log_dir=message.log_dir,
         rank=rank,
         multiprocessing_dir=str(paths.multiprocessing(message.group)),
-        ignored_signals=[],
+        # Until the worker hears them: user code of its creators may not be interrupted by them.
+        ignored_signals=["SIGINT", *(arguments["checkpoint"] or {}).get("signals", ())],
     )
 
 

@@ -43,7 +43,7 @@ from torchtrainer.control.messages import (
 )
 from torchtrainer.control.wire import ForWorker, FromWorker, Message
 from torchtrainer.engines.groups import WRITER, Group, child_spec, new_group, worker_name
-from torchtrainer.engines.output import ask_for_stacks, last_words, new_output, written_stacks
+from torchtrainer.engines.output import ask_for_stacks, last_words, last_words_of_driver, new_output, written_stacks
 from torchtrainer.engines.saving import Saving
 from torchtrainer.engines.starting import SpawnerReplaced, Starters
 from torchtrainer.process.guard import kill_process_group, kill_session, open_pidfd, settle_signals, signal_process
@@ -100,6 +100,7 @@ class Host:
         fds = [*self._driver_watch, *self._starters.fds()]
         ready = self._router.wait(fds, EXIT_SETTLE_S if self._exits else TICK_S if busy else IDLE_TICK_S)
         if ready.intersection(self._driver_watch):
+            last_words_of_driver(self._driver_pid, self._oom)
             self._quit = True
             return
         while (received := self._router.receive()) is not None:

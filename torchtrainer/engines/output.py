@@ -1,11 +1,13 @@
-"""What workers wrote, as messages to the driver: lines of rank 0, stacks, and the last words of one that is gone."""
+"""What workers wrote, as messages to the driver: lines of rank 0, stacks, and the last words of one that is gone; and the driver's."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from torchtrainer.control.messages import Output, Stacks, WorkerExited
 from torchtrainer.engines.groups import Group
+from torchtrainer.observe.notices import notice
 from torchtrainer.process.crashes import last_crash
 from torchtrainer.process.guard import signal_process
 from torchtrainer.process.logs import last_text
@@ -59,3 +61,13 @@ def last_words(group: Group, worker: int, event: ChildExited, oom: OomWatch) -> 
         crash=last_crash(paths.crash, group.logged[worker][2]) if event.exit_code < 0 else "",
         oom=event.exit_code == MAY_BE_OUT_OF_MEMORY and oom.killed(),
     )
+
+
+def last_words_of_driver(pid: int, oom: OomWatch) -> None:
+    """Says what the user's process had no time to say, where the system has just killed for memory."""
+    if oom.killed():
+        with contextlib.suppress(OSError):  # the terminal is gone as well
+            notice(
+                f"the process of the script (pid {pid}) is gone without a word: the system was out of memory and killed what "
+                "took most of it. Use a smaller batch or fewer workers, or give the machine or container more memory"
+            )

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypedDict
 
 from torchtrainer.process.crashes import crash_file
 from torchtrainer.process.guard import die_with_holder, die_with_parent, unblock_signals
-from torchtrainer.process.oom import be_killed_first
+from torchtrainer.process.oom import WORKER_MORE, be_killed_first
 from torchtrainer.process.own_files import open_own
 from torchtrainer.process.paths import SOCKET_PATH_LIMIT, RankPaths
 from torchtrainer.process.signals import STACK_DUMP_SIGNAL
@@ -70,7 +70,7 @@ def run_child(spec: ChildSpec, parent: int, lifeline: int | None = None) -> int:
         die_with_parent(parent)
     else:
         die_with_holder(lifeline)
-    be_killed_first()
+    be_killed_first(WORKER_MORE)
     _reset_signals(spec["ignored_signals"])
     os.environ.clear()
     os.environ.update(spec["environ"])

@@ -8,8 +8,8 @@ from pathlib import Path
 from torchtrainer.process.cgroups import cgroup_values
 from torchtrainer.process.signals import MAY_BE_OUT_OF_MEMORY
 
-WORKER_MORE = 300
-"""How much more likely than others a worker is to be killed for memory, in thousandths of the memory that there is."""
+SPAWNER_MORE, WORKER_MORE = 150, 300
+"""How much more likely than others they are to be killed for memory, in thousandths of the memory that there is."""
 _MOST = 1000
 
 
@@ -42,11 +42,11 @@ class OomWatch:
         return ": if nobody killed it by hand, it was likely out of memory. Try a smaller batch or fewer workers"
 
 
-def be_killed_first(*, own: Path = Path("/proc/self/oom_score_adj")) -> None:
+def be_killed_first(more: int, *, own: Path = Path("/proc/self/oom_score_adj")) -> None:
     """Has the system, where it needs memory, kill this process before those that others cannot do without.
 
-    A worker that is lost is made up for; with the host or the driver the run would end. What this process starts later is
-    killed as early. Does nothing where the system has no such number.
+    A worker or a spawner that is lost is made up for; with the host or the driver the run would end. What this process starts
+    later is killed as early. Does nothing where the system has no such number.
     """
     with contextlib.suppress(OSError, ValueError):
-        own.write_text(str(min(_MOST, int(own.read_text()) + WORKER_MORE)))
+        own.write_text(str(min(_MOST, int(own.read_text()) + more)))

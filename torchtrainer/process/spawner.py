@@ -29,6 +29,7 @@ from typing import Any
 from torchtrainer.process.child import leave, run_child
 from torchtrainer.process.frames import FrameSocket
 from torchtrainer.process.guard import die_with_parent, kill_process_group, kill_session, settle_signals, thread_count
+from torchtrainer.process.oom import SPAWNER_MORE, be_killed_first
 from torchtrainer.process.starters import RSS_UNIT_BYTES
 
 
@@ -42,6 +43,7 @@ def main(arguments: list[str]) -> int:
     fd, parent, modules, lifeline = arguments
     die_with_parent(int(parent))
     settle_signals()
+    be_killed_first(SPAWNER_MORE)
     link = FrameSocket(socket.socket(fileno=int(fd)))
     if not import_first(link, modules.split(",")):
         return 1
