@@ -12,7 +12,9 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import closing, contextmanager
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.nn.parallel import DistributedDataParallel
 
 from torchtrainer.comm.group import SingleCollective, close_group, join_group, open_group
-from torchtrainer.comm.meeting import private_store
+from torchtrainer.comm.meeting import LOOK_S, private_store
 from torchtrainer.comm.wrapping import unwrap, wrap
 from torchtrainer.errors import EngineError, InvalidArgumentError
 from torchtrainer.topology import Topology, detect, to_environ
@@ -445,6 +447,34 @@ def test_ranks_meet_in_a_store_that_holds_what_earlier_ones_left(place: Path, le
     for _ in range(2):  # the second time, what the first ranks left is there too
         for outcome in run_ranks(case_agent_store, 3, place):
             assert outcome["ranks"] == [0, 1, 2]
+
+
+def pump(source: socket.socket, sink: socket.socket, delay_s: float) -> None:
+    """Hands on what comes, later: the way between two machines."""
+    with suppress(OSError):  # one of them has closed its end
+        while data := source.recv(65536):
+            time.sleep(delay_s)
+            sink.sendall(data)
+
+
+def test_ranks_meet_over_a_slow_network() -> None:
+    """An answer takes longer than a rank waits for one before it looks again."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    enough = timedelta(seconds=30)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as pool:
+        opening = pool.submit(
+            TCPStore, "127.0.0.1", listener.getsockname()[1], is_master=False, wait_for_workers=False, timeout=enough
+        )
+        near, _ = listener.accept()
+        with near, socket.create_connection(("127.0.0.1", store.port)) as far:
+            for source, sink in ((near, far), (far, near)):
+                pool.submit(pump, source, sink, 2 * LOOK_S)
+            other = pool.submit(private_store, opening.result(), rank=1, world_size=2, timeout=enough)
+            mine = private_store(store, rank=0, world_size=2, timeout=enough)
+            mine.set("key", "value")
+            assert other.result().get("key") == b"value"
+            near.shutdown(socket.SHUT_RDWR)
+            far.shutdown(socket.SHUT_RDWR)
 
 
 def test_ranks_that_do_not_come_to_the_meeting_are_named() -> None:

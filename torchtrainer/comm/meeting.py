@@ -112,7 +112,8 @@ def _follow(meeting: Any, rank: int, timeout: timedelta) -> str:
         if offered != name:
             name = offered
             meeting.set(f"{name}/{rank}", mine)
-        if not _comes(meeting, f"{name}/signed", LOOK_S):
+        signed = f"{name}/signed"
+        if not _comes(meeting, signed, LOOK_S) and not meeting.check([signed]):  # an answer may take longer than that
             continue
         if mine in json.loads(meeting.get(f"{name}/signed")):
             return name
