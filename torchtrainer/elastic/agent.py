@@ -56,6 +56,7 @@ class Orders:
         stop_timeout_s: from asking workers to end to killing them.
         closed_membership: no other machine can join, so nobody has to be asked.
         machines: how many there have to be, as the user said it.
+        join_limit: how long they are waited for, in words.
         virtual_local_rank: every worker believes to be local rank 0 with one device.
     """
 
@@ -66,6 +67,7 @@ class Orders:
     stop_timeout_s: float
     closed_membership: bool
     machines: str
+    join_limit: str
     virtual_local_rank: bool
 
 
@@ -115,7 +117,7 @@ class Agent(LocalElasticAgent):
             if not told and time.monotonic() - began_s > WAIT_UNTOLD_S:
                 told = True
                 self._summary.says(
-                    f"waiting for other machines: wanted {self._orders.machines}, within the time-outs of --rdzv-conf"
+                    f"waiting for other machines: wanted {self._orders.machines}, {self._orders.join_limit}"
                 )
 
         self._watch.run(lambda: super(Agent, self)._rendezvous(worker_group), meanwhile)

@@ -18,6 +18,8 @@ DEFAULT_CONNECT_TIMEOUT_S = 60.0
 """torch's default of ``read_timeout``: how long a machine tries to reach the one that hosts the rendezvous."""
 RETRY_S = 0.2
 """Between two tries."""
+DEFAULT_JOIN_TIMEOUT_S = {"c10d": 600.0, "static": 900.0}
+"""torch's defaults of ``join_timeout``, and of what stands for it in a static rendezvous."""
 UNREACHABLE_S = 5.0
 """How long a machine whose workers are gone tries to reach the rendezvous before its launch ends."""
 
@@ -66,6 +68,15 @@ def connect_timeout_s(args: argparse.Namespace, rendezvous: dict[str, Any]) -> f
     """How long to try to reach the machine that hosts the rendezvous."""
     limit_s = float(rendezvous.get("read_timeout", DEFAULT_CONNECT_TIMEOUT_S))
     return float(rendezvous.get("timeout", limit_s)) if args.rdzv_backend == "static" else limit_s
+
+
+def join_limit(args: argparse.Namespace, rendezvous: dict[str, Any]) -> str:
+    """How long other machines are waited for, in words."""
+    name = "timeout" if args.rdzv_backend == "static" else "join_timeout"
+    limit_s = rendezvous.get(name, DEFAULT_JOIN_TIMEOUT_S.get(args.rdzv_backend))
+    if limit_s is None:  # a kind of its own
+        return "within the time-outs of --rdzv-conf"
+    return f"for up to {float(limit_s):g} s ({name} of --rdzv-conf)"
 
 
 class Reach:

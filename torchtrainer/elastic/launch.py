@@ -33,7 +33,7 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from torchtrainer.elastic import run_path
 from torchtrainer.elastic.agent import Agent, Orders, Preempted, raise_signal
-from torchtrainer.elastic.endpoint import Reach, UnreachableError, await_endpoint, connect_timeout_s
+from torchtrainer.elastic.endpoint import Reach, UnreachableError, await_endpoint, connect_timeout_s, join_limit
 from torchtrainer.elastic.loopback import dynamic_handler, listen_here
 from torchtrainer.errors import EngineError
 from torchtrainer.launcher.failure import WorkerEnd, preempted
@@ -250,6 +250,7 @@ class Launch:
             virtual_local_rank=bool(self._value("virtual_local_rank")),
             closed_membership=self._closed,
             machines=self._args.nnodes,
+            join_limit=join_limit(self._args, self._config.rdzv_configs),
         )
 
     def _make_handler(self) -> RendezvousHandler:
