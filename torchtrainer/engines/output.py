@@ -7,7 +7,7 @@ import time
 
 from torchtrainer.control.messages import Output, Stacks, WorkerExited
 from torchtrainer.engines.groups import Group
-from torchtrainer.observe.notices import notice
+from torchtrainer.observe.notices import warn
 from torchtrainer.process.crashes import last_crash
 from torchtrainer.process.guard import signal_process
 from torchtrainer.process.logs import last_text
@@ -67,7 +67,7 @@ def last_words_of_driver(pid: int, oom: OomWatch) -> None:
     """Says what the user's process had no time to say, where the system has just killed for memory."""
     if oom.killed():
         with contextlib.suppress(OSError):  # the terminal is gone as well
-            notice(
+            warn(
                 f"the process of the script (pid {pid}) is gone without a word: the system was out of memory and killed what "
                 "took most of it. Use a smaller batch or fewer workers, or give the machine or container more memory"
             )
