@@ -20,6 +20,7 @@ def launch(
     options: str = "",
     before: tuple[str, ...] = (),
     environ: dict[str, str] | None = None,
+    whole: bool = False,
 ) -> Program:
     """Starts the launcher on a script, in ``tmp_path``.
 
@@ -30,10 +31,11 @@ def launch(
         options: of the launcher, separated by spaces.
         before: a program that starts the launcher, with its arguments.
         environ: more variables.
+        whole: as for `start_program`.
     """
     variables = {"OMP_NUM_THREADS": "1", **(environ or {})}
     text = (SCRIPTS / script).read_text()
-    return start_program(tmp_path, text, *arguments, python=(*before, *RUN, *options.split()), **variables)
+    return start_program(tmp_path, text, *arguments, python=(*before, *RUN, *options.split()), whole=whole, **variables)
 
 
 def wait_for_ranks(program: Program, ranks: int = 2, text: str = READY) -> None:

@@ -381,7 +381,15 @@ def started(case: Case, tmp_path: Path, group: Path | None, *, keep: bool) -> Pr
     modules = [str(SCRIPTS / "ends_blocked")] * case.blocked + [os.environ.get("PYTHONPATH", "")]
     environ = {"PYTHONPATH": os.pathsep.join(modules), **case.environ}
     options = f"--nproc-per-node 2 {options}"
-    return launch(tmp_path, case.script, *case.ways.split(), options=options, before=before, environ=environ)
+    return launch(
+        tmp_path,
+        case.script,
+        *case.ways.split(),
+        options=options,
+        before=before,
+        environ=environ,
+        whole=case.blocked,
+    )
 
 
 @pytest.mark.parametrize(

@@ -323,7 +323,7 @@ class Ends(TrainingOperator):
 TorchTrainer(training_operator_cls=Ends, **CREATORS).train()
 """
     )
-    waits, ends = (start_program(tmp_path, text, **variables("by hand", rank, job)) for rank in (0, 1))
+    waits, ends = (start_program(tmp_path, text, whole=True, **variables("by hand", rank, job)) for rank in (0, 1))
     waits.finish()
     assert Path(f"/proc/{ends.process.pid}/stat").read_text().split()[2] == "Z", "it was to be there until now"
     assert waits.process.returncode == 1

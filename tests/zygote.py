@@ -180,6 +180,7 @@ class Reserve:
         pid = os.fork()
         if pid == 0:
             ours.close()
+            os.setsid()  # as a host has it, and so that it is not one of the script's own
             os._exit(cls._be_host(theirs, driver))
         theirs.close()
         environ, executable = dict(os.environ), sys.executable
@@ -216,7 +217,6 @@ class Reserve:
         for target, descriptor in enumerate(descriptors):
             os.dup2(descriptor, target)
             os.close(descriptor)
-        os.setsid()
         os.chdir(started["directory"])
         os.environ.clear()
         os.environ.update(started["environ"])
