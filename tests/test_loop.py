@@ -21,6 +21,8 @@ from torchtrainer.train.progress import OpenGate, Progress, StepGate
 from torchtrainer.train.uneven import GradientShare
 from torchtrainer.worker.runtime import RankRuntime, build_rank
 
+pytestmark = pytest.mark.pure
+
 SAMPLES, BATCH = 40, 4  # 10 batches in a pass
 
 
