@@ -41,7 +41,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(TEST_ARGS)
 
 check: lint
-	$(BIN)/python -m pytest -m "pure and not slow and not soak" $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m "pure and not slow and not soak" $(TEST_ARGS)
 
 fast: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m "not slow and not soak and not kernel" $(TEST_ARGS)

@@ -69,6 +69,8 @@ from torchtrainer.driver.machine import handle
 from torchtrainer.driver.policies import why_not_resize
 from torchtrainer.driver.states import Closed, Idle, Killing, Machine
 
+pytestmark = pytest.mark.pure
+
 SEEDS = int(os.environ.get("TORCHTRAINER_SIMULATION_SEEDS", "300"))
 SOAK_SEEDS = 100_000
 CHUNK = 1000

@@ -14,6 +14,8 @@ from torchtrainer.driver.policies import root_cause
 from torchtrainer.driver.report import LINE_CHARS, TRACEBACK_LINES, Scene, error_of, rank_of, short_cause
 from torchtrainer.process.crashes import last_crash
 
+pytestmark = pytest.mark.pure
+
 CLASSES = [
     kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.TorchTrainerError)
 ]

@@ -20,6 +20,8 @@ import torch
 from torchtrainer.driver.fingerprint import differences, fingerprint, script_arguments
 from torchtrainer.driver.made_anew import Source
 
+pytestmark = pytest.mark.pure
+
 
 def changed(before, after) -> list[str]:
     return differences(fingerprint({"value": before}), fingerprint({"value": after}))

@@ -14,6 +14,8 @@ from torch.distributed import run as torch_run
 from torchtrainer.launcher.option_checks import OPTION_GROUPS, OWN_GROUP, OWN_OPTIONS
 from torchtrainer.launcher.options import Form, make_parser, parse
 
+pytestmark = pytest.mark.pure
+
 EXTRA_DESTS = {option.value_name for option in OWN_OPTIONS}
 TORCH_ACTIONS = {action.dest: action for action in torch_run.get_args_parser()._actions}
 

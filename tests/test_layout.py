@@ -15,6 +15,8 @@ import pytest
 
 import torchtrainer
 
+pytestmark = pytest.mark.pure
+
 PACKAGE = Path(torchtrainer.__file__).parent
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 40

@@ -22,6 +22,8 @@ from torchtrainer.train.progress import OpenGate, Progress, StepGate
 from torchtrainer.train.uneven import GradientShare
 from torchtrainer.worker.assembly import build_rank
 
+pytestmark = pytest.mark.pure
+
 SAMPLES, BATCH = 40, 4  # 10 batches in a pass
 
 

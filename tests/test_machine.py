@@ -67,6 +67,8 @@ from torchtrainer.driver.stragglers import STRAGGLER_STEPS, Straggler
 from torchtrainer.driver.views import WorkerView
 from torchtrainer.worker.link import StopGate
 
+pytestmark = pytest.mark.pure
+
 LIMITS = Timeouts()
 HANG_S = 10.0
 

@@ -12,6 +12,8 @@ import torch
 
 from torchtrainer.train.metrics import AverageMeter, AverageMeterCollection, PassResult, reduce_results
 
+pytestmark = pytest.mark.pure
+
 
 def test_means_over_batches_are_weighted_by_samples():
     meters = AverageMeterCollection()

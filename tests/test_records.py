@@ -15,6 +15,8 @@ from torchtrainer.train import rng
 from torchtrainer.train.records import RecordFile
 from torchtrainer.train.rng import StreamReader, isolated_rng, set_rng_state, streams_from_plain
 
+pytestmark = pytest.mark.pure
+
 TENSORS = [torch.zeros(3, dtype=torch.float64), torch.zeros((), dtype=torch.int64)]
 LONG = 4000
 """Numbers on a card: more than are copied at once."""

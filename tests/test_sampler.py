@@ -15,6 +15,8 @@ from torchtrainer.train.sampler import (
     is_even_split,
 )
 
+pytestmark = pytest.mark.pure
+
 
 def _plan(
     samples: int, world_size: int, rank: int, *, batch: int = 3, drop_last: bool = False, start: int = 0, **order
