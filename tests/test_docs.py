@@ -117,7 +117,7 @@ def test_python_blocks_compile(block):
 
 @pytest.mark.parametrize("block", PROGRAMS, ids=str)
 def test_programs_run(block, tmp_path):
-    program = run_program(tmp_path, block.text, whole=True)
+    program = run_program(tmp_path, block.text, whole="lightning" in block.text)  # which sets what torch's import reads
     assert program.process.returncode == 0, f"{program.output}\n{program.errors}"
     program.assert_nothing_left()
 

@@ -7,10 +7,13 @@ import json
 import os
 import random
 import signal
+import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from recovery_programs import (
     DEADLINE_S,
     RAISE,
@@ -27,8 +30,10 @@ from recovery_programs import (
     undisturbed,
     wait_for,
 )
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from torchtrainer import CheckpointConfig, FailureConfig, WorkerDiedError
+from torchtrainer import CheckpointConfig, FailureConfig, TorchTrainer, TrainingOperator, WorkerDiedError
 
 pytestmark = pytest.mark.usefixtures("no_worker_left")
 
@@ -114,6 +119,74 @@ def test_a_death_between_two_calls_costs_nothing() -> None:
         wait_for(lambda: first.pid not in [one.pid for one in trainer.status().processes])
         last = replace(found[-1], digest=digest(trainer.state_dict()))  # of the rank's own state, which another has now
         assert_as_undisturbed([last, *epochs_of(trainer, 2)], job)
+
+
+class DyingBeforeItsReply:
+    """Standard output of a process that dies when it is written out: right before a reply is sent."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        self.mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Silenced(TrainingOperator):
+    """Makes its updates itself; in the call that ``config["method"]`` names, rank 1 dies after all work is done."""
+
+    def setup(self, config: dict) -> None:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        self.model, self.optimizer, self.criterion = self.register(
+            models=model, optimizers=torch.optim.Adam(model.parameters()), criterion=nn.MSELoss()
+        )
+        data = TensorDataset(torch.arange(66.0).view(22, 3) / 66, torch.ones(22, 1))
+        self.register_data(
+            train_loader=DataLoader(data, batch_size=2), validation_loader=DataLoader(data, batch_size=3)
+        )
+
+    def train_batch(self, batch, batch_info=None):
+        return super().train_batch(batch, batch_info)
+
+    def train_epoch(self, iterator, info=None, num_steps=None, epoch_idx=0):
+        found = super().train_epoch(iterator, info, num_steps, epoch_idx)
+        self.silence("train")
+        return {**found, "rank_sum": sum(range(100)), "odd": float(self.world_rank)}
+
+    def validate(self, val_iterator, info=None):
+        found = super().validate(val_iterator, info)
+        self.silence("validate")
+        return found
+
+    def silence(self, method: str) -> None:
+        mark = self.config["mark"]
+        if self.config["method"] == method and self.world_rank == 1 and not mark.exists():
+            sys.stdout = DyingBeforeItsReply(mark)
+
+
+def silence(operator: Silenced) -> int:
+    next(operator.model.parameters()).data.mul_(0.5)  # must not be done twice
+    operator.silence("apply")
+    return operator.world_rank
+
+
+@pytest.mark.parametrize("method", ["train", "validate", "apply"])
+def test_a_death_between_the_end_of_a_call_and_its_reply(tmp_path, method) -> None:
+    ends = []
+    for name in ("none", method):
+        config = {"mark": tmp_path / f"{name}.died", "method": name}
+        with TorchTrainer(training_operator_cls=Silenced, config=config, num_workers=2, run_dir=None) as trainer:
+            results = [trainer.train(reduce_results=False), trainer.validate(), trainer.apply_all_operators(silence)]
+            results += [trainer.train(num_steps=3), trainer.train()]
+            state = trainer.state_dict()["models"][0]
+            ends.append(([str(one) for one in results], {key: value.tolist() for key, value in state.items()}))
+            assert [one.how for one in trainer.status().failures] == ([] if name == "none" else ["replaced"])
+        assert config["mark"].exists() == (name != "none")
+    assert ends[0] == ends[1]
 
 
 def test_a_death_while_the_others_wait_in_the_exchange(plan_of) -> None:

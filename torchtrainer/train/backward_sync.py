@@ -88,12 +88,12 @@ class BackwardSync(OneRank):
             self.updates.leave()
         self.updates.end_call()
 
-    def settle(self, *, trained: bool) -> None:  # noqa: D102
+    def settle(self, *, trained: bool, reply: tuple[Any, ...] | None = None) -> None:  # noqa: D102
         if self._records is not None:
-            self.at_boundary()
+            self.at_boundary(reply)
 
-    def at_boundary(self) -> None:
-        """A step is complete: a replacement would go on from here."""
+    def at_boundary(self, reply: tuple[Any, ...] | None = None) -> None:
+        """A step is complete, or a call with its reply: a replacement would go on from here."""
         steps = internals(self._operator).steps
         self._follow_changes()
         self._boundary = self.exchange.number
@@ -102,7 +102,7 @@ class BackwardSync(OneRank):
         if steps is not None and steps.compares_here:
             self._compare()
         if self._records is not None:
-            self._records[self.rank].write(self._boundary, self._buffers.tensors, self._record())
+            self._records[self.rank].write(self._boundary, self._buffers.tensors, self._record(reply))
 
     def take_first_buffers(self, wrapped: Sequence[Any]) -> None:
         """Gives this process the buffers of rank 0; where they travel with gradients, as they were when it gave its latest."""
@@ -184,6 +184,13 @@ class BackwardSync(OneRank):
             return None
         return Resumed(steps=record["steps"], put_back=put_back, epoch_idx=record["epoch_idx"])
 
+    def kept_reply(self, call: int) -> tuple[Any, ...] | None:
+        """What the process that had this rank before was about to tell of a call; None: it had not come to the end of it."""
+        assert self._records is not None  # or nobody would have asked
+        record = self._records[self.rank].read(self.exchange.number)[1]
+        reply: tuple[Any, ...] | None = record["reply"] if record["call"] == call else None
+        return reply
+
     def adopt(self, rank: int) -> RankContext:
         """Refuses: the update is the operator's, and cannot be left out for a second rank.
 
@@ -202,11 +209,13 @@ class BackwardSync(OneRank):
         if ranks and set(ranks) != {self.rank}:
             self.adopt(min(set(ranks) - {self.rank}))
 
-    def _record(self) -> dict[str, Any]:
+    def _record(self, reply: tuple[Any, ...] | None) -> dict[str, Any]:
         """What only this rank has at a step boundary, as plain data."""
         inside, loaders = internals(self._operator), {n: one.state_dict() for n, one in self.context.loaders.items()}
         self._orders.note(loaders)
         return {
+            "call": self.call,
+            "reply": reply,
             "streams": self._streams.read(),
             "loaders": loaders,
             "modes": module_modes(self._operator),

@@ -72,8 +72,13 @@ class GradientSync(Protocol):
     def at_boundary(self) -> None:
         """A step is complete."""
 
-    def settle(self, *, trained: bool) -> None:
-        """A call of any kind has returned; ``trained``: it was one of ``train``."""
+    def settle(self, *, trained: bool, reply: tuple[Any, ...] | None = None) -> None:
+        """A call of any kind has returned.
+
+        Args:
+            trained: it was one of ``train``.
+            reply: what is about to be told of it, as plain data, which a process that takes the rank over may have to tell.
+        """
 
     def take_first_buffers(self, wrapped: Sequence[Any]) -> None:
         """Gives this process the buffers of rank 0, such as batch-norm statistics, as DDP does before each forward.
@@ -119,6 +124,9 @@ class RecoverableSync(GradientSync, Protocol):
             ranks: to carry.
             at: what `where` gave there, and ``steps``: the place in the running call, None between calls.
         """
+
+    def kept_reply(self, call: int) -> tuple[Any, ...] | None:
+        """What the process that had the rank before was about to tell of a call; None: the call has to be made here."""
 
     def adopt(self, rank: int) -> RankContext:
         """Takes over a rank whose process is gone, as its record of the latest exchange has it."""
@@ -198,5 +206,5 @@ class NoSync(OneRank):
     def at_boundary(self) -> None:  # noqa: D102
         pass
 
-    def settle(self, *, trained: bool) -> None:  # noqa: D102
+    def settle(self, *, trained: bool, reply: tuple[Any, ...] | None = None) -> None:  # noqa: D102
         pass

@@ -304,6 +304,9 @@ class SharedStep:
 
         return None if at["steps"] is None else Resumed(steps=at["steps"], put_back=put_back)
 
+    def kept_reply(self, call: int) -> None:
+        """None: whoever carries a rank can tell what a call came to for it."""
+
     def catch_up(self, rank: int) -> int:
         """In the middle of a step: takes a rank over and does what it had not done; returns the shares that were computed."""
         number = self.exchange.number + 1
@@ -344,7 +347,7 @@ class SharedStep:
         self._training = False
         self.updates.end_call()
 
-    def settle(self, *, trained: bool) -> None:
+    def settle(self, *, trained: bool, reply: tuple[Any, ...] | None = None) -> None:
         """A call of any kind has returned; after one of ``train`` the records are up to date."""
         if not trained:
             self._write_records()

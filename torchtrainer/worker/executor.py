@@ -91,9 +91,14 @@ class Executor:
         self._latest = lambda _: value
         return dict.fromkeys(self.ranks, value)
 
-    def settle(self, method: str) -> None:
-        """To be called when a call has returned: the records of the ranks follow what it changed."""
-        self.sync.settle(trained=method == "train")
+    def settle(self, method: str, reply: tuple[Any, ...] | None = None) -> None:
+        """To be called when a call has returned: the records of the ranks follow what it changed.
+
+        Args:
+            method: of the call.
+            reply: as for `GradientSync.settle`.
+        """
+        self.sync.settle(trained=method == "train", reply=reply)
 
     def late_result(self, rank: int) -> Any:
         """What the latest call returns for a rank that was taken over after it."""

@@ -44,6 +44,10 @@ FIRST_RANK_METHODS = frozenset({"get_model", "state_dict", "facts"})
 """Calls whose result is alike on all ranks: it is taken from rank 0, the others only take part."""
 
 
+MAX_KEPT_REPLY_BYTES = 64 * 1024
+"""Of the reply to a call, kept in shared memory until the next one; a longer one is made again by whoever takes the rank over."""
+
+
 @dataclass(frozen=True)
 class Latest:
     """The call that came last; its arguments, where it can be made again."""
@@ -83,6 +87,14 @@ class WorkerArguments:
     memory: dict[str, Any]
     record: list[Any] | None = None
     checkpoint: dict[str, Any] | None = None
+
+
+def _to_be_kept(method: str, replies: dict[int, tuple[str, bytes, bool, int]]) -> tuple[str, bytes, bool, int] | None:
+    """The reply of a process's one rank if it is to outlive the process: a call that only reads can be made again."""
+    if method in FIRST_RANK_METHODS or len(replies) != 1:
+        return None
+    (reply,) = replies.values()
+    return reply if len(reply[1]) <= MAX_KEPT_REPLY_BYTES else None
 
 
 def main(arguments: dict[str, Any]) -> int:
@@ -238,7 +250,12 @@ class Worker:
         elif isinstance(order, Join):
             self._begin(built, order.call)
             reassignment.join(order, executor.checkpointer)
-            if order.call:
+            kept = reassignment.kept_reply(order.call) if order.call else None
+            if kept is not None:  # it was lost in the moment before it told
+                self._latest = Latest(call=order.call, method=order.method)
+                self._settle(built, order.method, kept)
+                self._send_reply(executor.turn, *kept)
+            elif order.call:
                 self._serve(built, order.call, order.method, order.blob)
         else:
             known = executor.ranks
@@ -247,7 +264,8 @@ class Worker:
                 late = {rank: self._late_result(executor, rank) for rank in order.ranks if rank not in known}
                 if self._latest.method == "validate":  # made here: the records have to follow before it is told
                     self._settle(built, self._latest.method)
-                self._reply(self._latest, late)
+                for rank, reply in self._replies(self._latest, late).items():
+                    self._send_reply(rank, *reply)
 
     def _late_result(self, executor: Executor, rank: int) -> Any:
         """What the latest call comes to for a rank that was taken over after it, whose operator is in place."""
@@ -261,8 +279,8 @@ class Worker:
         if built.reassignment is not None:
             built.reassignment.call = call
 
-    def _settle(self, built: Assembled, method: str) -> None:
-        built.executor.settle(method)
+    def _settle(self, built: Assembled, method: str, reply: tuple[Any, ...] | None = None) -> None:
+        built.executor.settle(method, reply)
         if built.reassignment is not None:
             built.reassignment.tell_collectives()
             built.reassignment.tell_carried()
@@ -288,10 +306,16 @@ class Worker:
             values = dict.fromkeys(executor.ranks)
         finally:
             self._interruptible = False
-        self._settle(built, method)
+        try:
+            replies = self._replies(self._latest, values)
+        except BaseException:
+            self._settle(built, method)
+            raise
+        self._settle(built, method, _to_be_kept(method, replies))
         if method in STEPPING_METHODS:
             self.link.send_beat()
-        self._reply(self._latest, values)
+        for rank, reply in replies.items():
+            self._send_reply(rank, *reply)
 
     def _progress_every_s(self, ranks: Sequence[int]) -> float:
         """Seconds between two reports in a pass: rank 0 shows it, and all others together tell their loss as often."""
@@ -300,25 +324,31 @@ class Worker:
             return arguments.progress_s
         return min(arguments.progress_s * arguments.world_size, arguments.heartbeat_s)
 
-    def _reply(self, latest: Latest, values: dict[int, Any]) -> None:
-        """Sends what a call came to, rank by rank."""
+    def _replies(self, latest: Latest, values: dict[int, Any]) -> dict[int, tuple[str, bytes, bool, int]]:
+        """What a call came to by rank: form and blob of the value, whether it was stopped, and the latest snapshot."""
+        snapshot = self.saver.taken if self.saver is not None else 0
+        found = {}
         for rank, value in values.items():
             form, blob = encode_result(latest.method, None if rank and latest.method in FIRST_RANK_METHODS else value)
-            flush_output()
-            self.link.send(
-                Reply(
-                    group=self.arguments.group,
-                    worker=self.arguments.worker,
-                    rank=rank,
-                    call=latest.call,
-                    form=form,
-                    stopped=self.gate.stopped,
-                    snapshot=self.saver.taken if self.saver is not None else 0,
-                    step=self.progress.step,
-                    epoch=self.progress.epoch,
-                    blob=blob,
-                )
+            found[rank] = (form, blob, self.gate.stopped, snapshot)
+        return found
+
+    def _send_reply(self, rank: int, form: str, blob: bytes, stopped: bool, snapshot: int) -> None:
+        flush_output()
+        self.link.send(
+            Reply(
+                group=self.arguments.group,
+                worker=self.arguments.worker,
+                rank=rank,
+                call=self._latest.call,
+                form=form,
+                stopped=stopped,
+                snapshot=snapshot,
+                step=self.progress.step,
+                epoch=self.progress.epoch,
+                blob=blob,
             )
+        )
 
     def _on_loader_lost(self, loss: LoaderLoss) -> None:
         arguments = self.arguments

@@ -178,6 +178,10 @@ class Reassignment:
         else:
             self.tell_carried()
 
+    def kept_reply(self, call: int) -> tuple[Any, ...] | None:
+        """What the process that was lost was about to tell of the running call; None: the call has to be made here."""
+        return self._sync.kept_reply(call)
+
     # Orders
 
     def _waiting_orders(self, *kinds: type[ForWorker]) -> Iterator[ForWorker]:
