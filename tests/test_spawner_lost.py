@@ -6,6 +6,7 @@ import os
 import random
 import select
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from recovery_programs import (
 from test_process import child
 
 from torchtrainer import CheckpointConfig
+from torchtrainer.engines.local import shared_engine
 from torchtrainer.engines.starting import MAX_LOST, SpawnerReplaced, Starters
 from torchtrainer.process.starters import ChildExited, ChildStarted, StarterReady
 
@@ -172,6 +174,48 @@ def test_after_many_losses_in_a_row_processes_are_started_without_one(tmp_path) 
         starters.close()
 
 
+DIES = """
+import os, signal, sys
+from torchtrainer.process import spawner
+
+me, tell = os.getpid(), spawner._tell_started
+
+def tell_and_die(*start):
+    if os.getpid() != me:
+        return tell(*start)
+    if not {before!r}:
+        tell(*start)
+    os.kill(me, signal.SIGKILL)
+
+spawner._tell_started = tell_and_die
+sys.exit(spawner.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before it has told of it", "after it has told of it"])
+def test_a_process_that_it_was_just_forking_goes_on_and_is_told_of_once(tmp_path, monkeypatch, before) -> None:
+    def dying(module: str, *arguments: str) -> list[str]:
+        monkeypatch.undo()  # only the first one
+        return [sys.executable, "-c", DIES.format(before=before), *arguments]
+
+    monkeypatch.setattr("torchtrainer.process.starters.interpreter", dying)
+    starters = Starters("fork")
+    try:
+        until(starters, StarterReady)
+        starters.start(child(tmp_path, "look"))
+        started = until(starters, ChildStarted)
+        seen: list[Any] = []
+        while not any(isinstance(event, ChildExited) for event in seen):
+            select.select(starters.fds(), [], [], 0.05)
+            seen += starters.events()
+        (ended,) = [event for event in seen if isinstance(event, ChildExited)]
+        assert (ended.pid, ended.exit_code) == (started.pid, 0)
+        assert not any(isinstance(event, ChildStarted) for event in seen)
+        assert (tmp_path / "out").exists()
+    finally:
+        starters.close()
+
+
 def test_when_the_host_dies_after_it_nothing_is_left(tmp_path) -> None:
     program = start_program(
         tmp_path,
@@ -204,6 +248,7 @@ TorchTrainer(training_operator_cls=Forever, **CREATORS).train()
 def test_at_any_moment(seed) -> None:
     job = (Job(), OWN, Job(ranks=3), Job(loader_workers=1))[seed % 4]
     undisturbed(job)
+    shared_engine().close()  # after many losses in a row a host does without
     chance = random.Random(seed)
     done, killed = threading.Event(), []
 

@@ -165,7 +165,7 @@ def _own_store(topology: Topology, timeout: timedelta) -> Store:
             wait_for_workers=False,
             multi_tenant=True,
         )
-    except (OSError, dist.DistNetworkError) as error:
+    except (OSError, RuntimeError) as error:  # which torch's own is, up to 2.6 without a name
         if not hosts:
             raise
         raise EngineError(

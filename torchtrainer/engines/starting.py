@@ -79,6 +79,8 @@ class Starters:
 
     def _noted(self, event: StarterEvent) -> list[StarterEvent | SpawnerReplaced]:
         if isinstance(event, ChildStarted):
+            if event.pid in self._living:  # told by a spawner that was killed, and by the process as well
+                return []
             self._living.add(event.pid)
             self._asked.pop(event.key, None)
         elif isinstance(event, ChildNotStarted):

@@ -127,17 +127,24 @@ def _fork(link: FrameSocket, key: str) -> int | None:
         return None
     if pid == 0:
         os.close(say_go)
-        if not os.read(go, 1):
-            os._exit(1)  # the spawner was killed, and nobody knows of this process
+        if not os.read(go, 1):  # the spawner was killed: whether it had told of this process, nobody knows here
+            try:
+                _tell_started(link, key, os.getpid())
+            except OSError:  # the owner is gone as well
+                os._exit(1)
         os.close(go)
         return 0
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     os.close(go)
     with contextlib.suppress(BrokenPipeError):  # the owner is gone: the loop ends
-        link.send({"started": {"key": key, "pid": pid}})
+        _tell_started(link, key, pid)
         os.write(say_go, b"g")
     os.close(say_go)
     return pid
+
+
+def _tell_started(link: FrameSocket, key: str, pid: int) -> None:
+    link.send({"started": {"key": key, "pid": pid}})
 
 
 def _kill(living: set[int]) -> None:
