@@ -29,7 +29,7 @@ ANSWER_S = 200.0
 MODULES = ("torch._dynamo", "torchtrainer.trainer", "torchtrainer.worker.main")
 """What programs import sooner or later, besides torch itself."""
 LAUNCHER = ("-m", "torchtrainer", "run")
-READ_AT_START = (*IMPORT_TIME_PREFIXES, "PYTHON", "LD_", "LC_", "LANG", "MALLOC_", "GLIBC_", "CUDA_")
+READ_AT_START = (*IMPORT_TIME_PREFIXES, "LOGLEVEL", "PYTHON", "LD_", "LC_", "LANG", "MALLOC_", "GLIBC_", "CUDA_")
 """Beginnings of the names of variables that an interpreter, or what it imports, reads once."""
 AT_START = dict(os.environ)
 GIVEN_TO_FORKS = ("OMP_NUM_THREADS", "PYTHONPATH", "PYTHONUNBUFFERED")

@@ -218,6 +218,7 @@ def test_too_little_memory_for_the_spawner_is_called_so(tmp_path) -> None:
     assert "code -9" not in program.errors
 
 
+@pytest.mark.soak  # which process the system kills first, and whether it kills another one too, is up to it
 def test_a_script_that_is_killed_for_memory_does_not_go_without_a_word(tmp_path) -> None:
     """Its own process is the largest, and has no time to say anything."""
     with control_group("memory", {"memory.limit_in_bytes": str(500 * MIB)}) as group:
