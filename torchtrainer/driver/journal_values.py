@@ -171,7 +171,7 @@ def from_json(hint: Any, value: Any) -> Any:  # noqa: PLR0911  # one return per 
     if origin is not None:
         return _container(origin, inside, hint, value)
     if hint is bytes:
-        return Unsaid(_checked(type(value) is int and value >= 0, hint, value))
+        return Unsaid(_checked(type(value) is int and value >= 0, hint, value)) if value != 0 else b""
     if hint is float:
         return float(_checked(type(value) in (int, float), hint, value))
     if hint is views.Roster:
