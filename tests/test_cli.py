@@ -27,7 +27,7 @@ def test_help_names_every_command(capsys):
         assert f"  {command} " in text and summary in text
 
 
-@pytest.mark.parametrize("command", ["run", "status", "doctor", "verify-resume"])
+@pytest.mark.parametrize("command", ["run", "status", "doctor", "verify-resume", "replay-driver"])
 def test_commands_have_help_of_their_own(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

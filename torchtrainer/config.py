@@ -35,6 +35,8 @@ DIGESTS = "TORCHTRAINER_DIGESTS"
 """Environment variable of ``torchtrainer verify-resume``: directory for the logs of this start of the script."""
 VERIFY_RUNS = "TORCHTRAINER_VERIFY_RUNS"
 """The same: directory below which run directories and checkpoints of such a start go, instead of where the script wants them."""
+DRIVER_JOURNAL_BYTES = 1024**2
+"""Bytes after which the driver's journal of events goes on in a new file; the one before it is kept, and no older one."""
 PREEMPTION_SIGNALS: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
 
 

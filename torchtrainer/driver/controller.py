@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, Protocol
 
 from torchtrainer.config import FailureConfig, Timeouts
@@ -23,6 +25,7 @@ from torchtrainer.control.messages import (
 )
 from torchtrainer.driver.causes import Cause
 from torchtrainer.driver.connection import POLL_S, HostConnection, Incoming
+from torchtrainer.driver.event_journal import EventJournal
 from torchtrainer.driver.events import (
     CallRequested,
     EndRequested,
@@ -40,7 +43,6 @@ from torchtrainer.driver.events import (
     Tick,
 )
 from torchtrainer.driver.interrupts import HeldInterrupts
-from torchtrainer.driver.machine import handle
 from torchtrainer.driver.policies import why_not_resize
 from torchtrainer.driver.report import Scene, error_of, short_cause
 from torchtrainer.driver.states import Calling, Closed, Idle, Machine
@@ -136,6 +138,7 @@ class Controller:
         self._retryable = False
         self._calling = threading.Lock()
         self._turning = threading.RLock()
+        self._journal = EventJournal(Path(start.log_dir) if logs_stay else None)
         self._machine = Machine.start(
             group=start.group,
             world_size=start.world_size,
@@ -255,6 +258,7 @@ class Controller:
             self._handle(EndRequested(force=force))
         while not self.closed:
             self._turn()
+        self._write_journal()
         self._connection.close_inbox(self._machine.group)
 
     def look(self) -> None:
@@ -288,6 +292,7 @@ class Controller:
                 self._unshown.append(message)
                 self._handle(message)
             self._handle(Tick())
+            self._write_journal()
         while self._unshown:
             self._show(self._unshown.popleft())
         self._listener.on_waiting(self._doing)
@@ -313,7 +318,7 @@ class Controller:
             self._listener.on_replacing_stopped(news)
 
     def _handle(self, event: Event) -> None:
-        self._machine, actions = handle(self._machine, event, self._clock())
+        self._machine, actions = self._journal.handle(self._machine, event, self._clock())
         for action in actions:
             if isinstance(action, Send):
                 self._connection.send(action.message)
@@ -321,6 +326,13 @@ class Controller:
                 self._outcome = action
             else:
                 self._unshown.append(action)
+
+    def _write_journal(self) -> None:
+        if problem := self._journal.flush():
+            group, pid = self._machine.group, os.getpid()
+            self._unshown.append(
+                Logged(group=group, worker=-1, rank=None, pid=pid, level=logging.WARNING, text=problem)
+            )
 
     # Interrupts and errors
 

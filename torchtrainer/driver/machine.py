@@ -306,3 +306,5 @@ _ON: dict[type, Callable[[Machine, Any, float], Result]] = {
     EndRequested: on_end_requested,
     Tick: on_tick,
 }
+TOLD = frozenset(_ON)
+"""Kinds of events that the machine looks at."""

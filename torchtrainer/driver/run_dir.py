@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
+from torchtrainer.driver.event_journal import FILE_NAME, OLDER_NAME
 from torchtrainer.errors import InvalidArgumentTypeError, RunDirectoryError
 from torchtrainer.process.own_files import (
     LINES_BYTES,
@@ -97,6 +98,7 @@ class RunDirectory(RunFiles):
       history.jsonl   one line per train() or validate()
       compiled/       what torch.compile has made
       traces/         one file per process and profile_steps()
+      logs/           driver.jsonl, driver.1.jsonl: see `torchtrainer.driver.event_journal`
       logs/rank_<r>/  stdout.log, stderr.log, error.json, stacks.txt
 
     Args:
@@ -237,6 +239,8 @@ def check_run_files(root: Path) -> None:
             check_directory(root / name)
     for path in (root / "calls").glob("*.pt"):
         check_file(path)
+    for name in (FILE_NAME, OLDER_NAME):
+        check_file(root / "logs" / name, LINES_BYTES)
     for directory in (root / "logs").glob("rank_*"):
         check_directory(directory)
         for path in RankPaths(directory).all():

@@ -208,6 +208,16 @@ class Roster(Sequence[WorkerView]):
             roster._standing = self._standing
         return roster
 
+    def changed_since(self, before: Roster) -> list[tuple[WorkerView, WorkerView]] | None:
+        """The workers of which something new is known, as they were and are; None: they are not the same workers."""
+        if self._size != before._size:
+            return None
+        found: list[tuple[WorkerView, WorkerView]] = []
+        for old, new in zip(before._blocks, self._blocks, strict=True):
+            if old is not new:
+                found += ((was, now) for was, now in zip(old, new, strict=True) if was is not now)
+        return found if all(was.worker == now.worker for was, now in found) else None
+
     def _place(self, worker: int) -> int:
         number = max(0, bisect_right(self._blocks, worker, key=_first_number) - 1)
         return number * BLOCK + (bisect_left(self._blocks[number], worker, key=_number) if self._blocks else 0)

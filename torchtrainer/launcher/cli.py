@@ -16,6 +16,7 @@ COMMANDS = {
     "status": "show the state of a run",
     "doctor": "check versions, devices, fork safety, shared memory and time-outs",
     "verify-resume": "run a script with and without interruptions and compare the bits",
+    "replay-driver": "run the journal of a run's driver through it again and compare the orders",
 }
 """What each subcommand is for; one line of the help."""
 
@@ -70,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         status.add_arguments(parser)
         return status.main(parser.parse_args(rest))
+    if command == "replay-driver":
+        from torchtrainer.launcher import replay_driver
+
+        replay_driver.add_arguments(parser)
+        return replay_driver.main(parser.parse_args(rest))
     from torchtrainer.launcher import doctor
 
     doctor.add_arguments(parser)
