@@ -178,10 +178,10 @@ USUAL = {
 
 
 def of_module(place: Path, other: str = "IMPORTED = 1", **changes: str) -> dict[str, str]:
-    """The fingerprint of a script, in a process of its own."""
+    """The fingerprint of a script, in a process of its own, without compiled files: sources change within a second."""
     (place / "other.py").write_text(other)
     (place / "script.py").write_text(MODULE.format(**USUAL | changes))
-    run = subprocess.run([sys.executable, "script.py"], cwd=place, capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-B", "script.py"], cwd=place, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     found: dict[str, str] = json.loads(run.stdout)
     return found
