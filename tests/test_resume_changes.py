@@ -111,6 +111,7 @@ CODE = (
 
 
 def write_settings(place: Path, rate: float) -> None:
+    shutil.rmtree(place / "__pycache__", ignore_errors=True)  # Python tells sources apart by their seconds and lengths
     (place / "settings.py").write_text(f'"""Of the user."""\nLR = {rate}\nOTHER = {rate}\n')
 
 

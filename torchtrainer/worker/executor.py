@@ -92,12 +92,7 @@ class Executor:
         return dict.fromkeys(self.ranks, value)
 
     def settle(self, method: str, reply: tuple[Any, ...] | None = None) -> None:
-        """To be called when a call has returned: the records of the ranks follow what it changed.
-
-        Args:
-            method: of the call.
-            reply: as for `GradientSync.settle`.
-        """
+        """To be called when a call has returned: the records of the ranks follow what it changed, and keep the reply."""
         self.sync.settle(trained=method == "train", reply=reply)
 
     def late_result(self, rank: int) -> Any:

@@ -1,6 +1,7 @@
 """A worker process from its first line of torch to its last: join the group, build the rank, serve calls.
 
-This module is imported by the spawner before it forks, so that workers find it, and all it imports, ready.
+This module is imported by the spawner before it forks, so that workers find it, and all it imports, ready. Long because the life of a
+worker is told in one place.
 """
 
 from __future__ import annotations
