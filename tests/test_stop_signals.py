@@ -152,8 +152,8 @@ def strike(program: Program, who: str, signum: signal.Signals) -> bool:
 
 @pytest.mark.parametrize("who", ["host", "spawner"])
 def test_those_who_serve_leave_signals_to_stop_to_the_others(tmp_path, undisturbed, who) -> None:
-    """From their first moment on."""
-    program = start_program(tmp_path, PROGRAM)
+    """From their first moment on: these are not forks of the test's."""
+    program = start_program(tmp_path, PROGRAM, whole=True)
     for at in ("begun", "made", "step 3"):
         program.wait_for(at)
         for name in STOP_SIGNALS:
@@ -186,7 +186,7 @@ def test_at_any_moment(tmp_path, undisturbed, seed) -> None:
     who = list(PROCESSES)[seed % len(PROCESSES)]
     signum = chance.choice([signal.SIGTERM, signal.SIGINT])
     ray = chance.choice(["before", "after", "without"])
-    program = start_program(tmp_path, PROGRAM, ray)
+    program = start_program(tmp_path, PROGRAM, ray, whole=True)
     program.wait_for("begun")
     time.sleep(chance.uniform(0.0, lasts_s))  # the moment is what is tested
     struck = strike(program, who, signum)
