@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchtrainer.checkpoint import memory
 from torchtrainer.comm.backward import BackwardEnd, take_over
-from torchtrainer.comm.board import LOOK_PARTS, exchange_tag
+from torchtrainer.comm.board import LOOK_PARTS, Board, exchange_tag
 from torchtrainer.comm.group import open_group
 from torchtrainer.comm.shared_memory import (
     SHARES_FROM_BYTES,
@@ -673,3 +674,32 @@ def test_nobody_waits_for_a_rank_that_went_on_without_the_exchange() -> None:
 
     with memory_file() as path:
         assert ends_well([fork(lambda: body(path))])
+
+
+class GoesOnWhenLookedAt:
+    """What the ranks have given, where rank 1 gives, finishes the exchange and goes on right after somebody has looked."""
+
+    def __init__(self, board: Board) -> None:
+        self._given, self._board = board.given, board
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._given, name)
+
+    def __getitem__(self, rank: int) -> int:
+        return self._then_go_on(self._given[rank])
+
+    def missing(self, number: int) -> list[int]:
+        return self._then_go_on(self._given.missing(number))
+
+    def _then_go_on(self, seen: Any) -> Any:
+        self._given.publish(1, 1)
+        self._board.places[1] = 8
+        return seen
+
+
+def test_a_rank_that_gives_and_goes_on_while_it_is_looked_at_has_not_parted() -> None:
+    board = Board(mmap.mmap(-1, Board.size_bytes(2)), world_size=2, shared=False)
+    board.given.publish(0, 1)
+    board.given = GoesOnWhenLookedAt(board)  # type: ignore[assignment]
+    board.check_places(1, 7)
+    board.check_places(1, 7)

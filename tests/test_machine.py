@@ -919,6 +919,20 @@ def test_nobody_is_blamed_for_the_time_in_which_the_driver_was_stopped() -> None
     assert messages(drive.wait(2)) == [DumpStacks]
 
 
+@pytest.mark.parametrize("calling", [False, True])
+def test_a_worker_that_may_have_gone_on_since_its_last_heartbeat_is_not_blamed(calling: bool) -> None:
+    drive = fleet().calling() if calling else Drive()
+    for rank in () if calling else drive.ranks:
+        drive.on(WorkerStarted(group="g", worker=rank, pid=100 + rank))
+    for worker in drive.ranks:
+        drive.on(replace(beat(worker, age_s=HANG_S - 0.1), phase="data"))
+    assert drive.on(Tick(), after_s=0.2) == [], "nobody has said that it was in this phase for so long"
+    drive.on(replace(beat(0), phase="exchange"))
+    drive.on(replace(beat(1, age_s=HANG_S + 0.1), phase="data"))
+    assert messages(drive.on(Tick())) == [DumpStacks]
+    assert drive.machine.diagnosis is not None and drive.machine.diagnosis.worker == 1
+
+
 @pytest.mark.parametrize(
     ("phase", "batch", "longest_s", "given_s", "limit"),
     [

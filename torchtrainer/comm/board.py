@@ -126,14 +126,18 @@ class Board:
         whole = sum(weight * samples for weight, samples, _ in ranks)
         return sum(weight * samples * loss for weight, samples, loss in ranks if samples) / whole if whole else 0.0
 
-    def check_places(self, ranks: list[int], mine: int) -> None:
-        """Whether one of the ranks that are waited for has completed the step in which this process waits.
+    def check_places(self, number: int, mine: int) -> None:
+        """Whether a rank has completed the step in which this process waits for an exchange, and has given nothing for it.
+
+        Places are read before what was given: a rank gives first and goes on afterwards, so that one which was ahead already
+        has given by now, or will not any more.
 
         Raises:
-            UnequalExchangeError: it has, so that it will not come any more.
+            UnequalExchangeError: it will not.
         """
-        for rank in ranks:
-            if self.places[rank] > mine:
+        ahead = [rank for rank, place in enumerate(self.places.tolist()) if place > mine]
+        for rank in ahead:
+            if self.given[rank] < number:
                 raise UnequalExchangeError(rank, None)
 
     def close(self) -> None:

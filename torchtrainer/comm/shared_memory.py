@@ -275,7 +275,7 @@ class SharedMemoryExchange:
         def look() -> None:
             on_wait()
             if place is not None:
-                self._board.check_places(self._board.given.missing(number), place)
+                self._board.check_places(number, place)
 
         self._wait(self._board.given, number, look)
         self._board.check_tags(number, tag)

@@ -64,7 +64,7 @@ def find_hung(
         view.worker: limit_s(view, longest_s, given_s, learnt=learnt, mute=now - view.heard_at > MUTE_AFTER_S)
         for view in busy
     }
-    over = [view for view in busy if silent_s(view, now) > limits[view.worker]]
+    over = [view for view in busy if is_silent(view, limits[view.worker], now)]
     mute = [view for view in over if now - view.heard_at > limits[view.worker]]
     working = [view for view in busy if view.phase not in EXCHANGING or view in mute]
     guilty = [view for view in over if view in working]
@@ -74,6 +74,16 @@ def find_hung(
         return None
     hung = min(guilty, key=lambda view: (view.step, view.batch, view.phase_since))
     return hung, limits[hung.worker]
+
+
+def is_silent(view: WorkerView, limit_s: float, now: float) -> bool:
+    """Whether a worker has shown no progress for longer than its limit.
+
+    Its own heartbeat has to say so. Until the next one comes it may have entered another phase, a wait for others for instance;
+    only one that sends none any more is judged without.
+    """
+    unheard_s = now - view.heard_at
+    return view.heard_at - view.phase_since > limit_s or unheard_s > max(limit_s, MUTE_AFTER_S)
 
 
 def silent_s(view: WorkerView, now: float) -> float:

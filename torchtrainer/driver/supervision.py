@@ -17,7 +17,7 @@ from torchtrainer.driver.calling import may_retry, settle
 from torchtrainer.driver.causes import StartTimedOut, WorkerHung
 from torchtrainer.driver.ending import close, kill
 from torchtrainer.driver.events import Action, Send, Tick
-from torchtrainer.driver.hangs import find_hung, silent_s
+from torchtrainer.driver.hangs import find_hung, is_silent, silent_s
 from torchtrainer.driver.moving import release_late
 from torchtrainer.driver.policies import STEPPING_METHODS
 from torchtrainer.driver.recovery import lose_newcomer
@@ -113,7 +113,7 @@ def _check_newcomers(machine: Machine, now: float) -> Result:
         if view.ready or not isinstance(machine.state, Idle | Calling):
             continue
         cause: StartTimedOut | WorkerHung | None = late_start(machine, (view,), now)
-        if cause is None and view.spoke and silent_s(view, now) > machine.hang_timeout_s:
+        if cause is None and view.spoke and is_silent(view, machine.hang_timeout_s, now):
             cause = _hung(view, machine.hang_timeout_s, now)
         if cause is not None:
             machine, lost = lose_newcomer(machine, view, cause, now)
