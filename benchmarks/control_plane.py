@@ -119,7 +119,7 @@ def taken(doing: Callable[[], object]) -> float:
 @contextmanager
 def controlled(ranks: int, listener: Listener):
     """A controller of so many ranks that are not started yet, and its connection."""
-    timeouts = Timeouts(engine_start_s=PATIENCE_S, worker_connect_s=PATIENCE_S, hold_s=PATIENCE_S)
+    timeouts = Timeouts(engine_start_s=PATIENCE_S, worker_connect_s=PATIENCE_S, pause_s=PATIENCE_S)
     connection = FleetConnection(timeouts)
     start = StartGroup(
         group="group-0",

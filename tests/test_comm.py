@@ -28,7 +28,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.nn.parallel import DistributedDataParallel
 
 from torchtrainer.comm.group import SingleCollective, close_group, join_group, open_group
-from torchtrainer.comm.meeting import LOOK_S, private_store
+from torchtrainer.comm.rendezvous import LOOK_S, private_store
 from torchtrainer.comm.wrapping import unwrap, wrap
 from torchtrainer.errors import EngineError, InvalidArgumentError
 from torchtrainer.topology import Topology, detect, to_environ

@@ -1,10 +1,10 @@
 """The driver's machine against a fleet of synthetic workers, under a virtual clock: whatever is lost, when and in whatever order.
 
-    script ──> Machine ──down──> host ──> workers: start, carry, exchange, hold, share, join, reply
+    script ──> Machine ──down──> host ──> workers: start, carry, exchange, pause, share, join, reply
                   ^────────up (delays, duplicates, losses)────────┘
 
 A seed draws everything: the group, the script's calls, the network's delays, and what goes wrong. The workers are written from the
-docstrings of `torchtrainer.control.messages`. Every give, wait and hold checks what may not happen; a seed whose history breaks a
+docstrings of `torchtrainer.control.messages`. Every give, wait and pause checks what may not happen; a seed whose history breaks a
 rule is named, and ``python tests/test_driver_simulation.py SEED`` shows that history.
 """
 
@@ -24,27 +24,27 @@ import pytest
 
 from torchtrainer.config import FailureConfig, Timeouts
 from torchtrainer.control.messages import (
-    Assign,
-    Beat,
+    AdoptRanks,
     Boundary,
     Call,
-    Carried,
-    Carry,
     DumpStacks,
     EndWorker,
     Failure,
     GroupGone,
-    Held,
+    Heartbeat,
     Join,
     KillGroup,
     KillWorker,
+    Paused,
     PrepareStop,
+    RanksAdopted,
     Reply,
-    Share,
-    Shared,
+    SendState,
+    SetRanks,
     SignalWorkers,
     Stacks,
     StartWorker,
+    StateSent,
     StopAt,
     WorkerExited,
     WorkerReady,
@@ -153,7 +153,7 @@ class Worker:
 
     def say(self, message: type[Message], /, **fields: Any) -> None:
         self.fleet.up(self, message(group="g", worker=self.number, **fields))  # type: ignore[call-arg]
-        if not self.alive and not isinstance(message, Beat):
+        if not self.alive and not isinstance(message, Heartbeat):
             raise Gone
 
     def enter(self, phase: str) -> None:
@@ -177,10 +177,10 @@ class Worker:
                     gate.remember(StopAt(**order))
             self.orders.append(message)
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         fleet = self.fleet
         self.say(
-            Beat,
+            Heartbeat,
             call=self.call,
             phase=self.phase,
             phase_age_s=fleet.now - self.phase_since,
@@ -226,8 +226,8 @@ class Worker:
                 yield from self.at_rest(order)
             except Left:
                 return
-            self.tell_carried()
-            if isinstance(order, Carry) and order.call and order.call == self.latest:
+            self.tell_adopted()
+            if isinstance(order, AdoptRanks) and order.call and order.call == self.latest:
                 yield from self.reply([rank for rank in order.ranks if rank not in known])
 
     def join(self, order: Join) -> Steps:
@@ -237,7 +237,7 @@ class Worker:
         self.ranks, self.done = list(order.ranks), order.at["exchange"]
         self.taken = list(order.ranks)
         if order.at["batch"] is None or order.at["method"] != "train":
-            self.tell_carried()
+            self.tell_adopted()
         if order.call:
             yield from self.serve(order.call, order.method, order.blob, order.at)
 
@@ -264,7 +264,7 @@ class Worker:
         except Left:
             pass
         self.call, self.batch, self.method = 0, None, ""
-        self.tell_carried()
+        self.tell_adopted()
         self.enter("idle")
 
     def run(self, method: str, batch: int, steps: int) -> Steps:
@@ -303,9 +303,9 @@ class Worker:
             yield lambda: bool(self.orders) or min(fleet.given) >= number
             while self.orders:
                 order = self.orders.popleft()
-                if isinstance(order, Share):
+                if isinstance(order, SendState):
                     self.share(order)
-                elif isinstance(order, Carry):
+                elif isinstance(order, AdoptRanks):
                     for rank in order.ranks:
                         self.adopt(rank)
                         if fleet.given[rank] < number:
@@ -315,17 +315,17 @@ class Worker:
                 else:
                     raise Broken(f"{self.number} gets {order} where it waits for other ranks")
         self.done = number
-        self.tell_carried()
+        self.tell_adopted()
 
     def boundary(self, boundary: int, stop: list[bool]) -> Steps:
         fleet, gate = self.fleet, self.gate
-        while self.orders and not isinstance(self.orders[0], Share):
+        while self.orders and not isinstance(self.orders[0], SendState):
             yield from self.at_rest(self.orders.popleft())
         gate.passed = boundary
         if not gate.preparing:
             return
-        self.enter("hold")
-        deadline = fleet.now + TIMEOUTS.hold_s
+        self.enter("pause")
+        deadline = fleet.now + TIMEOUTS.pause_s
         while not gate.decided:
             yield lambda: gate.decided or fleet.now >= deadline
             fleet.rule(fleet.now < deadline, f"{self.number} holds at {boundary} and nobody says where to stop")
@@ -339,33 +339,33 @@ class Worker:
                 fleet.rule(earlier == boundary, f"{self.number} saves at {boundary}, others at {earlier}")
             if order.stop:
                 stop.append(True)
-            if order.hold:
-                yield from self.hold(boundary)
+            if order.pause:
+                yield from self.pause(boundary)
         if stop and self.method == "train":
             earlier = fleet.stops.setdefault(self.call, boundary)
             fleet.rule(earlier == boundary, f"{self.number} stops at {boundary}, others at {earlier}")
 
-    def hold(self, boundary: int) -> Steps:
-        self.say(Held, call=self.call, boundary=boundary)
-        deadline = self.fleet.now + TIMEOUTS.hold_s
+    def pause(self, boundary: int) -> Steps:
+        self.say(Paused, call=self.call, boundary=boundary)
+        deadline = self.fleet.now + TIMEOUTS.pause_s
         while True:
             yield lambda: bool(self.orders) or self.fleet.now >= deadline
             self.fleet.rule(bool(self.orders), f"{self.number} holds at {boundary} for ever")
             order = self.orders.popleft()
-            if isinstance(order, Share):
+            if isinstance(order, SendState):
                 ahead = [rank for rank in order.ranks if self.fleet.given[rank] != self.done]
                 self.fleet.rule(not ahead, f"{self.number} shares {self.done}, ranks {ahead}: {self.fleet.given}")
             yield from self.at_rest(order)
-            if isinstance(order, Assign):
+            if isinstance(order, SetRanks):
                 return
 
     def at_rest(self, order: ForWorker) -> Steps:
-        if isinstance(order, Carry):
+        if isinstance(order, AdoptRanks):
             for rank in order.ranks:
                 self.adopt(rank)
-        elif isinstance(order, Share):
+        elif isinstance(order, SendState):
             self.share(order)
-        elif isinstance(order, Assign):
+        elif isinstance(order, SetRanks):
             self.ranks = list(order.ranks)
             if not self.ranks:
                 raise Left
@@ -379,17 +379,17 @@ class Worker:
             self.ranks.append(rank)
             self.taken.append(rank)
 
-    def share(self, order: Share) -> None:
+    def share(self, order: SendState) -> None:
         fleet = self.fleet
         refused = fleet.draw.random() < fleet.p_refused
         if not refused:
             fleet.region = order.number
         at = {"exchange": self.done, "batch": self.batch if self.call else None, "method": self.method}
-        self.say(Shared, number=order.number, call=self.call, at=at, step=self.done, error="no" if refused else "")
+        self.say(StateSent, number=order.number, call=self.call, at=at, step=self.done, error="no" if refused else "")
 
-    def tell_carried(self) -> None:
+    def tell_adopted(self) -> None:
         if self.taken:
-            self.say(Carried, ranks=self.taken, call=self.call, step=self.done, redone=self.redone)
+            self.say(RanksAdopted, ranks=self.taken, call=self.call, step=self.done, redone=self.redone)
             self.taken, self.redone = [], 0
 
     def reply(self, ranks: list[int]) -> Steps:
@@ -515,10 +515,10 @@ class Fleet:
         self.after(when - self.now, arrive)
 
     def up(self, worker: Worker, message: Message) -> None:
-        quiet = isinstance(message, Beat)
+        quiet = isinstance(message, Heartbeat)
         if not quiet:
             self.tell(f"   {worker.number} says", message)
-        times = 2 if isinstance(message, Beat | Boundary) and self.draw.random() < 0.1 else 1
+        times = 2 if isinstance(message, Heartbeat | Boundary) and self.draw.random() < 0.1 else 1
         for _ in range(times):
             self.along(("up", worker.number), lambda: self.event_from(worker, message))
         if not quiet and self.draw.random() < self.p_kill:
@@ -627,16 +627,16 @@ class Fleet:
             self.workers[number] = worker
             self.along("host", lambda: self.event(WorkerStarted(group="g", worker=number, pid=100 + number)))
             self.step(worker)
-            self.beat(worker)
+            self.heartbeat(worker)
 
         self.after(self.draw.uniform(0.01, 0.2), born)
 
-    def beat(self, worker: Worker) -> None:
+    def heartbeat(self, worker: Worker) -> None:
         if not worker.alive:
             return
         if self.now >= worker.frozen_until or not worker.mute:
-            worker.beat()
-        self.after(BEAT_S, lambda: self.beat(worker))
+            worker.heartbeat()
+        self.after(BEAT_S, lambda: self.heartbeat(worker))
 
     def kill(self, worker: Worker, why: str) -> None:
         if worker.alive:
@@ -683,7 +683,7 @@ class Fleet:
             if isinstance(action, Send):
                 if self.user_failed and not isinstance(self.machine.state, Idle):
                     self.rule(
-                        not isinstance(action.message, Carry | Join | StartWorker), "recovery after a user's error"
+                        not isinstance(action.message, AdoptRanks | Join | StartWorker), "recovery after a user's error"
                     )
                 self.down(action.message)
                 continue

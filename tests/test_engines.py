@@ -35,10 +35,10 @@ class Sturdy(LocalEngine):
     name = "sturdy"
 
     def __init__(self):
-        super().__init__(timeouts=Timeouts(hold_s=77.0, write_s=88.0))
+        super().__init__(timeouts=Timeouts(pause_s=77.0, write_s=88.0))
 
     def start_group(self, plan, listener):
-        print("plan", plan.timeouts.hold_s, plan.checkpoint.write_s)
+        print("plan", plan.timeouts.pause_s, plan.checkpoint.write_s)
         return super().start_group(plan, listener)
 """
 

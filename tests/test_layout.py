@@ -48,7 +48,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"resume"}),
     frozenset({"planning"}),
     frozenset({"calls"}),
-    frozenset({"own_loop"}),
+    frozenset({"session"}),
     frozenset({"session"}),
     frozenset({"trainer"}),
     # The launcher's two sides: without torch, and on torch's elastic agent, which calls back.

@@ -10,29 +10,29 @@ import pytest
 
 from torchtrainer.config import FailureConfig, Timeouts
 from torchtrainer.control.messages import (
-    Assign,
-    Beat,
+    AdoptRanks,
     Boundary,
     Call,
-    Carried,
-    Carry,
     CheckpointEnded,
     DumpStacks,
     EndWorker,
     EngineFailed,
     Failure,
     GroupGone,
-    Held,
+    Heartbeat,
     Join,
     KillGroup,
     KillWorker,
+    Paused,
     PrepareStop,
+    RanksAdopted,
     Reply,
-    Share,
-    Shared,
+    SendState,
+    SetRanks,
     SignalWorkers,
     Stacks,
     StartWorker,
+    StateSent,
     StopAt,
     WorkerExited,
     WorkerReady,
@@ -65,7 +65,7 @@ from torchtrainer.driver.recovery import BURST_S
 from torchtrainer.driver.states import TO_THE_END, Calling, Closed, Idle, Killing, Machine
 from torchtrainer.driver.stragglers import STRAGGLER_STEPS, Straggler
 from torchtrainer.driver.views import WorkerView
-from torchtrainer.worker.link import StopGate
+from torchtrainer.worker.link import StepBarrier
 
 pytestmark = pytest.mark.pure
 
@@ -154,9 +154,9 @@ def exited(rank: int, code: int = -9) -> WorkerExited:
     return WorkerExited(group="g", worker=rank, pid=100 + rank, exit_code=code)
 
 
-def beat(rank: int, age_s: float = 0.0, call: int = 1, **at: int) -> Beat:
+def heartbeat(rank: int, age_s: float = 0.0, call: int = 1, **at: int) -> Heartbeat:
     position = {"epoch": 1, "step": 5, "batch": 5, **at}
-    return Beat(
+    return Heartbeat(
         group="g",
         worker=rank,
         call=call,
@@ -351,7 +351,7 @@ def test_the_interval_follows_from_what_a_checkpoint_costs() -> None:
 
 
 def test_a_gate_does_what_was_decided_at_the_boundary_and_once() -> None:
-    gate = StopGate(hold_s=1.0)
+    gate = StepBarrier(pause_s=1.0)
     said: list[tuple[int, int, int]] = []
     gate.announce = lambda *told: said.append(told)
     gate.begin(1)
@@ -367,7 +367,7 @@ def test_a_gate_does_what_was_decided_at_the_boundary_and_once() -> None:
 
 
 def test_a_gate_keeps_what_was_decided_when_it_is_asked_again_before_it_is_there() -> None:
-    gate = StopGate(hold_s=1.0)
+    gate = StepBarrier(pause_s=1.0)
     gate.announce = lambda *_: None
     gate.begin(1)
     gate.prepare(1, 1)
@@ -380,11 +380,11 @@ def test_a_gate_keeps_what_was_decided_when_it_is_asked_again_before_it_is_there
 
 
 def test_a_gate_that_is_not_answered_says_what_it_waited_for() -> None:
-    gate = StopGate(hold_s=0.01)
+    gate = StepBarrier(pause_s=0.01)
     gate.announce = lambda *_: None
     gate.begin(1)
     gate.prepare(1, 1)
-    with pytest.raises(TimeoutError, match="hold_s"):
+    with pytest.raises(TimeoutError, match="pause_s"):
         gate.stop_requested(0)
 
 
@@ -395,9 +395,9 @@ def test_a_call_without_steps_is_interrupted_by_a_signal() -> None:
 
 def test_the_rank_that_is_furthest_behind_is_the_one_that_hangs() -> None:
     drive = Drive(3).build().calling()
-    drive.on(beat(0, age_s=0.0, step=6))
-    drive.on(beat(1, age_s=0.0, step=5))
-    drive.on(beat(2, age_s=0.0, step=6))
+    drive.on(heartbeat(0, age_s=0.0, step=6))
+    drive.on(heartbeat(1, age_s=0.0, step=5))
+    drive.on(heartbeat(2, age_s=0.0, step=6))
     assert drive.wait(HANG_S / 2) == []
     assert messages(drive.wait(HANG_S)) == [DumpStacks]
     assert drive.on(Stacks(group="g", worker=0, text="not me")) == []
@@ -411,16 +411,16 @@ def test_a_rank_that_beats_and_moves_never_hangs() -> None:
     drive = Drive().build().calling()
     for _ in range(100):
         for rank in drive.ranks:
-            drive.on(beat(rank))
+            drive.on(heartbeat(rank))
         assert drive.on(Tick(), after_s=HANG_S / 2) == []
 
 
 def test_a_silent_rank_hangs_whatever_it_said_last() -> None:
     drive = Drive().build().calling()
     for rank in drive.ranks:
-        drive.on(beat(rank))
+        drive.on(heartbeat(rank))
     for _ in range(30):
-        drive.on(beat(0))
+        drive.on(heartbeat(0))
         actions = drive.on(Tick(), after_s=1.0)
         if actions:
             break
@@ -433,13 +433,13 @@ def test_what_a_rank_said_before_the_call_says_nothing_about_it() -> None:
     drive = Drive().build()
     drive.now += 10 * HANG_S
     drive.calling()
-    drive.on(beat(0, age_s=10 * HANG_S, call=0))
+    drive.on(heartbeat(0, age_s=10 * HANG_S, call=0))
     assert drive.on(Tick()) == []
 
 
 def test_a_users_function_may_take_as_long_as_it_likes() -> None:
     drive = Drive().build().calling("apply_worker")
-    drive.on(beat(0))
+    drive.on(heartbeat(0))
     assert drive.wait(10 * HANG_S) == []
 
 
@@ -503,18 +503,18 @@ def sent(actions: list[Action]) -> list[Message]:
     return [action.message for action in actions if isinstance(action, Send)]
 
 
-def carried(worker: int, *ranks: int, step: int = 6, redone: int = 1) -> Carried:
-    return Carried(group="g", worker=worker, ranks=list(ranks), call=1, step=step, redone=redone)
+def carried(worker: int, *ranks: int, step: int = 6, redone: int = 1) -> RanksAdopted:
+    return RanksAdopted(group="g", worker=worker, ranks=list(ranks), call=1, step=step, redone=redone)
 
 
-def shared(drive: Drive, worker: int, call: int = 0, error: str = "") -> Shared:
-    return Shared(group="g", worker=worker, number=drive.machine.shares, call=call, at={"exchange": 5}, error=error)
+def shared(drive: Drive, worker: int, call: int = 0, error: str = "") -> StateSent:
+    return StateSent(group="g", worker=worker, number=drive.machine.shares, call=call, at={"exchange": 5}, error=error)
 
 
 def test_survivors_with_the_fewest_ranks_carry_those_of_a_lost_worker_at_once() -> None:
     drive = fleet().calling()
-    assert sent(drive.on(exited(1))) == [Carry(group="g", worker=0, call=1, ranks=[1])]
-    assert sent(drive.on(exited(0), after_s=1.0)) == [Carry(group="g", worker=2, call=1, ranks=[0, 1])]
+    assert sent(drive.on(exited(1))) == [AdoptRanks(group="g", worker=0, call=1, ranks=[1])]
+    assert sent(drive.on(exited(0), after_s=1.0)) == [AdoptRanks(group="g", worker=2, call=1, ranks=[0, 1])]
     assert drive.on(reply(2)) == []
     drive.on(replace(reply(2), rank=0))
     actions = drive.on(replace(reply(2), rank=1))
@@ -524,7 +524,7 @@ def test_survivors_with_the_fewest_ranks_carry_those_of_a_lost_worker_at_once() 
 
 def test_a_loss_is_recovered_when_its_work_is_done() -> None:
     drive = fleet().calling()
-    drive.on(beat(1))
+    drive.on(heartbeat(1))
     drive.on(exited(1))
     drive.now += 0.25
     (recovered,) = drive.on(carried(0, 1))
@@ -536,7 +536,7 @@ def test_a_loss_is_recovered_when_its_work_is_done() -> None:
 
 def test_a_worker_that_is_lost_between_calls_is_made_up_for() -> None:
     drive = fleet()
-    assert sent(drive.on(exited(2))) == [Carry(group="g", worker=0, call=0, ranks=[2])]
+    assert sent(drive.on(exited(2))) == [AdoptRanks(group="g", worker=0, call=0, ranks=[2])]
     assert sent(drive.on(CallRequested(method="train", blob=b""))) == [
         Call(group="g", worker=worker, call=1, method="train") for worker in (0, 1)
     ]
@@ -547,7 +547,7 @@ def test_a_bound_worker_is_replaced_while_the_others_wait() -> None:
     drive.on(CallRequested(method="train", blob=b"x"))
     assert sent(drive.on(exited(1))) == [StartWorker(group="g", worker=3, rank=1, record=[])]
     drive.on(WorkerStarted(group="g", worker=3, pid=103))
-    assert sent(drive.on(ready(3))) == [Share(group="g", worker=0, number=1, ranks=[1])]
+    assert sent(drive.on(ready(3))) == [SendState(group="g", worker=0, number=1, ranks=[1])]
     assert sent(drive.on(shared(drive, 0, call=1))) == [
         Join(group="g", worker=3, number=1, ranks=[1], at={"exchange": 5}, call=1, method="train", blob=b"x")
     ]
@@ -577,29 +577,29 @@ def test_state_that_is_still_read_is_not_written_over() -> None:
     drive.on(shared(drive, 0, call=1))
     drive.on(exited(2), after_s=1.0)
     assert drive.on(ready(4)) == [], "worker 3 may still be reading"
-    assert messages(drive.on(beat(3))) == [Share]
+    assert messages(drive.on(heartbeat(3))) == [SendState]
 
 
 def test_fewer_workers_than_allowed_wait_for_a_replacement() -> None:
     drive = fleet(3, min_workers=3).calling()
     assert messages(drive.on(exited(1))) == [StartWorker]
-    assert messages(drive.on(ready(3))) == [Share]
+    assert messages(drive.on(ready(3))) == [SendState]
     assert messages(drive.on(shared(drive, 0, call=1))) == [Join]
 
 
 def test_a_replacement_takes_its_rank_back_at_a_boundary_at_which_all_hold() -> None:
     drive = fleet(3, failure=REPLACING).calling()
-    assert messages(drive.on(exited(1))) == [Carry, StartWorker]
+    assert messages(drive.on(exited(1))) == [AdoptRanks, StartWorker]
     assert drive.on(ready(3)) == [], "the loss comes first"
     assert messages(drive.on(carried(0, 1))) == [PrepareStop]
     drive.on(Boundary(group="g", worker=0, call=1, round=1, boundary=7))
     (order,) = sent(drive.on(Boundary(group="g", worker=2, call=1, round=1, boundary=8)))
-    assert order == StopAt(group="g", call=1, round=1, boundary=8, stop=False, save=False, hold=True)
-    assert drive.on(Held(group="g", worker=2, call=1, boundary=8)) == []
-    assert messages(drive.on(Held(group="g", worker=0, call=1, boundary=8))) == [Share]
+    assert order == StopAt(group="g", call=1, round=1, boundary=8, stop=False, save=False, pause=True)
+    assert drive.on(Paused(group="g", worker=2, call=1, boundary=8)) == []
+    assert messages(drive.on(Paused(group="g", worker=0, call=1, boundary=8))) == [SendState]
     join, *assigned = sent(drive.on(shared(drive, 0, call=1)))
     assert isinstance(join, Join) and (join.worker, join.ranks, join.call) == (3, [1], 1)
-    assert assigned == [Assign(group="g", worker=0, ranks=[0]), Assign(group="g", worker=2, ranks=[2])]
+    assert assigned == [SetRanks(group="g", worker=0, ranks=[0]), SetRanks(group="g", worker=2, ranks=[2])]
 
 
 def hold_for_a_replacement(drive: Drive) -> None:
@@ -613,25 +613,25 @@ def hold_for_a_replacement(drive: Drive) -> None:
 def test_those_that_hold_are_let_go_when_the_newcomer_is_lost() -> None:
     drive = fleet(3, failure=REPLACING).calling()
     hold_for_a_replacement(drive)
-    drive.on(Held(group="g", worker=2, call=1, boundary=8))
-    assert sent(drive.on(exited(3)))[0] == Assign(group="g", worker=2, ranks=[2])
-    assert sent(drive.on(Held(group="g", worker=0, call=1, boundary=8))) == [
-        Assign(group="g", worker=0, ranks=[0, 1])
-    ], "one that comes to hold later finds nothing to wait for"
+    drive.on(Paused(group="g", worker=2, call=1, boundary=8))
+    assert sent(drive.on(exited(3)))[0] == SetRanks(group="g", worker=2, ranks=[2])
+    assert sent(drive.on(Paused(group="g", worker=0, call=1, boundary=8))) == [
+        SetRanks(group="g", worker=0, ranks=[0, 1])
+    ], "one that comes to pause later finds nothing to wait for"
 
 
 def test_ranks_of_a_holder_that_is_lost_are_carried_and_the_change_goes_on() -> None:
     drive = fleet(3, failure=REPLACING).calling()
     hold_for_a_replacement(drive)
-    drive.on(Held(group="g", worker=2, call=1, boundary=8))
+    drive.on(Paused(group="g", worker=2, call=1, boundary=8))
     actions = sent(drive.on(exited(0)))
     assert actions[:2] == [
-        Carry(group="g", worker=2, call=1, ranks=[0, 1]),
-        Share(group="g", worker=2, number=1, ranks=[1]),
+        AdoptRanks(group="g", worker=2, call=1, ranks=[0, 1]),
+        SendState(group="g", worker=2, number=1, ranks=[1]),
     ]
     joined, assigned = sent(drive.on(shared(drive, 2, call=1)))
     assert isinstance(joined, Join) and joined.ranks == [1]
-    assert assigned == Assign(group="g", worker=2, ranks=[0, 2])
+    assert assigned == SetRanks(group="g", worker=2, ranks=[0, 2])
 
 
 def test_a_stop_that_is_wanted_while_workers_hold_is_asked_for_when_they_go_on() -> None:
@@ -639,26 +639,26 @@ def test_a_stop_that_is_wanted_while_workers_hold_is_asked_for_when_they_go_on()
     hold_for_a_replacement(drive)
     assert drive.on(StopRequested(signum=None, save=True)) == []
     for worker in (0, 2):
-        drive.on(Held(group="g", worker=worker, call=1, boundary=8))
-    assert messages(drive.on(shared(drive, 0, call=1))) == [Join, Assign, Assign, PrepareStop]
+        drive.on(Paused(group="g", worker=worker, call=1, boundary=8))
+    assert messages(drive.on(shared(drive, 0, call=1))) == [Join, SetRanks, SetRanks, PrepareStop]
 
 
 def test_workers_do_not_hold_for_longer_than_they_may() -> None:
     drive = fleet(3, failure=REPLACING).calling("train")
     hold_for_a_replacement(drive)
-    drive.on(Held(group="g", worker=0, call=1, boundary=8))
+    drive.on(Paused(group="g", worker=0, call=1, boundary=8))
     for worker in (0, 2):
-        drive.on(beat(worker))
+        drive.on(heartbeat(worker))
     drive.machine = replace(drive.machine, hang_timeout_s=1000.0)
-    assert messages(drive.wait(LIMITS.hold_s)) == [Assign, EndWorker, StartWorker]
+    assert messages(drive.wait(LIMITS.pause_s)) == [SetRanks, EndWorker, StartWorker]
 
 
 def test_a_call_waits_for_a_worker_that_joins() -> None:
     drive = fleet(3, failure=REPLACING)
-    assert messages(drive.on(exited(1))) == [Carry, StartWorker]
-    assert messages(drive.on(ready(3))) == [Share]
+    assert messages(drive.on(exited(1))) == [AdoptRanks, StartWorker]
+    assert messages(drive.on(ready(3))) == [SendState]
     assert drive.on(CallRequested(method="train", blob=b"")) == []
-    assert messages(drive.on(shared(drive, 0))) == [Join, Assign, Call, Call, Call]
+    assert messages(drive.on(shared(drive, 0))) == [Join, SetRanks, Call, Call, Call]
 
 
 def test_a_call_that_is_interrupted_before_it_begins_never_does() -> None:
@@ -667,7 +667,7 @@ def test_a_call_that_is_interrupted_before_it_begins_never_does() -> None:
     drive.on(ready(3))
     drive.on(CallRequested(method="train", blob=b""))
     drive.on(StopRequested(signum=2))
-    assert messages(drive.on(shared(drive, 0))) == [Join, Assign]
+    assert messages(drive.on(shared(drive, 0))) == [Join, SetRanks]
 
 
 def test_a_newcomer_learns_with_its_order_to_join_what_the_others_were_told() -> None:
@@ -692,7 +692,7 @@ def test_a_lost_worker_may_have_been_a_step_ahead_of_those_that_say_where_they_a
 def test_failures_without_progress_between_them_end_in_a_crash_loop() -> None:
     drive = fleet(5, failure=FailureConfig(max_failures=2, replace=False)).calling()
     for worker in (4, 3):
-        assert messages(drive.on(exited(worker), after_s=1.0)) == [Carry]
+        assert messages(drive.on(exited(worker), after_s=1.0)) == [AdoptRanks]
     assert messages(drive.on(exited(2), after_s=1.0)) == [KillGroup]
     (raised,) = drive.on(GroupGone(group="g"))
     assert isinstance(raised, Raised) and isinstance(raised.cause, CrashLoop) and not raised.retry
@@ -703,14 +703,14 @@ def test_failures_without_progress_between_them_end_in_a_crash_loop() -> None:
 def test_a_step_of_progress_refills_the_budget() -> None:
     drive = fleet(5, failure=FailureConfig(max_failures=1, replace=False)).calling()
     for step, worker in enumerate((4, 3, 2, 1)):
-        assert messages(drive.on(exited(worker), after_s=1.0)) == [Carry]
+        assert messages(drive.on(exited(worker), after_s=1.0)) == [AdoptRanks]
         drive.on(carried(0, worker, step=step + 1))
 
 
 def test_workers_that_are_lost_together_are_one_failure() -> None:
     drive = fleet(5, failure=FailureConfig(max_failures=1, replace=False)).calling()
     for worker in (4, 3, 2, 1):
-        assert messages(drive.on(exited(worker), after_s=BURST_S / 8)) == [Carry]
+        assert messages(drive.on(exited(worker), after_s=BURST_S / 8)) == [AdoptRanks]
 
 
 def test_no_failure_is_made_up_for_where_none_is_allowed() -> None:
@@ -816,10 +816,10 @@ def test_ranks_are_dealt_to_fewer_processes_between_two_calls() -> None:
     drive = fleet(4)
     *told, resized = drive.on(ResizeRequested(processes=2))
     assert sent(told) == [
-        Assign(group="g", worker=0, ranks=[0, 1]),
-        Assign(group="g", worker=1, ranks=[2, 3]),
-        Assign(group="g", worker=2, ranks=[]),
-        Assign(group="g", worker=3, ranks=[]),
+        SetRanks(group="g", worker=0, ranks=[0, 1]),
+        SetRanks(group="g", worker=1, ranks=[2, 3]),
+        SetRanks(group="g", worker=2, ranks=[]),
+        SetRanks(group="g", worker=3, ranks=[]),
         EndWorker(group="g", worker=2),
         EndWorker(group="g", worker=3),
     ]
@@ -831,9 +831,9 @@ def test_ranks_are_dealt_to_fewer_processes_at_a_boundary_of_a_running_call() ->
     drive = fleet(2).calling()
     assert messages(drive.on(ResizeRequested(processes=1))) == [PrepareStop]
     boundaries(drive, 3, 3)
-    drive.on(Held(group="g", worker=0, call=1, boundary=3))
-    *told, resized = drive.on(Held(group="g", worker=1, call=1, boundary=3))
-    assert [type(message) for message in sent(told)] == [Assign, Assign, EndWorker]
+    drive.on(Paused(group="g", worker=0, call=1, boundary=3))
+    *told, resized = drive.on(Paused(group="g", worker=1, call=1, boundary=3))
+    assert [type(message) for message in sent(told)] == [SetRanks, SetRanks, EndWorker]
     assert resized == Resized(processes=1)
 
 
@@ -841,11 +841,11 @@ def test_a_group_grows_back() -> None:
     drive = fleet(2)
     drive.on(ResizeRequested(processes=1))
     assert sent(drive.on(ResizeRequested(processes=2))) == [StartWorker(group="g", worker=2, rank=1, record=[])]
-    assert messages(drive.on(ready(2))) == [Share]
+    assert messages(drive.on(ready(2))) == [SendState]
     joined = drive.on(shared(drive, 0))
     assert sent(joined) == [
         Join(group="g", worker=2, number=1, ranks=[1], at={"exchange": 5}),
-        Assign(group="g", worker=0, ranks=[0]),
+        SetRanks(group="g", worker=0, ranks=[0]),
     ]
     assert joined[-1] == Resized(processes=2)
 
@@ -874,19 +874,19 @@ def test_only_the_worker_that_hangs_is_killed_and_its_ranks_are_carried() -> Non
     actions: list[Action] = []
     for age_s in range(2 * int(HANG_S)):
         for worker in drive.ranks:
-            drive.on(replace(beat(worker, age_s=age_s), phase="data" if worker == 1 else "exchange"))
+            drive.on(replace(heartbeat(worker, age_s=age_s), phase="data" if worker == 1 else "exchange"))
         actions += drive.on(Tick(), after_s=1.0)
     assert messages(actions)[0] == DumpStacks
-    assert drive.machine.condemned[0].worker == 1, "its stacks did not come in time"
+    assert drive.machine.pending_kills[0].worker == 1, "its stacks did not come in time"
 
 
 def test_the_stacks_of_a_worker_that_hung_are_part_of_the_record() -> None:
     drive = fleet().calling()
     for worker in drive.ranks:
-        drive.on(beat(worker, step=4 if worker == 1 else 5))
+        drive.on(heartbeat(worker, step=4 if worker == 1 else 5))
     drive.wait(2 * HANG_S)
     assert sent(drive.on(Stacks(group="g", worker=1, text="def f"))) == [KillWorker(group="g", worker=1)]
-    assert sent(drive.on(exited(1))) == [Carry(group="g", worker=0, call=1, ranks=[1])]
+    assert sent(drive.on(exited(1))) == [AdoptRanks(group="g", worker=0, call=1, ranks=[1])]
     (recovered,) = drive.on(carried(0, 1))
     assert isinstance(recovered, Recovered) and isinstance(recovered.cause, WorkerHung)
     assert recovered.cause.stacks == "def f"
@@ -895,16 +895,16 @@ def test_the_stacks_of_a_worker_that_hung_are_part_of_the_record() -> None:
 def test_a_worker_that_goes_on_while_its_stacks_are_taken_is_spared() -> None:
     drive = fleet().calling()
     for worker in drive.ranks:
-        drive.on(beat(worker))
+        drive.on(heartbeat(worker))
     drive.wait(2 * HANG_S)
-    drive.on(beat(0, step=6))
+    drive.on(heartbeat(0, step=6))
     assert drive.on(Stacks(group="g", worker=0, text="")) == []
 
 
 def test_a_worker_that_cannot_be_killed_takes_the_group_with_it() -> None:
     drive = fleet().calling()
     for worker in drive.ranks:
-        drive.on(beat(worker))
+        drive.on(heartbeat(worker))
     drive.wait(2 * HANG_S)
     drive.on(Stacks(group="g", worker=0, text=""))
     assert messages(drive.wait(LIMITS.cleanup_s + 1)) == [KillGroup]
@@ -913,7 +913,7 @@ def test_a_worker_that_cannot_be_killed_takes_the_group_with_it() -> None:
 def test_nobody_is_blamed_for_the_time_in_which_the_driver_was_stopped() -> None:
     drive = fleet().calling()
     for worker in drive.ranks:
-        drive.on(beat(worker))
+        drive.on(heartbeat(worker))
     assert drive.on(Tick(), after_s=100 * HANG_S) == []
     assert drive.wait(HANG_S - 1) == []
     assert messages(drive.wait(2)) == [DumpStacks]
@@ -925,10 +925,10 @@ def test_a_worker_that_may_have_gone_on_since_its_last_heartbeat_is_not_blamed(c
     for rank in () if calling else drive.ranks:
         drive.on(WorkerStarted(group="g", worker=rank, pid=100 + rank))
     for worker in drive.ranks:
-        drive.on(replace(beat(worker, age_s=HANG_S - 0.1), phase="data"))
+        drive.on(replace(heartbeat(worker, age_s=HANG_S - 0.1), phase="data"))
     assert drive.on(Tick(), after_s=0.2) == [], "nobody has said that it was in this phase for so long"
-    drive.on(replace(beat(0), phase="exchange"))
-    drive.on(replace(beat(1, age_s=HANG_S + 0.1), phase="data"))
+    drive.on(replace(heartbeat(0), phase="exchange"))
+    drive.on(replace(heartbeat(1, age_s=HANG_S + 0.1), phase="data"))
     assert messages(drive.on(Tick())) == [DumpStacks]
     assert drive.machine.diagnosis is not None and drive.machine.diagnosis.worker == 1
 
@@ -962,12 +962,12 @@ def test_a_worker_that_is_much_slower_than_the_others_is_told_once_a_call() -> N
         for worker in drive.ranks:
             each_s = 0.3 if worker == 1 else 0.1
             spent_s = {"data": each_s * step, "forward": 0.1 * step, "exchange": 9.0 * step}
-            drive.on(replace(beat(worker, step=step), spent_s=spent_s))
+            drive.on(replace(heartbeat(worker, step=step), spent_s=spent_s))
         told += drive.on(Tick())
     assert told == []
     for worker in drive.ranks:
         spent_s = {"data": (30.0 if worker == 1 else 6.0), "forward": 6.0, "exchange": 540.0}
-        drive.on(replace(beat(worker, step=3 * STRAGGLER_STEPS), spent_s=spent_s))
+        drive.on(replace(heartbeat(worker, step=3 * STRAGGLER_STEPS), spent_s=spent_s))
     (straggler,) = drive.on(Tick())
     assert isinstance(straggler, Straggler)
     assert (straggler.worker, straggler.ranks, straggler.phase) == (1, (1,), "data")
@@ -987,7 +987,7 @@ def test_whatever_happens_in_whatever_order_every_call_gets_one_outcome_and_ever
             Tick(),
             WorkerStarted(group="g", worker=rank, pid=100 + rank),
             ready(rank),
-            beat(rank, age_s=random_.choice([0.0, 0.0, 2 * HANG_S]), call=call),
+            heartbeat(rank, age_s=random_.choice([0.0, 0.0, 2 * HANG_S]), call=call),
             reply(rank, call=call),
             failure(rank, call=call, kind=random_.choice(["error", "exit"])),
             exited(rank, code=random_.choice([0, -9, -11])),

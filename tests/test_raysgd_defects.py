@@ -403,7 +403,7 @@ def double(items):
     return 2 * x, y
 
 
-class OwnLoader(DataLoader):
+class SessionLoader(DataLoader):
     """A subclass with an attribute; what it does not override works as ever."""
 
     @property
@@ -413,7 +413,7 @@ class OwnLoader(DataLoader):
 
 def test_settings_and_subclasses_of_loaders_are_kept(make, two_or_local) -> None:
     def loader():
-        return OwnLoader(numbers(), batch_size=BATCH, collate_fn=double, sampler=SequentialSampler(numbers()))
+        return SessionLoader(numbers(), batch_size=BATCH, collate_fn=double, sampler=SequentialSampler(numbers()))
 
     trainer = make(Seen, config={"loader": loader}, **two_or_local)
     trainer.train()

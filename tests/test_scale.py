@@ -17,9 +17,9 @@ from programs import DEADLINE_S
 import torchtrainer
 from torchtrainer.config import Timeouts
 from torchtrainer.control.messages import (
-    Beat,
     Boundary,
-    Held,
+    Heartbeat,
+    Paused,
     Reply,
     WorkerExited,
     WorkerReady,
@@ -28,12 +28,12 @@ from torchtrainer.control.messages import (
 from torchtrainer.driver.events import CallRequested, Event, SaveRequested, Send
 from torchtrainer.driver.machine import handle
 from torchtrainer.driver.states import Idle, Machine
-from torchtrainer.driver.views import Roster, WorkerView
+from torchtrainer.driver.views import WorkerTable, WorkerView
 
 CONTROL_PLANE = Path(torchtrainer.__file__).parents[1] / "benchmarks" / "control_plane.py"
 FEW, MANY = 16, 1024
 SEARCH = 8
-"""Calls per halving of the roster, at most, that it takes to find a worker, however often a message looks for one."""
+"""Calls per halving of the table, at most, that it takes to find a worker, however often a message looks for one."""
 
 
 class Driver:
@@ -97,8 +97,8 @@ def ready(worker: int) -> WorkerReady:
     return WorkerReady(group="g", worker=worker, device="cpu", facts={"recovers": True}, modules=[])
 
 
-def beat(worker: int) -> Beat:
-    return Beat(
+def beat(worker: int) -> Heartbeat:
+    return Heartbeat(
         group="g",
         worker=worker,
         call=1,
@@ -124,8 +124,8 @@ def reply(worker: int) -> Reply:
     return Reply(group="g", worker=worker, rank=worker, call=1, form="json", step=5, blob=b"1")
 
 
-def held(worker: int) -> Held:
-    return Held(group="g", worker=worker, call=1, boundary=5)
+def held(worker: int) -> Paused:
+    return Paused(group="g", worker=worker, call=1, boundary=5)
 
 
 CASES = [
@@ -162,16 +162,16 @@ def test_a_thousand_ranks_start_and_a_failure_is_made_up_for(tmp_path: Path) -> 
     assert few["failure_messages"] - 5 * FEW == many["failure_messages"] - 5 * MANY
 
 
-# The roster
+# The table
 
 
-def roster() -> Roster:
-    return Roster(WorkerView(worker=number, ranks=(number,), like=number) for number in (0, 1, 4, 7))
+def table() -> WorkerTable:
+    return WorkerTable(WorkerView(worker=number, ranks=(number,), like=number) for number in (0, 1, 4, 7))
 
 
 @pytest.mark.parametrize(("worker", "there"), [(0, True), (4, True), (7, True), (-1, False), (3, False), (8, False)])
 def test_a_worker_is_found_by_its_number(worker: int, there: bool) -> None:
-    found = roster().find(worker)
+    found = table().find(worker)
     assert (found is not None and found.worker == worker) == there
 
 
@@ -187,7 +187,7 @@ def test_a_worker_is_found_by_its_number(worker: int, there: bool) -> None:
 def test_the_standing_is_that_of_the_workers_after_each_change(
     changes: dict[str, object], carriers: int, newcomers: tuple[int, ...], uncarried: tuple[int, ...]
 ) -> None:
-    before = roster()
+    before = table()
     assert (before.standing.carriers, before.standing.newcomers) == (4, ())
     standing = before.see(4, changes).standing
     assert (standing.carriers, standing.newcomers, standing.uncarried) == (carriers, newcomers, uncarried)

@@ -14,7 +14,7 @@ import torch
 from torchtrainer import SnapshotError
 from torchtrainer.checkpoint.memory import available_bytes, map_shared
 from torchtrainer.checkpoint.snapshot import Region, assemble, deal
-from torchtrainer.control.messages import CheckpointEnded, SnapshotAnswer, SnapshotTaken, SnapshotWanted
+from torchtrainer.control.messages import CheckpointEnded, SnapshotDone, SnapshotGrant, SnapshotRequest
 from torchtrainer.engines.snapshots import CheckpointOrders, Snapshots
 
 
@@ -128,13 +128,13 @@ def snapshots(tmp_path: Path, world_size: int = 2) -> Snapshots:
 
 
 def want(one: Snapshots, rank: int, number: int, *, must: bool = False) -> list[tuple[int, bool]]:
-    message = SnapshotWanted(group="g", worker=rank, number=number, must=must)
+    message = SnapshotRequest(group="g", worker=rank, number=number, must=must)
     return [(rank, answer.go) for rank, answer in one.want(message)]
 
 
 def taken(one: Snapshots, rank: int, number: int, error: str = "") -> object:
     return one.copied(
-        SnapshotTaken(group="g", worker=rank, number=number, ranks=[rank], meta={"step": 7}, stall_s=0.1, error=error)
+        SnapshotDone(group="g", worker=rank, number=number, ranks=[rank], meta={"step": 7}, stall_s=0.1, error=error)
     )
 
 
@@ -216,7 +216,7 @@ class Story:
         self.told: dict[int, set[bool]] = {}
         self.ended: list[int] = []
 
-    def answer(self, given: list[tuple[int, SnapshotAnswer]]) -> None:
+    def answer(self, given: list[tuple[int, SnapshotGrant]]) -> None:
         for rank, said in given:
             self.told.setdefault(said.number, set()).add(said.go)
             self.waiting.discard(rank)
@@ -231,7 +231,7 @@ class Story:
         self.at[rank] += 1
         self.waiting.add(rank)
         must = self.chance.random() < 0.3
-        self.answer(self.one.want(SnapshotWanted(group="g", worker=rank, number=self.at[rank], must=must)))
+        self.answer(self.one.want(SnapshotRequest(group="g", worker=rank, number=self.at[rank], must=must)))
 
     def copy(self) -> None:
         if not self.copying:

@@ -16,8 +16,8 @@ from test_spmd import TORCHRUN, assert_nothing_left, free_port, variables
 
 from torchtrainer.driver.states import TO_THE_END
 from torchtrainer.elastic.environment import LAUNCH_DIR as LAUNCHERS_DIR
-from torchtrainer.engines.inline_gate import LAUNCH_DIR, StepCounter
-from torchtrainer.engines.inline_rounds import Rounds
+from torchtrainer.engines.spmd_gate import LAUNCH_DIR, StepCounter
+from torchtrainer.engines.stop_coordinator import StopCoordinator
 from torchtrainer.launcher.activity import STEP_COUNTER, read_step
 
 RUN = (sys.executable, "-m", "torchtrainer", "run", "--nproc-per-node", "2")
@@ -218,7 +218,7 @@ def test_a_checkpoint_that_another_machine_does_not_see_is_an_error_on_all_ranks
 # The agreement, without processes
 
 
-def answers(rounds: Rounds, kind: str, number: int, **boundaries: int) -> list[dict[str, object]]:
+def answers(rounds: StopCoordinator, kind: str, number: int, **boundaries: int) -> list[dict[str, object]]:
     given = []
     for rank in (0, 1):
         more = {"boundary": boundaries[f"rank_{rank}"]} if boundaries else {}
@@ -231,7 +231,7 @@ def wish(call: int, *, stop: bool = True) -> dict[str, object]:
 
 
 def test_ranks_stop_at_the_highest_boundary_once_all_are_in_the_call() -> None:
-    rounds = Rounds(2)
+    rounds = StopCoordinator(2)
     assert rounds.hear(wish(3)) == [{"kind": "ask", "call": 3, "round": 1}]
     assert rounds.hear(wish(3)) == [], "it is being decided"
     assert answers(rounds, "in", 1) == [{"kind": "prepare", "call": 3, "round": 1}]
@@ -242,7 +242,7 @@ def test_ranks_stop_at_the_highest_boundary_once_all_are_in_the_call() -> None:
 
 
 def test_nobody_holds_for_a_rank_that_has_left_the_call() -> None:
-    rounds = Rounds(2)
+    rounds = StopCoordinator(2)
     rounds.hear(wish(3))
     rounds.hear({"kind": "in", "rank": 0, "round": 1})
     assert rounds.hear({"kind": "ended", "rank": 1, "round": 1}) == []
@@ -251,7 +251,7 @@ def test_nobody_holds_for_a_rank_that_has_left_the_call() -> None:
 
 
 def test_a_rank_that_ends_while_others_hold_has_them_go_on_to_the_end() -> None:
-    rounds = Rounds(2)
+    rounds = StopCoordinator(2)
     rounds.hear(wish(3))
     answers(rounds, "in", 1)
     rounds.hear({"kind": "at", "rank": 0, "round": 1, "boundary": 5})
@@ -260,7 +260,7 @@ def test_a_rank_that_ends_while_others_hold_has_them_go_on_to_the_end() -> None:
 
 
 def test_a_stop_that_is_wanted_while_a_save_is_decided_goes_with_it_and_one_of_the_next_call_comes_after() -> None:
-    rounds = Rounds(2)
+    rounds = StopCoordinator(2)
     rounds.hear(wish(3, stop=False))
     rounds.hear(wish(4))
     answers(rounds, "in", 1)

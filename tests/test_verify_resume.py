@@ -194,14 +194,14 @@ WITHOUT_TRAINING = """
 import os, signal, sys
 from pathlib import Path
 from torchtrainer.config import DIGESTS, VERIFY_RUNS
-from torchtrainer.observe.digest_log import HELD, Details, DigestWriter, Orders, Place
+from torchtrainer.observe.digest_log import HELD, Details, DigestWriter, DigestOrders, Place
 
 how, logs, runs = sys.argv[1], Path(os.environ[DIGESTS]), Path(os.environ[VERIFY_RUNS])
 runs.mkdir(exist_ok=True)
 (runs / "run.json").touch()
 saved = runs / "saved"
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-orders, writer = Orders.read(logs), DigestWriter(logs, 1, 0, {"operator": "Any", "own_hooks": []})
+orders, writer = DigestOrders.read(logs), DigestWriter(logs, 1, 0, {"operator": "Any", "own_hooks": []})
 for step in range(int(saved.read_text()) if saved.exists() and how != "anew" else 0, 9):
     place = Place(call=0, batch=step)
     details = Details(state={"step": str(step)})

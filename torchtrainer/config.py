@@ -128,7 +128,7 @@ class Timeouts:
         worker_connect_s: a forked worker has said hello.
         error_gather_s: after the first rank's exception, how long to wait for the same from the others.
         interrupt_s: after Ctrl-C, how long to wait for the ranks to reach a step boundary before control returns.
-        hold_s: how long a worker holds at a step boundary for the decision where to stop.
+        pause_s: how long a worker holds at a step boundary for the decision where to stop.
         shutdown_s: from asking the workers to end to killing those that did not.
         cleanup_s: from the death of the driver to nothing left.
         heartbeat_s: between two heartbeats of a worker.
@@ -142,7 +142,7 @@ class Timeouts:
     worker_connect_s: float = 60.0
     error_gather_s: float = 0.5
     interrupt_s: float = 1.0
-    hold_s: float = 60.0
+    pause_s: float = 60.0
     shutdown_s: float = 5.0
     cleanup_s: float = 2.0
     heartbeat_s: float = 1.0

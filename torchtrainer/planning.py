@@ -22,9 +22,9 @@ from torchtrainer.arguments import (
 from torchtrainer.config import CheckpointConfig, FailureConfig, PreemptionConfig, TrainSettings
 from torchtrainer.driver.run_record import in_notebook, reached_by
 from torchtrainer.engines.base import Engine, GroupPlan
-from torchtrainer.engines.inline import LocalModeEngine
 from torchtrainer.engines.registry import engine_called
 from torchtrainer.engines.snapshots import CheckpointOrders
+from torchtrainer.engines.spmd import LocalModeEngine
 from torchtrainer.errors import InvalidArgumentError, ResumeError
 from torchtrainer.observe.devices import gpu_count
 from torchtrainer.observe.notices import notice, notice_once, warn

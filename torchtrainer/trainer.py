@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torchtrainer.arguments import check_may_change, refuse_unknown
-from torchtrainer.calls import Calls, nothing
+from torchtrainer.call_replay import CallReplay, nothing
 from torchtrainer.checkpoint.copies import Remade, load_models, made, models_of
 from torchtrainer.checkpoint.journal import Journal, Recorded, spell, spell_function
 from torchtrainer.config import BATCH_COUNT, NUM_SAMPLES, CheckpointConfig, FailureConfig, PreemptionConfig
@@ -36,7 +36,7 @@ from torchtrainer.observe.notices import notice, warn
 from torchtrainer.observe.profiles import PROFILE, StepTraces, with_whole_profiles
 from torchtrainer.observe.shown import Shown
 from torchtrainer.observe.status import ProcessStatus, Status
-from torchtrainer.observe.watch import Watch
+from torchtrainer.observe.watch import RunObserver
 from torchtrainer.planning import RunPlan, plan_run
 from torchtrainer.preempt.watch import NoticeWatch
 from torchtrainer.process.paths import private_directory
@@ -170,7 +170,7 @@ class TorchTrainer:
         self._run_dir = self._run.directory
         self._history = HistoryFile(self._run_dir.history)
         self._notices = run.watch_notices(self._run)
-        self._calls = Calls(
+        self._calls = CallReplay(
             journal=Journal(self._run_dir.root, self._run.records, writes=self._run.keeps, keep=run.checkpoint.keep),
             checkpoint=self._run.checkpoint,
             notices=self._notices,
@@ -182,7 +182,7 @@ class TorchTrainer:
             speaks=run.is_main,
         )
         self._gpu_monitor = GpuMonitor(os.environ) if run.gpus else None
-        self._watch = Watch(
+        self._watch = RunObserver(
             callbacks=self._callbacks,
             use_tqdm=use_tqdm and run.is_main,
             world_size=run.world_size,

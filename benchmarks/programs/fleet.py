@@ -2,7 +2,7 @@
 
     python fleet.py SOCKET
 
-What a call is to do is in its blob, as JSON: ``beats``: heartbeats per worker before it returns; ``quiet_s``: how long nobody says
+What a call is to do is in its blob, as JSON: ``heartbeats``: heartbeats per worker before it returns; ``quiet_s``: how long nobody says
 anything; ``kill``: a rank whose worker is lost. Its ranks are carried, a new worker is built, all hold, it joins, and then the call
 returns.
 """
@@ -15,23 +15,23 @@ from collections.abc import Iterable
 
 from torchtrainer.control.channel import Router
 from torchtrainer.control.messages import (
-    Beat,
+    AdoptRanks,
     Boundary,
     Call,
-    Carried,
-    Carry,
     EndWorker,
     GroupGone,
-    Held,
+    Heartbeat,
     Join,
     KillGroup,
+    Paused,
     PrepareStop,
     Quit,
+    RanksAdopted,
     Reply,
-    Share,
-    Shared,
+    SendState,
     StartGroup,
     StartWorker,
+    StateSent,
     StopAt,
     WorkerExited,
     WorkerReady,
@@ -108,9 +108,9 @@ class Fleet:
             return
         self.called = set()
         self.call, self.orders = message.call, json.loads(message.blob)
-        for _ in range(self.orders.get("beats", 0)):
+        for _ in range(self.orders.get("heartbeats", 0)):
             self.step += 1
-            self.beat()
+            self.heartbeat()
         time.sleep(self.orders.get("quiet_s", 0.0))
         lost = self.orders.get("kill")
         if lost is None:
@@ -120,10 +120,10 @@ class Fleet:
             del self.carriers[worker]
             self.say(WorkerExited, worker=worker, pid=1 + worker, exit_code=KILLED, step=self.step)
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         for worker, ranks in self.carriers.items():
             self.say(
-                Beat,
+                Heartbeat,
                 worker=worker,
                 call=self.call,
                 phase="forward",
@@ -148,10 +148,10 @@ class Fleet:
 
     # A loss
 
-    def on_carry(self, message: Carry) -> None:
+    def on_adopt_ranks(self, message: AdoptRanks) -> None:
         self.carriers[message.worker] += message.ranks
         self.say(
-            Carried,
+            RanksAdopted,
             worker=message.worker,
             ranks=message.ranks,
             call=self.call,
@@ -165,17 +165,17 @@ class Fleet:
 
     def on_stop_at(self, message: StopAt) -> None:
         for worker in self.carriers if message.hold else ():
-            self.say(Held, worker=worker, call=self.call, boundary=message.boundary)
+            self.say(Paused, worker=worker, call=self.call, boundary=message.boundary)
 
-    def on_share(self, message: Share) -> None:
+    def on_send_state(self, message: SendState) -> None:
         at = {"batch": self.step}
-        self.say(Shared, worker=message.worker, number=message.number, call=self.call, at=at, step=self.step)
+        self.say(StateSent, worker=message.worker, number=message.number, call=self.call, at=at, step=self.step)
 
     def on_join(self, message: Join) -> None:
         for ranks in self.carriers.values():
             ranks[:] = [rank for rank in ranks if rank not in message.ranks]
         self.carriers[message.worker] = message.ranks
-        self.say(Carried, worker=message.worker, ranks=message.ranks, call=self.call, step=self.step, redone=0)
+        self.say(RanksAdopted, worker=message.worker, ranks=message.ranks, call=self.call, step=self.step, redone=0)
         self.reply(self.carriers)
 
 
@@ -185,10 +185,10 @@ ANSWERS = {
     EndWorker: Fleet.on_end_worker,
     KillGroup: Fleet.on_kill_group,
     Call: Fleet.on_call,
-    Carry: Fleet.on_carry,
+    AdoptRanks: Fleet.on_adopt_ranks,
     PrepareStop: Fleet.on_prepare_stop,
     StopAt: Fleet.on_stop_at,
-    Share: Fleet.on_share,
+    SendState: Fleet.on_send_state,
     Join: Fleet.on_join,
 }
 """What is answered; the rest asks for nothing."""

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed import FileStore  # type: ignore[attr-defined]  # torch's stubs leave it out
 
 from torchtrainer.comm.flat import broadcast_tensors
-from torchtrainer.comm.meeting import MeetingPlace
+from torchtrainer.comm.rendezvous import Rendezvous
 from torchtrainer.errors import EngineError, InvalidArgumentError
 from torchtrainer.topology import Topology
 
@@ -220,7 +220,7 @@ def join_group(
     backend: str,
     timeout_s: float,
     device: torch.device | None = None,
-    place: MeetingPlace | None = None,
+    place: Rendezvous | None = None,
 ) -> GroupCollective:
     """Join the processes that a launcher (torchrun, srun, mpirun) started, this process being one of them.
 
@@ -240,7 +240,7 @@ def join_group(
     if dist.is_initialized():
         return _attach(topology, device)
     where = f"at MASTER_ADDR={topology.master_addr} MASTER_PORT={topology.master_port}"
-    meeting = place or MeetingPlace(topology)
+    meeting = place or Rendezvous(topology)
 
     def make_store() -> Store:
         return meeting.next_store(timedelta(seconds=timeout_s))

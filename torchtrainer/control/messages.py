@@ -6,11 +6,11 @@ start, others when their processes are lost, none while it is a spare.
 What a blob holds is said at each message; the receiver decides whether to open it. How they travel: `torchtrainer.control.wire`.
 Long because it is the contract of the processes: most of it says what each message and field means.
 
-    driver --> host --> worker        Call, PrepareStop, StopAt, Assign, Carry, Share, Join, EndWorker
-               host --> worker        SnapshotAnswer, SnapshotDone
+    driver --> host --> worker        Call, PrepareStop, StopAt, SetRanks, AdoptRanks, SendState, Join, EndWorker
+               host --> worker        SnapshotGrant, SnapshotReleased
     driver --> host                   StartGroup, StartWorker, KillWorker, KillGroup, SignalWorkers, DumpStacks, Quit
-    worker --> host                   SnapshotWanted, SnapshotTaken
-    worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Held, Shared, Carried, Bound, LoaderLost, Beat, Heard, Logged
+    worker --> host                   SnapshotRequest, SnapshotDone
+    worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Paused, StateSent, RanksAdopted, Bound, LoaderLost, Heartbeat, Heard, Logged
     host   --> driver                 EngineFailed, GroupFailed, WorkerStarted, WorkerExited, GroupGone, Output, Stacks,
                                       CheckpointEnded, Logged
 """
@@ -36,7 +36,7 @@ class Call(ForWorker):
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareStop(ForWorker):
-    """At your next step boundary in this call, say where you are and hold. ``round``: counts such requests in a call."""
+    """At your next step boundary in this call, say where you are and pause. ``round``: counts such requests in a call."""
 
     call: int
     round: int
@@ -44,9 +44,9 @@ class PrepareStop(ForWorker):
 
 @dataclass(frozen=True, kw_only=True)
 class StopAt(ForWorker):
-    """At this boundary (batches completed in the call), save the state, end the pass, or hold until `Assign`.
+    """At this boundary (batches completed in the call), save the state, end the pass, or pause until `SetRanks`.
 
-    A worker that holds says so by `Held`, and goes on doing what `Carry` and `Share` ask for.
+    A worker that holds says so by `Paused`, and goes on doing what `AdoptRanks` and `SendState` ask for.
     """
 
     call: int
@@ -54,12 +54,12 @@ class StopAt(ForWorker):
     boundary: int
     stop: bool
     save: bool
-    hold: bool = False
+    pause: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Assign(ForWorker):
-    """Carry exactly these ranks from now on, and go on; to workers that hold at a boundary, or wait for a call.
+class SetRanks(ForWorker):
+    """Carry exactly these ranks from now on, and go on; to workers that pause at a boundary, or wait for a call.
 
     Without ranks a worker leaves the running call, without a reply, and is a spare.
     """
@@ -68,7 +68,7 @@ class Assign(ForWorker):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Carry(ForWorker):
+class AdoptRanks(ForWorker):
     """Carry these ranks too, from now on: their process is gone. What it had not done in the call is done by this worker.
 
     The worker looks at it where it waits for other ranks, at step boundaries and between calls; it replies for these ranks too,
@@ -80,7 +80,7 @@ class Carry(ForWorker):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share(ForWorker):
+class SendState(ForWorker):
     """Where you wait for other ranks, or for a call, write the state that is alike on all ranks for a worker that joins.
 
     Attributes:
@@ -98,7 +98,7 @@ class Join(ForWorker):
 
     Attributes:
         number: of the shared state.
-        at: where the running call stands, as `Shared` told it.
+        at: where the running call stands, as `StateSent` told it.
         call, method, blob: of the running call, as in `Call`; call 0: none is running, wait for one.
         orders: what the others were told by `StopAt` in this call and may not have come to, its fields. It is with this message
             as the boundary may be passed before another one comes. What is to be saved at ``at`` or before, is.
@@ -114,7 +114,7 @@ class Join(ForWorker):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapshotAnswer(ForWorker):
+class SnapshotGrant(ForWorker):
     """Whether this snapshot is to be taken; alike for all ranks."""
 
     number: int
@@ -122,7 +122,7 @@ class SnapshotAnswer(ForWorker):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapshotDone(ForWorker):
+class SnapshotReleased(ForWorker):
     """The checkpoint of this snapshot is on disk, or will not be."""
 
     number: int
@@ -172,7 +172,7 @@ class StartGroup(Message):
     gpus: list[int] = field(default_factory=list)
     heartbeat_s: float = 1.0
     progress_s: float = 0.1
-    hold_s: float = 60.0
+    pause_s: float = 60.0
     checkpoint: dict[str, Any] | None = None
     blob: bytes = b""
 
@@ -322,7 +322,7 @@ class Boundary(FromWorker):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held(FromWorker):
+class Paused(FromWorker):
     """This worker holds at the boundary that `StopAt` named."""
 
     call: int
@@ -330,11 +330,11 @@ class Held(FromWorker):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Carried(FromWorker):
+class RanksAdopted(FromWorker):
     """What a lost worker had left undone is done: all ranks have taken the step in which it was lost, or are past it.
 
     Attributes:
-        ranks: that this worker took over by `Carry` or `Join`.
+        ranks: that this worker took over by `AdoptRanks` or `Join`.
         call: in which it happened; 0: between two calls.
         step: optimizer steps completed.
         redone: shares of a step that were computed once more.
@@ -358,8 +358,8 @@ class Bound(FromWorker):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shared(FromWorker):
-    """Answer to `Share`: the state is written.
+class StateSent(FromWorker):
+    """Answer to `SendState`: the state is written.
 
     Attributes:
         number: as it was asked for.
@@ -384,7 +384,7 @@ class Heard(FromWorker):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapshotWanted(FromWorker):
+class SnapshotRequest(FromWorker):
     """This worker is ready to copy its share of a snapshot.
 
     Attributes:
@@ -397,7 +397,7 @@ class SnapshotWanted(FromWorker):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapshotTaken(FromWorker):
+class SnapshotDone(FromWorker):
     """This worker's share is copied.
 
     Attributes:
@@ -440,7 +440,7 @@ class LoaderLost(FromWorker):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beat(FromWorker):
+class Heartbeat(FromWorker):
     """Heartbeat and progress of one worker.
 
     Attributes:

@@ -1,6 +1,6 @@
-"""Where the workers stop, save or hold: at the highest step boundary that any of them is at or on its way to. Pure.
+"""Where the workers stop, save or pause: at the highest step boundary that any of them is at or on its way to. Pure.
 
-ask ──> workers hold at their next boundary and say which ──> decide ──> all go on to the highest, and do it there
+ask ──> workers pause at their next boundary and say which ──> decide ──> all go on to the highest, and do it there
 
 Only workers that carry ranks are waited for, as they are when it is decided: one that is lost no longer, and one that joins
 meanwhile too. A lost worker may have been a step ahead of all that answered, so that its ranks' part in that step is given
@@ -23,18 +23,18 @@ from torchtrainer.driver.states import TO_THE_END, Calling, Machine, Result
 def ask(machine: Machine, state: Calling, now: float) -> Result:
     """Asks the workers where they are, unless they are being asked: what is wanted is then decided with it.
 
-    While workers hold for a change of carriers what is wanted waits for its end; see `ask_for_the_rest`.
+    While workers pause for a change of carriers what is wanted waits for its end; see `ask_for_the_rest`.
     """
     if state.save:
         machine = replace(machine, saved_at=now)
-    if state.deciding or (machine.move is not None and machine.move.holding):
+    if state.deciding or (machine.move is not None and machine.move.pausing):
         return machine.to(state), ()
     state = replace(state, boundaries={}, decided=False, round=state.round + 1)
     return machine.to(state), (Send(message=PrepareStop(group=machine.group, call=machine.call, round=state.round)),)
 
 
 def ask_for_the_rest(machine: Machine, now: float) -> Result:
-    """Asks for a stop or a save that was wanted while workers held."""
+    """Asks for a stop or a save that was wanted while workers paused."""
     state = machine.state
     if not isinstance(state, Calling) or not (state.stop or state.save):
         return machine, ()
@@ -52,7 +52,7 @@ def decide(machine: Machine, now: float) -> Result:
     if any(view.worker not in state.boundaries for view in asked):
         return machine, ()
     at_end = bool(state.replies)
-    hold = state.hold and not state.stop and not at_end
+    pause = state.pause and not state.stop and not at_end
     highest = max(state.boundaries.values()) + bool(machine.losses)
     order = StopAt(
         group=machine.group,
@@ -61,13 +61,13 @@ def decide(machine: Machine, now: float) -> Result:
         boundary=TO_THE_END if at_end else highest,
         stop=state.stop,
         save=state.save,
-        hold=hold,
+        pause=pause,
     )
     move = machine.move
-    if move is not None and move.hold:
-        move = replace(move, boundary=order.boundary) if hold else None
+    if move is not None and move.pause:
+        move = replace(move, boundary=order.boundary) if pause else None
     orders = tuple(one for one in state.orders if one.boundary >= min(state.boundaries.values()))
-    state = replace(state, decided=True, orders=(*orders, order), save=False, hold=False)
+    state = replace(state, decided=True, orders=(*orders, order), save=False, pause=False)
     return replace(machine, move=move, state=state), (Send(message=order),)
 
 
@@ -81,8 +81,8 @@ def ask_newcomer(machine: Machine, worker: int) -> Result:
 
 
 def orders_for_newcomer(state: Calling) -> list[dict[str, Any]]:
-    """What the others were told, for `Join`; to hold is not for one that was not there."""
-    return [{**asdict(order), "hold": False} for order in state.orders if order.stop or order.save]
+    """What the others were told, for `Join`; to pause is not for one that was not there."""
+    return [{**asdict(order), "pause": False} for order in state.orders if order.stop or order.save]
 
 
 def save_is_due(machine: Machine, state: Calling, now: float) -> bool:

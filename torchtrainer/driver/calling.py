@@ -18,7 +18,7 @@ from torchtrainer.driver.events import Action, CallRequested, Raised, Returned, 
 from torchtrainer.driver.policies import STEPPING_METHODS, root_cause, survives_failure
 from torchtrainer.driver.recovery import done, lose_newcomer, note_step
 from torchtrainer.driver.states import Calling, Idle, Machine, Result, Starting
-from torchtrainer.driver.views import Roster
+from torchtrainer.driver.views import WorkerTable
 
 NOT_IN_PLACE = "the ranks of this training exchange data in ways that break when one of them is gone"
 
@@ -38,8 +38,8 @@ def start_pending(machine: Machine, now: float) -> Result:
     if call is None or not isinstance(machine.state, Idle) or machine.move is not None or machine.uncarried:
         return machine, ()
     number = machine.call + 1
-    views = Roster(
-        replace(v, busy=True, phase=call.method, phase_since=now, heard_at=now, laps=()) if v.carries else v
+    views = WorkerTable(
+        replace(v, busy=True, phase=call.method, phase_since=now, heard_at=now, phase_times=()) if v.carries else v
         for v in machine.views
     )
     state = Calling(method=call.method, blob=call.blob)

@@ -15,9 +15,9 @@ from typing import Literal, Protocol
 
 from torchtrainer.config import FailureConfig, Timeouts
 from torchtrainer.control.messages import (
-    Beat,
     CheckpointEnded,
     Heard,
+    Heartbeat,
     Logged,
     Output,
     Reply,
@@ -42,7 +42,7 @@ from torchtrainer.driver.events import (
     StopRequested,
     Tick,
 )
-from torchtrainer.driver.interrupts import HeldInterrupts
+from torchtrainer.driver.interrupts import DeferredInterrupts
 from torchtrainer.driver.policies import why_not_resize
 from torchtrainer.driver.report import Scene, error_of, short_cause
 from torchtrainer.driver.states import Calling, Closed, Idle, Machine
@@ -57,7 +57,7 @@ class Listener(Protocol):
     def on_waiting(self, doing: str) -> None:
         """The driver still waits."""
 
-    def on_beat(self, beat: Beat) -> None:
+    def on_heartbeat(self, heartbeat: Heartbeat) -> None:
         """A rank told where it is."""
 
     def on_output(self, output: Output) -> None:
@@ -215,12 +215,12 @@ class Controller:
 
     def stop(self) -> None:
         """Has the running call end at the next step boundary, with the state saved; from a callback of the listener."""
-        with HeldInterrupts(), self._turning:
+        with DeferredInterrupts(), self._turning:
             self._handle(StopRequested(signum=None, save=True))
 
     def save(self) -> None:
         """Has the state saved at the next step boundary of the running call; from a callback of the listener."""
-        with HeldInterrupts(), self._turning:
+        with DeferredInterrupts(), self._turning:
             self._handle(SaveRequested())
 
     def resize(self, processes: int) -> None:
@@ -234,7 +234,7 @@ class Controller:
         why = why_not_resize(processes, world_size=machine.world_size, min_workers=machine.min_workers, bound=bound)
         if why is not None:
             raise InvalidArgumentError(f"resize({processes!r}): {why}")
-        with HeldInterrupts(), self._turning:
+        with DeferredInterrupts(), self._turning:
             self._handle(ResizeRequested(processes=processes))
         while isinstance(self._machine.state, Idle) and self._machine.resizing:
             self._turn()
@@ -254,7 +254,7 @@ class Controller:
         if self._owner_pid != os.getpid():
             return  # a forked copy of the driver: the workers are not its own
         self._doing = "shutdown"
-        with HeldInterrupts(), self._turning:
+        with DeferredInterrupts(), self._turning:
             self._handle(EndRequested(force=force))
         while not self.closed:
             self._turn()
@@ -271,7 +271,7 @@ class Controller:
     def _await_outcome(self, request: CallRequested | None = None) -> Returned:
         try:
             if request is not None:
-                with HeldInterrupts(), self._turning:
+                with DeferredInterrupts(), self._turning:
                     self._handle(request)
             while self._outcome is None:
                 if self.closed:  # shut down meanwhile, from a callback or another thread
@@ -286,7 +286,7 @@ class Controller:
         return outcome
 
     def _turn(self, timeout_s: float = POLL_S) -> None:
-        with HeldInterrupts(), self._turning:
+        with DeferredInterrupts(), self._turning:
             self._connection.poll(timeout_s)
             while (message := self._connection.take(self._machine.group)) is not None:
                 self._unshown.append(message)
@@ -298,8 +298,8 @@ class Controller:
         self._listener.on_waiting(self._doing)
 
     def _show(self, news: Incoming | Report) -> None:
-        if isinstance(news, Beat):
-            self._listener.on_beat(news)
+        if isinstance(news, Heartbeat):
+            self._listener.on_heartbeat(news)
         elif isinstance(news, Output):
             self._listener.on_output(news)
         elif isinstance(news, Logged):
@@ -340,7 +340,7 @@ class Controller:
         """Asks for an early end, and gives the ranks a moment to come to a step boundary."""
         if not isinstance(self._machine.state, Calling) and self._machine.pending is None:
             return
-        with HeldInterrupts(), self._turning:
+        with DeferredInterrupts(), self._turning:
             self._handle(StopRequested(signum=int(signal.SIGINT)))
         deadline = self._clock() + self._timeouts.interrupt_s
         while isinstance(self._machine.state, Calling) and self._outcome is None and self._clock() < deadline:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtrainer.config import DRIVER_JOURNAL_BYTES
-from torchtrainer.control.messages import Beat
+from torchtrainer.control.messages import Heartbeat
 from torchtrainer.driver.events import Action, Event, Tick
 from torchtrainer.driver.journal_values import changed_fields, to_json
 from torchtrainer.driver.machine import TOLD, handle
@@ -34,7 +34,7 @@ OLDER_NAME = "driver.1.jsonl"
 """What was written before the last `DRIVER_JOURNAL_BYTES`."""
 MAX_RECENT = 20
 """Events that an error about a broken invariant shows."""
-_QUIET = (Beat, Tick)
+_QUIET = (Heartbeat, Tick)
 
 
 class EventJournal:

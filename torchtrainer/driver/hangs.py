@@ -39,7 +39,7 @@ def find_hung(
     given_s: float,
     *,
     learnt: bool = False,
-    held: Collection[int] = (),
+    paused: Collection[int] = (),
     excused: bool = False,
 ) -> tuple[WorkerView, float] | None:
     """Finds the worker that holds the others up, once it has shown no progress for too long.
@@ -52,13 +52,13 @@ def find_hung(
         views: of the workers that carry ranks.
         now: monotonic seconds.
         given_s, learnt: see `limit_s`.
-        held: workers that wait at a boundary for the driver's word.
+        paused: workers that wait at a boundary for the driver's word.
         excused: some rank has no carrier, so that there is somebody to wait for.
 
     Returns:
         The worker and its limit in seconds.
     """
-    busy = [view for view in views if view.busy and view.spoke and view.worker not in held]
+    busy = [view for view in views if view.busy and view.spoke and view.worker not in paused]
     longest_s = max((view.longest_s for view in busy), default=0.0)
     limits = {
         view.worker: limit_s(view, longest_s, given_s, learnt=learnt, mute=now - view.heard_at > MUTE_AFTER_S)
@@ -68,7 +68,7 @@ def find_hung(
     mute = [view for view in over if now - view.heard_at > limits[view.worker]]
     working = [view for view in busy if view.phase not in EXCHANGING or view in mute]
     guilty = [view for view in over if view in working]
-    if not working and not held and not excused:
+    if not working and not paused and not excused:
         guilty = over  # all wait, for each other: something inside the exchange is broken
     if not guilty:
         return None

@@ -9,7 +9,7 @@ import traceback
 from types import FrameType, TracebackType
 
 
-class HeldInterrupts:
+class DeferredInterrupts:
     """Holds Ctrl-C back inside ``with``: what SIGINT does in this process happens when the block is left.
 
     Only where SIGINT runs Python code, in the main thread; elsewhere nothing can come in between. Does not nest.

@@ -1,7 +1,7 @@
 """The machine's values as JSON, and back, checked field by field against their types. Pure.
 
 A dataclass is an object with its class under ``is`` and the fields that differ from their defaults; a mapping with keys that are no
-texts is a list of pairs; a tuple, set or roster is a list. What the machine decides nothing by does not get into a journal, since
+texts is a list of pairs; a tuple, set or table is a list. What the machine decides nothing by does not get into a journal, since
 whoever sends one in does not know what is in it: bytes become their length, and `PRIVATE` says what becomes of other fields.
 """
 
@@ -68,8 +68,8 @@ PRIVATE: Mapping[tuple[str, str], Callable[[Any], Any]] = {
     ("Stacks", "text"): _length,
     ("LoaderLost", "stack"): _length,
     ("LoaderDied", "stack"): _length,
-    ("Shared", "error"): _length,
-    ("Shared", "at"): _empty_dict,
+    ("StateSent", "error"): _length,
+    ("StateSent", "at"): _empty_dict,
     ("Join", "at"): _empty_dict,
     ("CheckpointEnded", "path"): _length,
     ("CheckpointEnded", "error"): _length,
@@ -80,10 +80,10 @@ PRIVATE: Mapping[tuple[str, str], Callable[[Any], Any]] = {
     ("StartWorker", "record"): _empty_list,
     ("Machine", "facts"): _deciding,
     ("Machine", "record"): _empty_list,
-    ("Beat", "loss"): _nothing,
+    ("Heartbeat", "loss"): _nothing,
 }
 """What is kept of fields that may say something of the user's data, code or machine, by class and field."""
-UNWRITTEN = frozenset({("WorkerView", "beat"), ("WorkerView", "laps")})
+UNWRITTEN = frozenset({("WorkerView", "heartbeat"), ("WorkerView", "phase_times")})
 """Fields that are left out: nobody decides by the one, and only `Straggler`, which orders nothing, comes of the other."""
 
 _OWN = (states.Machine, Timeouts, FailureConfig)
@@ -174,8 +174,8 @@ def from_json(hint: Any, value: Any) -> Any:  # noqa: PLR0911  # one return per 
         return Unsaid(_checked(type(value) is int and value >= 0, hint, value)) if value != 0 else b""
     if hint is float:
         return float(_checked(type(value) in (int, float), hint, value))
-    if hint is views.Roster:
-        return _roster(from_json(tuple[views.WorkerView, ...], value))
+    if hint is views.WorkerTable:
+        return _table(from_json(tuple[views.WorkerView, ...], value))
     if is_dataclass(hint):
         return _dataclass(hint, value)
     return _checked(type(value) is hint, hint, value)
@@ -238,8 +238,8 @@ def _dataclass(kind: Any, value: Any) -> Any:
     return kind(**read)
 
 
-def _roster(found: tuple[views.WorkerView, ...]) -> views.Roster:
+def _table(found: tuple[views.WorkerView, ...]) -> views.WorkerTable:
     numbers = [view.worker for view in found]
     if numbers != sorted(set(numbers)):
         raise ValueError(f"workers are not in ascending order: {numbers[:20]}")
-    return views.Roster(found)
+    return views.WorkerTable(found)

@@ -27,22 +27,22 @@ from dataclasses import replace
 from typing import Any
 
 from torchtrainer.control.messages import (
-    Beat,
     Bound,
     Boundary,
-    Carried,
     CheckpointEnded,
     EndWorker,
     EngineFailed,
     Failure,
     GroupFailed,
     GroupGone,
-    Held,
+    Heartbeat,
     KillWorker,
     LoaderLost,
+    Paused,
+    RanksAdopted,
     Reply,
-    Shared,
     Stacks,
+    StateSent,
     WorkerExited,
     WorkerReady,
     WorkerStarted,
@@ -74,8 +74,8 @@ from torchtrainer.driver.events import (
     StopRequested,
     Tick,
 )
-from torchtrainer.driver.moving import begin, end_resizing, on_held, on_shared, proceed, start_missing, trim
 from torchtrainer.driver.policies import root_cause, save_interval_s
+from torchtrainer.driver.reassign import begin, end_resizing, on_paused, on_state_sent, proceed, start_missing, trim
 from torchtrainer.driver.recovery import (
     carry,
     give_up,
@@ -83,11 +83,11 @@ from torchtrainer.driver.recovery import (
     lose_newcomer,
     note_step,
     on_bound,
-    on_carried,
+    on_ranks_adopted,
     refetched,
 )
 from torchtrainer.driver.states import Calling, Closed, Ending, Idle, Killing, Machine, Result, Starting, in_turn
-from torchtrainer.driver.stragglers import with_lap
+from torchtrainer.driver.stragglers import with_phase_times
 from torchtrainer.driver.supervision import on_stacks, on_tick
 from torchtrainer.driver.views import WorkerView, seen_in
 
@@ -126,7 +126,7 @@ def on_worker_started(machine: Machine, event: WorkerStarted, now: float) -> Res
     return machine.see(event.worker, pid=event.pid, machine=event.machine, heard_at=now, phase_since=now), ()
 
 
-def on_beat(machine: Machine, event: Beat, now: float) -> Result:
+def on_heartbeat(machine: Machine, event: Heartbeat, now: float) -> Result:
     """Sent every so often by every worker; one that was sent before the running call says nothing about it."""
     view = machine.view(event.worker)
     if view is None:
@@ -137,7 +137,7 @@ def on_beat(machine: Machine, event: Beat, now: float) -> Result:
     machine = machine.see(
         event.worker,
         reading=view.reading and not view.busy,
-        laps=with_lap(view, event),
+        phase_times=with_phase_times(view, event),
         **seen_in(event, now),
     )
     return note_step(machine, event.step), ()
@@ -183,7 +183,7 @@ def on_worker_exited(machine: Machine, event: WorkerExited, now: float) -> Resul
 
 
 def _cause_of(machine: Machine, view: WorkerView, event: WorkerExited) -> WorkerLost:
-    hung = next((one.cause for one in machine.condemned if one.worker == event.worker), None)
+    hung = next((one.cause for one in machine.pending_kills if one.worker == event.worker), None)
     return hung or WorkerDied(
         ranks=view.ranks or (view.like,),
         pid=event.pid,
@@ -203,7 +203,7 @@ def _forget(machine: Machine, worker: int) -> Machine:
     diagnosis = machine.diagnosis
     return replace(
         machine,
-        condemned=tuple(one for one in machine.condemned if one.worker != worker),
+        pending_kills=tuple(one for one in machine.pending_kills if one.worker != worker),
         diagnosis=None if diagnosis is not None and diagnosis.worker == worker else diagnosis,
     )
 
@@ -282,15 +282,15 @@ def on_end_requested(machine: Machine, event: EndRequested, now: float) -> Resul
 
 _ON: dict[type, Callable[[Machine, Any, float], Result]] = {
     WorkerStarted: on_worker_started,
-    Beat: on_beat,
+    Heartbeat: on_heartbeat,
     WorkerReady: on_worker_ready,
     Reply: on_reply,
     Failure: on_failure,
     WorkerExited: on_worker_exited,
     Boundary: on_boundary,
-    Held: on_held,
-    Shared: on_shared,
-    Carried: on_carried,
+    Paused: on_paused,
+    StateSent: on_state_sent,
+    RanksAdopted: on_ranks_adopted,
     Bound: on_bound,
     LoaderLost: on_loader_lost,
     CheckpointEnded: on_checkpoint_ended,

@@ -1,31 +1,31 @@
 """What follows when a worker is lost: its ranks are carried by others, at once or by a replacement, or the group ends. Pure.
 
 lost ──> budget spent? ──> group ends
-  │                                     ┌──> Carry to the survivors with the fewest ranks
+  │                                     ┌──> AdoptRanks to the survivors with the fewest ranks
   └──> may a worker carry any ranks, ───┤
-       and are enough workers left?     └──> wait for a replacement (see `moving`)
+       and are enough workers left?     └──> wait for a replacement (see `reassign`)
 
-The survivors keep their memory and wait in the exchange in which the ranks are missed; `Carried` says that they have got past it.
+The survivors keep their memory and wait in the exchange in which the ranks are missed; `RanksAdopted` says that they have got past it.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from torchtrainer.control.messages import Bound, Carried, Carry, LoaderLost
+from torchtrainer.control.messages import AdoptRanks, Bound, LoaderLost, RanksAdopted
 from torchtrainer.driver.causes import CrashLoop, LoaderDied, StartTimedOut, UserCodeFailed, WorkerDied, WorkerLost
 from torchtrainer.driver.ending import kill
 from torchtrainer.driver.events import Action, Joined, Recovered, ReplacingStopped, Send
 from torchtrainer.driver.layout import spread
 from torchtrainer.driver.states import Budget, Calling, Idle, Loss, Machine, Result
-from torchtrainer.driver.views import Roster, WorkerView
+from torchtrainer.driver.views import WorkerTable, WorkerView
 
 BURST_S = 0.1
 """Workers that are lost within this time of each other are one failure of the budget: whatever it was, it took them together."""
 
 
 def lose(machine: Machine, view: WorkerView, cause: WorkerLost, now: float) -> Result:
-    """A worker that carries ranks is gone, and did not say why; who carries them now is up to `carry` and `moving`.
+    """A worker that carries ranks is gone, and did not say why; who carries them now is up to `carry` and `reassign`.
 
     Args:
         machine: of a group that can recover.
@@ -36,7 +36,7 @@ def lose(machine: Machine, view: WorkerView, cause: WorkerLost, now: float) -> R
     machine = spend(machine, now)
     step = max(view.step for view in machine.views)
     loss = Loss(worker=view.worker, ranks=view.ranks, cause=cause, step=step, since=now, left=frozenset(view.ranks))
-    views = Roster(
+    views = WorkerTable(
         replace(v, lost=True, busy=False, phase="gone") if v.worker == view.worker else v for v in machine.views
     )
     machine = replace(machine, views=views, losses=(*machine.losses, loss))
@@ -124,15 +124,15 @@ def carry(machine: Machine, now: float) -> Result:
     views = {view.worker: view for view in machine.views if not view.lost}
     for worker, ranks in spread(lost, {view.worker: view.ranks for view in able}).items():
         views[worker] = with_ranks(machine, views[worker], (*views[worker].ranks, *ranks), "carry", now)
-        message = Carry(group=machine.group, worker=worker, call=machine.call, ranks=list(ranks))
+        message = AdoptRanks(group=machine.group, worker=worker, call=machine.call, ranks=list(ranks))
         actions.append(Send(message=message))
-    return replace(machine, views=Roster(views.values())), tuple(actions)
+    return replace(machine, views=WorkerTable(views.values())), tuple(actions)
 
 
 def with_ranks(machine: Machine, view: WorkerView, ranks: tuple[int, ...], phase: str, now: float) -> WorkerView:
     """A worker's view when it carries these ranks; one that did nothing enters a phase, if the call goes on for it."""
     busy = machine.owing(ranks)
-    view = replace(view, ranks=tuple(sorted(ranks)), laps=())
+    view = replace(view, ranks=tuple(sorted(ranks)), phase_times=())
     if busy and not view.busy:
         return replace(view, busy=True, phase=phase, phase_since=now, heard_at=now)
     return replace(view, busy=busy)
@@ -141,7 +141,7 @@ def with_ranks(machine: Machine, view: WorkerView, ranks: tuple[int, ...], phase
 # What workers say
 
 
-def on_carried(machine: Machine, event: Carried, now: float) -> Result:
+def on_ranks_adopted(machine: Machine, event: RanksAdopted, now: float) -> Result:
     """Sent when all ranks have got past the step in which a worker was lost; also by a newcomer that has joined."""
     view = machine.view(event.worker)
     if view is None or not isinstance(machine.state, Idle | Calling):

@@ -12,7 +12,7 @@ from torchtrainer.control.messages import CheckpointEnded, Failure, Reply, StopA
 from torchtrainer.driver.causes import Cause, WorkerHung, WorkerLost
 from torchtrainer.driver.events import Action, CallRequested, StopRequested
 from torchtrainer.driver.policies import MIN_SAVE_EVERY_S
-from torchtrainer.driver.views import Roster, WorkerView
+from torchtrainer.driver.views import WorkerTable, WorkerView
 
 TO_THE_END = 1 << 62
 """A boundary that no pass reaches: go on to the end, since another rank has already got there."""
@@ -42,9 +42,9 @@ class Calling:
     Attributes:
         method, blob: of the call.
         replies: by rank.
-        boundaries: where workers hold since a stop, a save or a hold was asked for; None: it never was.
+        boundaries: where workers pause since a stop, a save or a pause was asked for; None: it never was.
         round: how often that was asked for.
-        stop, save, hold: what is asked for.
+        stop, save, pause: what is asked for.
         decided: workers were told where, in this round.
         orders: what they were told in this and earlier rounds and may not have come to.
         slow: workers that were reported as stragglers.
@@ -60,7 +60,7 @@ class Calling:
     round: int = 0
     stop: bool = False
     save: bool = False
-    hold: bool = False
+    pause: bool = False
     decided: bool = False
     orders: tuple[StopAt, ...] = ()
     slow: frozenset[int] = frozenset()
@@ -115,7 +115,7 @@ class Diagnosis:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Condemned:
+class PendingKill:
     """A worker is being killed for this cause; it has until then to be gone."""
 
     worker: int
@@ -167,27 +167,27 @@ class Move:
 
     Attributes:
         newcomer: worker that is to join; None: ranks only change places.
-        hold: it happens at a step boundary of the running call, at which workers hold; else while they wait anyway.
+        pause: it happens at a step boundary of the running call, at which workers pause; else while they wait anyway.
         boundary: that boundary; None: they do not agree on it yet.
-        held: workers that hold there.
+        paused: workers that pause there.
         sharer, number: which worker was asked for its state, and the number of that; None, 0: nobody was.
         takes: the rank that each newcomer takes over from a lost worker, with that state.
         until: when the newcomer, or what holds, has waited long enough (monotonic).
     """
 
     newcomer: int | None
-    hold: bool
+    pause: bool
     until: float
     boundary: int | None = None
-    held: frozenset[int] = frozenset()
+    paused: frozenset[int] = frozenset()
     sharer: int | None = None
     number: int = 0
     takes: Mapping[int, int] = field(default_factory=dict)
 
     @property
-    def holding(self) -> bool:
-        """Whether workers hold, or go to the boundary to hold there."""
-        return self.hold and self.boundary is not None
+    def pausing(self) -> bool:
+        """Whether workers pause, or go to the boundary to pause there."""
+        return self.pause and self.boundary is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +213,7 @@ class Machine:
         move: change of carriers that is under way.
         shares: how often a worker was asked to share its state.
         resizing: another number of processes was asked for and is not there yet.
-        diagnosis, condemned: workers that hang, before and while they are killed.
+        diagnosis, pending_kills: workers that hang, before and while they are killed.
         ticked_at: when the driver looked last.
         save_every_s: seconds between two checkpoints; None: nobody asks for any.
         save_cheaply: ``save_every_s`` follows what checkpoints cost.
@@ -226,7 +226,7 @@ class Machine:
     timeouts: Timeouts
     hang_timeout_s: float
     state: State
-    views: Roster
+    views: WorkerTable
     failure: FailureConfig
     min_workers: int
     processes: int
@@ -244,7 +244,7 @@ class Machine:
     shares: int = 0
     resizing: bool = False
     diagnosis: Diagnosis | None = None
-    condemned: tuple[Condemned, ...] = ()
+    pending_kills: tuple[PendingKill, ...] = ()
     save_every_s: float | None = None
     save_cheaply: bool = False
     saved_at: float = 0.0
@@ -264,7 +264,7 @@ class Machine:
         save_every_s: float | Literal["auto"] | None = None,
     ) -> Machine:
         """A group that was just asked for: one worker per rank."""
-        views = Roster(
+        views = WorkerTable(
             WorkerView(worker=r, ranks=(r,), like=r, phase_since=now, heard_at=now) for r in range(world_size)
         )
         return cls(
@@ -299,7 +299,7 @@ class Machine:
 
     def without(self, worker: int) -> Machine:
         """The machine without a worker, which has left or never came."""
-        return replace(self, views=Roster(v for v in self.views if v.worker != worker))
+        return replace(self, views=WorkerTable(v for v in self.views if v.worker != worker))
 
     def to(self, state: State) -> Machine:
         """The machine in another state."""
@@ -355,7 +355,7 @@ class Machine:
     @property
     def able(self) -> tuple[WorkerView, ...]:
         """Carriers that are not being killed."""
-        doomed = {one.worker for one in self.condemned}
+        doomed = {one.worker for one in self.pending_kills}
         return tuple(view for view in self.carriers if view.worker not in doomed)
 
     @property

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
-from torchtrainer.control.messages import Beat
-from torchtrainer.driver.views import Lap, WorkerView
+from torchtrainer.control.messages import Heartbeat
+from torchtrainer.driver.views import PhaseTimes, WorkerView
 
 STRAGGLER_STEPS = 20
 """Over so many of the latest steps workers are compared."""
 STRAGGLER_FACTOR = 2.0
 """A worker that takes more than so many times as long as the others do is a straggler."""
-WAITING_PHASES = frozenset({"exchange", "hold", "idle"})
+WAITING_PHASES = frozenset({"exchange", "pause", "idle"})
 """Phases in which a worker does nothing of its own."""
 
 
@@ -33,14 +33,14 @@ class Straggler:
     phase: str
 
 
-def with_lap(view: WorkerView, beat: Beat) -> tuple[Lap, ...]:
-    """The laps of a worker with that of a heartbeat; of the earlier ones stay those that span `STRAGGLER_STEPS` steps."""
-    if not beat.spent_s or not view.ranks:
-        return view.laps
-    earlier = tuple(lap for lap in view.laps if lap.step < beat.step)
-    while len(earlier) > 1 and beat.step - earlier[1].step >= STRAGGLER_STEPS:
+def with_phase_times(view: WorkerView, heartbeat: Heartbeat) -> tuple[PhaseTimes, ...]:
+    """The phase times of a worker with that of a heartbeat; of the earlier ones stay those that span `STRAGGLER_STEPS` steps."""
+    if not heartbeat.spent_s or not view.ranks:
+        return view.phase_times
+    earlier = tuple(lap for lap in view.phase_times if lap.step < heartbeat.step)
+    while len(earlier) > 1 and heartbeat.step - earlier[1].step >= STRAGGLER_STEPS:
         earlier = earlier[1:]
-    return (*earlier, Lap(step=beat.step, spent_s=beat.spent_s))
+    return (*earlier, PhaseTimes(step=heartbeat.step, spent_s=heartbeat.spent_s))
 
 
 def find_straggler(views: Iterable[WorkerView]) -> Straggler | None:
@@ -67,9 +67,9 @@ def find_straggler(views: Iterable[WorkerView]) -> Straggler | None:
 
 def _per_step(view: WorkerView) -> dict[str, float] | None:
     """Seconds of work per step and rank in each phase; None: too few steps were seen."""
-    if not view.laps:
+    if not view.phase_times:
         return None
-    first, last = view.laps[0], view.laps[-1]
+    first, last = view.phase_times[0], view.phase_times[-1]
     steps = last.step - first.step
     if steps < STRAGGLER_STEPS:
         return None

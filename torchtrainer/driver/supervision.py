@@ -18,23 +18,23 @@ from torchtrainer.driver.causes import StartTimedOut, WorkerHung
 from torchtrainer.driver.ending import close, kill
 from torchtrainer.driver.events import Action, Send, Tick
 from torchtrainer.driver.hangs import find_hung, is_silent, silent_s
-from torchtrainer.driver.moving import release_late
 from torchtrainer.driver.policies import STEPPING_METHODS
+from torchtrainer.driver.reassign import release_late
 from torchtrainer.driver.recovery import lose_newcomer
 from torchtrainer.driver.states import (
     Calling,
-    Condemned,
     Diagnosis,
     Ending,
     Idle,
     Killing,
     Machine,
+    PendingKill,
     Result,
     Starting,
     in_turn,
 )
 from torchtrainer.driver.stragglers import find_straggler
-from torchtrainer.driver.views import Roster, WorkerView
+from torchtrainer.driver.views import WorkerTable, WorkerView
 
 DRIVER_GAP_S = 5.0
 """When the driver looks so much later than before, it was stopped itself, or its machine: no worker is blamed for that time."""
@@ -48,7 +48,7 @@ def on_tick(machine: Machine, event: Tick, now: float) -> Result:
         return _end_late(machine, state, now)
     if isinstance(state, Starting | Calling) and state.settle_at is not None:
         return settle(machine, now) if now >= state.settle_at else (machine, ())
-    checks = (_save_if_due, _check_start, _check_newcomers, _end_diagnosis, _check_condemned, _check_progress)
+    checks = (_save_if_due, _check_start, _check_newcomers, _end_diagnosis, _check_pending_kills, _check_progress)
     return in_turn(machine, now, *checks, release_late, _check_sharing, _check_leavers, _tell_straggler)
 
 
@@ -68,7 +68,7 @@ def _forgive_own_absence(machine: Machine, now: float) -> Machine:
     machine = replace(machine, ticked_at=now)
     if gap_s <= DRIVER_GAP_S:
         return machine
-    views = Roster(
+    views = WorkerTable(
         replace(v, heard_at=min(now, v.heard_at + gap_s), phase_since=min(now, v.phase_since + gap_s))
         for v in machine.views
     )
@@ -141,20 +141,20 @@ def _end_late(machine: Machine, state: Ending | Killing, now: float) -> Result:
 
 def _check_progress(machine: Machine, now: float) -> Result:
     state = machine.state
-    if machine.diagnosis is not None or machine.condemned or isinstance(state, Idle):
+    if machine.diagnosis is not None or machine.pending_kills or isinstance(state, Idle):
         return machine, ()
     if isinstance(state, Calling) and state.method not in STEPPING_METHODS:
         return machine, ()  # a user's function may take as long as it likes
-    held: frozenset[int] = frozenset()
+    paused: frozenset[int] = frozenset()
     if isinstance(state, Calling):
-        held = frozenset(state.boundaries or ()) if state.deciding else frozenset()
-        held |= machine.move.held if machine.move is not None else frozenset()
+        paused = frozenset(state.boundaries or ()) if state.deciding else frozenset()
+        paused |= machine.move.paused if machine.move is not None else frozenset()
     found = find_hung(
         machine.carriers,
         now,
         machine.hang_timeout_s,
         learnt=isinstance(state, Calling) and machine.failure.hang_timeout_s == "auto",
-        held=held,
+        paused=paused,
         excused=bool(machine.uncarried),
     )
     if found is None:
@@ -194,14 +194,14 @@ def _condemn(machine: Machine, cause: WorkerHung, worker: int, now: float) -> Re
         return kill(machine, cause, now)
     if not machine.recovers:
         return kill(machine, cause, now, retry=may_retry(machine, cause), why="its memory cannot be made up for")
-    condemned = Condemned(worker=worker, cause=cause, until=now + machine.timeouts.cleanup_s)
-    machine = replace(machine, condemned=(*machine.condemned, condemned))
+    pending_kills = PendingKill(worker=worker, cause=cause, until=now + machine.timeouts.cleanup_s)
+    machine = replace(machine, pending_kills=(*machine.pending_kills, pending_kills))
     return machine, (Send(message=KillWorker(group=machine.group, worker=worker)),)
 
 
-def _check_condemned(machine: Machine, now: float) -> Result:
+def _check_pending_kills(machine: Machine, now: float) -> Result:
     """A process that even a kill does not end, such as one that waits for a broken disk, takes the group with it."""
-    late = next((one for one in machine.condemned if now >= one.until), None)
+    late = next((one for one in machine.pending_kills if now >= one.until), None)
     if late is None:
         return machine, ()
     return kill(machine, late.cause, now, retry=may_retry(machine, late.cause), why="it could not be killed by itself")
@@ -209,8 +209,8 @@ def _check_condemned(machine: Machine, now: float) -> Result:
 
 def _check_sharing(machine: Machine, now: float) -> Result:
     """A worker that has nothing else to do and yet does not share its state, or does not join, hangs."""
-    move, limit_s = machine.move, machine.timeouts.hold_s
-    if machine.condemned or (move is not None and move.hold):
+    move, limit_s = machine.move, machine.timeouts.pause_s
+    if machine.pending_kills or (move is not None and move.pause):
         return machine, ()
     sharing = [v for v in machine.carriers if move is not None and v.worker == move.sharer and now >= move.until]
     joining = [view for view in machine.carriers if view.reading]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, overload
 
-from torchtrainer.control.messages import Beat
+from torchtrainer.control.messages import Heartbeat
 
 EXCHANGING = frozenset({"exchange", "backward"})
 """Phases in which a worker may be waiting for the others."""
@@ -17,7 +17,7 @@ BLOCK = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lap:
+class PhaseTimes:
     """A worker's clock at a step: seconds that it has spent in each phase since it was built."""
 
     step: int
@@ -44,8 +44,8 @@ class WorkerView:
         lost: its process is gone, and nobody carries its ranks yet.
         leaving_by: it was told to leave, and has until then (monotonic); None: it stays.
         longest_s: the longest of its latest steps; 0.0: not known.
-        laps: where it was in time, oldest first; for finding stragglers.
-        beat: its latest heartbeat, for what nobody decides by.
+        phase_times: where it was in time, oldest first; for finding stragglers.
+        heartbeat: its latest heartbeat, for what nobody decides by.
     """
 
     worker: int
@@ -68,12 +68,12 @@ class WorkerView:
     batch: int = 0
     device: str = ""
     longest_s: float = 0.0
-    laps: tuple[Lap, ...] = field(default=(), repr=False)
-    beat: Beat | None = field(default=None, repr=False)
+    phase_times: tuple[PhaseTimes, ...] = field(default=(), repr=False)
+    heartbeat: Heartbeat | None = field(default=None, repr=False)
 
-    def heard(self, beat: Beat, now: float) -> WorkerView:
+    def heard(self, heartbeat: Heartbeat, now: float) -> WorkerView:
         """The view when the worker has sent a heartbeat."""
-        return replace(self, **seen_in(beat, now))
+        return replace(self, **seen_in(heartbeat, now))
 
     @property
     def rank(self) -> int:
@@ -91,18 +91,18 @@ class WorkerView:
         return not self.ranks and not self.lost and self.leaving_by is None
 
 
-def seen_in(beat: Beat, now: float) -> dict[str, Any]:
+def seen_in(heartbeat: Heartbeat, now: float) -> dict[str, Any]:
     """What a heartbeat says of its worker, as fields of its view."""
     return {
         "heard_at": now,
         "spoke": True,
-        "phase": beat.phase,
-        "phase_since": now - beat.phase_age_s,
-        "step": beat.step,
-        "epoch": beat.epoch,
-        "batch": beat.batch,
-        "longest_s": beat.longest_s,
-        "beat": beat,
+        "phase": heartbeat.phase,
+        "phase_since": now - heartbeat.phase_age_s,
+        "step": heartbeat.step,
+        "epoch": heartbeat.epoch,
+        "batch": heartbeat.batch,
+        "longest_s": heartbeat.longest_s,
+        "heartbeat": heartbeat,
     }
 
 
@@ -136,7 +136,7 @@ class Standing:
         return cls(carriers=carriers, newcomers=tuple(newcomers), uncarried=tuple(sorted(uncarried)))
 
 
-class Roster(Sequence[WorkerView]):
+class WorkerTable(Sequence[WorkerView]):
     """All workers of a group, by ascending number; immutable.
 
     With thousands of them no message may cost a look at each, or a copy of all. A worker is found by its number, they lie in
@@ -173,13 +173,13 @@ class Roster(Sequence[WorkerView]):
         return self._blocks[block][rest]
 
     def __eq__(self, other: object) -> bool:
-        return self._blocks == other._blocks if isinstance(other, Roster) else NotImplemented
+        return self._blocks == other._blocks if isinstance(other, WorkerTable) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self._blocks)
 
     def __repr__(self) -> str:
-        return f"Roster({list(self)!r})"
+        return f"WorkerTable({list(self)!r})"
 
     @property
     def standing(self) -> Standing:
@@ -194,21 +194,21 @@ class Roster(Sequence[WorkerView]):
         view = self[place] if place < self._size else None
         return view if view is not None and view.worker == worker else None
 
-    def see(self, worker: int, changes: Mapping[str, Any]) -> Roster:
-        """The roster with something new about one of its workers."""
+    def see(self, worker: int, changes: Mapping[str, Any]) -> WorkerTable:
+        """The table with something new about one of its workers."""
         number, rest = divmod(self._place(worker), BLOCK)
         block = list(self._blocks[number])
         before, after = block[rest], replace(block[rest], **changes)
         block[rest] = after
         blocks = list(self._blocks)
         blocks[number] = tuple(block)
-        roster = Roster()
-        roster._blocks, roster._size = tuple(blocks), self._size
+        table = WorkerTable()
+        table._blocks, table._size = tuple(blocks), self._size
         if (before.ranks, before.lost, before.leaving_by) == (after.ranks, after.lost, after.leaving_by):
-            roster._standing = self._standing
-        return roster
+            table._standing = self._standing
+        return table
 
-    def changed_since(self, before: Roster) -> list[tuple[WorkerView, WorkerView]] | None:
+    def changed_since(self, before: WorkerTable) -> list[tuple[WorkerView, WorkerView]] | None:
         """The workers of which something new is known, as they were and are; None: they are not the same workers."""
         if self._size != before._size:
             return None

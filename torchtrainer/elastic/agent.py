@@ -30,7 +30,7 @@ from torchtrainer.launcher.activity import HangDetector, read_step, sample, stac
 from torchtrainer.launcher.failure import WorkerEnd, describe, preempted
 from torchtrainer.launcher.fork_safety import Program
 from torchtrainer.launcher.summary import Summary
-from torchtrainer.launcher.watch import Call, Watch
+from torchtrainer.launcher.watch import Call, ProcessWatch
 from torchtrainer.process.oom import OomWatch
 from torchtrainer.process.paths import LaunchPaths
 
@@ -45,7 +45,7 @@ class Preempted(Exception):  # noqa: N818  # not an error: state is saved, and t
 
 
 @dataclass(frozen=True, kw_only=True)
-class Orders:
+class AgentOptions:
     """What the user asked for beyond what torch's ``WorkerSpec`` holds.
 
     Attributes:
@@ -84,7 +84,13 @@ class Agent(LocalElasticAgent):
     """
 
     def __init__(
-        self, orders: Orders, watch: Watch, paths: LaunchPaths, summary: Summary, reach: Reach, **agent: Any
+        self,
+        orders: AgentOptions,
+        watch: ProcessWatch,
+        paths: LaunchPaths,
+        summary: Summary,
+        reach: Reach,
+        **agent: Any,
     ) -> None:
         super().__init__(**agent)
         self._orders = orders

@@ -32,14 +32,14 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher.api import LaunchConfig
 
 from torchtrainer.elastic import run_path
-from torchtrainer.elastic.agent import Agent, Orders, Preempted, raise_signal
+from torchtrainer.elastic.agent import Agent, AgentOptions, Preempted, raise_signal
 from torchtrainer.elastic.endpoint import Reach, UnreachableError, await_endpoint, connect_timeout_s, join_limit
 from torchtrainer.elastic.loopback import dynamic_handler, listen_here
 from torchtrainer.errors import EngineError
 from torchtrainer.launcher.failure import WorkerEnd, preempted
 from torchtrainer.launcher.fork_safety import Program
 from torchtrainer.launcher.summary import Summary
-from torchtrainer.launcher.watch import Watch
+from torchtrainer.launcher.watch import ProcessWatch
 from torchtrainer.process.cgroups import usable_cores
 from torchtrainer.process.paths import LaunchPaths
 from torchtrainer.process.starters import Starter
@@ -200,7 +200,7 @@ class Launch:
         dump = getattr(signal, "SIGUSR2", None)
         if dump is not None and dump not in self.signals:
             reports[dump] = lambda: agents[0].print_stacks() if agents else None
-        with Watch(starter, self.signals, reports, raise_signal) as watch:
+        with ProcessWatch(starter, self.signals, reports, raise_signal) as watch:
             try:
                 handler = self.handler = watch.run(self._make_handler, self._patience())
             except SignalException as error:
@@ -239,9 +239,9 @@ class Launch:
         failure = ChildFailedError(name=self._program.name, failures=result.failures) if result.is_failed() else None
         return Outcome(return_values=result.return_values, failure=failure, ends=tuple(agent.ends), preempted=False)
 
-    def _orders(self) -> Orders:
+    def _orders(self) -> AgentOptions:
         numa = getattr(self._config, "numa_options", None)
-        return Orders(
+        return AgentOptions(
             program=self._program,
             forked=self._program.exec_reason is None and numa is None,
             signals=self.signals,

@@ -14,7 +14,7 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-from torchtrainer.comm.meeting import loopback_store
+from torchtrainer.comm.rendezvous import loopback_store
 from torchtrainer.errors import EngineError
 from torchtrainer.topology import LOOPBACK
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import RendezvousHandler
 
-from torchtrainer.comm.meeting import met_before, private_store
+from torchtrainer.comm.rendezvous import met_before, private_store
 from torchtrainer.errors import EngineError
 
 STATIC_MEETING_S = 60.0

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torchtrainer.launcher.failure import WorkerEnd, read_error
 from torchtrainer.launcher.fork_safety import Program
 from torchtrainer.launcher.script import ProgramSpec
-from torchtrainer.launcher.watch import Watch
+from torchtrainer.launcher.watch import ProcessWatch
 from torchtrainer.process.error_file import NS_PER_S
 from torchtrainer.process.guard import kill_session, signal_process
 from torchtrainer.process.paths import LaunchPaths
@@ -59,7 +59,7 @@ class Workers(PContext):
         context: arguments of torch's ``PContext``; those that the installed torch does not know are left out.
     """
 
-    def __init__(self, attempt: Attempt, watch: Watch, paths: LaunchPaths, **context: Any) -> None:
+    def __init__(self, attempt: Attempt, watch: ProcessWatch, paths: LaunchPaths, **context: Any) -> None:
         known = inspect.signature(PContext.__init__).parameters
         super().__init__(**{name: value for name, value in context.items() if name in known})
         self._attempt = attempt

@@ -30,7 +30,7 @@ def worker_name(group: str, worker: int) -> str:
 
 
 @dataclass
-class Group:
+class HostGroup:
     """Processes of one worker group, by their numbers.
 
     Attributes:
@@ -107,11 +107,11 @@ class Group:
             self.snapshots.close()
 
 
-def new_group(message: StartGroup, paths: EnginePaths) -> Group:
+def new_group(message: StartGroup, paths: EnginePaths) -> HostGroup:
     """A group of which no process exists yet."""
     ranks = message.here
     memory = SharedMemory.of(message.world_size, paths.root)
-    group = Group(
+    group = HostGroup(
         spec=replace(message, blob=b""),
         memory=memory,
         unborn=set(ranks),
@@ -124,7 +124,7 @@ def new_group(message: StartGroup, paths: EnginePaths) -> Group:
     return group
 
 
-def writer_spec(group: Group, number: int, paths: EnginePaths) -> ChildSpec:
+def writer_spec(group: HostGroup, number: int, paths: EnginePaths) -> ChildSpec:
     """What the writer of a snapshot is started with."""
     message, snapshots = group.spec, group.snapshots
     assert snapshots is not None
@@ -142,7 +142,7 @@ def writer_spec(group: Group, number: int, paths: EnginePaths) -> ChildSpec:
     )
 
 
-def child_spec(group: Group, worker: int, paths: EnginePaths, record: list[Any] | None = None) -> ChildSpec:
+def child_spec(group: HostGroup, worker: int, paths: EnginePaths, record: list[Any] | None = None) -> ChildSpec:
     """What a worker is started with.
 
     Args:
@@ -181,7 +181,7 @@ def child_spec(group: Group, worker: int, paths: EnginePaths, record: list[Any] 
     )
 
 
-def _worker_arguments(group: Group, worker: int, paths: EnginePaths, record: list[Any] | None) -> dict[str, Any]:
+def _worker_arguments(group: HostGroup, worker: int, paths: EnginePaths, record: list[Any] | None) -> dict[str, Any]:
     """What a worker is told; see `torchtrainer.worker.main.WorkerArguments`."""
     message, snapshots, rank = group.spec, group.snapshots, group.like[worker]
     local_rank = message.here.index(rank)
@@ -205,7 +205,7 @@ def _worker_arguments(group: Group, worker: int, paths: EnginePaths, record: lis
         "gpu": message.gpus[local_rank] if message.gpus else None,
         "heartbeat_s": message.heartbeat_s,
         "progress_s": message.progress_s,
-        "hold_s": message.hold_s,
+        "pause_s": message.pause_s,
         "memory": group.memory.paths(),
         "record": record,
         "checkpoint": snapshots and {**asdict(snapshots.orders), "regions": snapshots.regions},

@@ -19,13 +19,13 @@ from pathlib import Path
 
 from torchtrainer.control.channel import Router
 from torchtrainer.control.messages import (
-    Beat,
     Call,
     DumpStacks,
     EngineFailed,
     Failure,
     GroupFailed,
     GroupGone,
+    Heartbeat,
     Hello,
     KillGroup,
     KillWorker,
@@ -33,8 +33,8 @@ from torchtrainer.control.messages import (
     Quit,
     Reply,
     SignalWorkers,
-    SnapshotTaken,
-    SnapshotWanted,
+    SnapshotDone,
+    SnapshotRequest,
     StartGroup,
     StartWorker,
     WorkerExited,
@@ -42,7 +42,7 @@ from torchtrainer.control.messages import (
     WorkerStarted,
 )
 from torchtrainer.control.wire import ForWorker, FromWorker, Message
-from torchtrainer.engines.groups import WRITER, Group, child_spec, new_group, worker_name
+from torchtrainer.engines.groups import WRITER, HostGroup, child_spec, new_group, worker_name
 from torchtrainer.engines.output import ask_for_stacks, last_words, last_words_of_driver, new_output, written_stacks
 from torchtrainer.engines.saving import Saving
 from torchtrainer.engines.starting import SpawnerReplaced, Starters
@@ -79,7 +79,7 @@ class Host:
         self._machine = socket.gethostname()
         self._driver_pid = driver_pid
         self._driver_watch = [fd for fd in (open_pidfd(driver_pid), driver_pipe) if fd is not None]
-        self._groups: dict[str, Group] = {}
+        self._groups: dict[str, HostGroup] = {}
         self._oom = OomWatch()
         self._quit = False
         self._exits: list[tuple[float, ChildExited]] = []
@@ -122,7 +122,7 @@ class Host:
     def _on_message(self, sender: bytes, message: Message) -> None:
         if isinstance(message, ForWorker):
             self._pass_to_workers(message)
-        elif isinstance(message, SnapshotWanted | SnapshotTaken):
+        elif isinstance(message, SnapshotRequest | SnapshotDone):
             if message.group in self._groups:
                 self._saving.on_message(self._groups[message.group], message)
         elif isinstance(message, FromWorker):
@@ -165,7 +165,7 @@ class Host:
         group = self._groups.get(message.group)
         if group is None or isinstance(message, Hello):
             return
-        if isinstance(message, Beat) and not group.active:
+        if isinstance(message, Heartbeat) and not group.active:
             return
         if isinstance(message, WorkerReady):
             self._starters.preload(message.modules)
@@ -186,7 +186,7 @@ class Host:
         except OSError as error:  # no space, or no more processes: other groups go on
             self._to_driver(GroupFailed(group=message.group, text=str(error)))
 
-    def _on_not_started(self, group: Group, worker: int, text: str) -> None:
+    def _on_not_started(self, group: HostGroup, worker: int, text: str) -> None:
         """There is no process for a worker: one that came later is done without, else the group cannot be."""
         name = group.spec.group
         group.unborn.discard(worker)
@@ -232,7 +232,7 @@ class Host:
             kill_session(pid)
         self._forget_if_gone(name, group)
 
-    def _forget_if_gone(self, name: str, group: Group) -> None:
+    def _forget_if_gone(self, name: str, group: HostGroup) -> None:
         if group.pids or group.unborn:
             return
         self._saving.write_if_due(group)
@@ -349,11 +349,11 @@ class Host:
 
     # Output and stacks
 
-    def _forward_output(self, group: Group, flush: bool = False) -> None:
+    def _forward_output(self, group: HostGroup, flush: bool = False) -> None:
         for message in new_output(group, flush):
             self._to_driver(message)
 
-    def _send_stacks(self, group: Group) -> None:
+    def _send_stacks(self, group: HostGroup) -> None:
         group.stacks_due = None
         for message in written_stacks(group):
             self._to_driver(message)

@@ -144,7 +144,7 @@ class LocalEngine:
             gpus=list(plan.gpus),
             heartbeat_s=plan.timeouts.heartbeat_s,
             progress_s=plan.timeouts.progress_s,
-            hold_s=plan.timeouts.hold_s,
+            pause_s=plan.timeouts.pause_s,
             checkpoint=None if plan.checkpoint is None else asdict(plan.checkpoint),
             blob=script.state + _pickled_spec(plan),
         )

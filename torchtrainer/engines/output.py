@@ -6,7 +6,7 @@ import contextlib
 import time
 
 from torchtrainer.control.messages import Output, Stacks, WorkerExited
-from torchtrainer.engines.groups import Group
+from torchtrainer.engines.groups import HostGroup
 from torchtrainer.observe.notices import warn
 from torchtrainer.process.crashes import last_crash
 from torchtrainer.process.guard import signal_process
@@ -20,7 +20,7 @@ STACK_DUMP_WAIT_S = 0.3
 """How long a worker gets to write its stacks before they are read."""
 
 
-def new_output(group: Group, flush: bool) -> list[Output]:
+def new_output(group: HostGroup, flush: bool) -> list[Output]:
     """Lines that rank 0 has written since this was asked last.
 
     Args:
@@ -31,7 +31,7 @@ def new_output(group: Group, flush: bool) -> list[Output]:
     return [Output(group=group.spec.group, worker=0, stream=stream, text=text) for stream, text in found if text]
 
 
-def ask_for_stacks(group: Group) -> None:
+def ask_for_stacks(group: HostGroup) -> None:
     """Has the workers write their stacks."""
     if STACK_DUMP_SIGNAL is None:
         return
@@ -40,14 +40,14 @@ def ask_for_stacks(group: Group) -> None:
     group.stacks_due = time.monotonic() + STACK_DUMP_WAIT_S
 
 
-def written_stacks(group: Group) -> list[Stacks]:
+def written_stacks(group: HostGroup) -> list[Stacks]:
     """The stacks that the workers wrote last."""
     paths = {worker: RankPaths.of(group.spec.log_dir, group.like[worker]).stacks for worker in group.pids}
     texts = {worker: last_text(path, group.logged[worker][1]) for worker, path in paths.items()}
     return [Stacks(group=group.spec.group, worker=worker, text=text) for worker, text in texts.items()]
 
 
-def last_words(group: Group, worker: int, event: ChildExited, oom: OomWatch) -> WorkerExited:
+def last_words(group: HostGroup, worker: int, event: ChildExited, oom: OomWatch) -> WorkerExited:
     """How a worker ended, and what it wrote last."""
     paths = RankPaths.of(group.spec.log_dir, group.like[worker])
     return WorkerExited(

@@ -11,7 +11,7 @@ from torchtrainer.errors import InvalidArgumentError, NotAvailableError
 ENTRY_POINTS = "torchtrainer.engines"
 OURS = {
     "local": "torchtrainer.engines.local:shared_engine",
-    "spmd": "torchtrainer.engines.inline:spmd_engine",
+    "spmd": "torchtrainer.engines.spmd:spmd_engine",
 }
 """As in ``pyproject.toml``. They are also here for a source checkout that is not installed, and as a look through all installed
 packages takes a good part of what a start may take; a package cannot take their names."""

@@ -6,10 +6,16 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable
 
-from torchtrainer.control.messages import CheckpointEnded, SnapshotAnswer, SnapshotDone, SnapshotTaken, SnapshotWanted
+from torchtrainer.control.messages import (
+    CheckpointEnded,
+    SnapshotDone,
+    SnapshotGrant,
+    SnapshotReleased,
+    SnapshotRequest,
+)
 from torchtrainer.control.wire import Message
 from torchtrainer.driver.run_dir import BorrowedRunDirectory
-from torchtrainer.engines.groups import Group, writer_spec
+from torchtrainer.engines.groups import HostGroup, writer_spec
 from torchtrainer.engines.snapshots import read_outcome
 from torchtrainer.process.child import ChildSpec
 from torchtrainer.process.paths import EnginePaths, private_directory
@@ -39,12 +45,12 @@ class Saving:
         self._to_worker = to_worker
         self._to_driver = to_driver
 
-    def on_message(self, group: Group, message: SnapshotWanted | SnapshotTaken) -> None:
+    def on_message(self, group: HostGroup, message: SnapshotRequest | SnapshotDone) -> None:
         """A rank wants to copy its share, or has."""
         snapshots = group.snapshots
         if snapshots is None:
             return
-        if isinstance(message, SnapshotWanted):
+        if isinstance(message, SnapshotRequest):
             self._answer(group, snapshots.want(message))
             return
         failed = snapshots.copied(message)
@@ -52,7 +58,7 @@ class Saving:
             self._tell_ended(group, failed)
         self.write_if_due(group)
 
-    def write_if_due(self, group: Group) -> None:
+    def write_if_due(self, group: HostGroup) -> None:
         """Starts the writer of a snapshot that is whole; when no rank is left, also of one that nobody spoke of."""
         snapshots = group.snapshots
         number = snapshots.due(ranks_left=bool(group.pids)) if snapshots is not None else 0
@@ -67,13 +73,13 @@ class Saving:
         except OSError as error:  # no space, or no more processes
             self.on_writer_not_started(group, str(error))
 
-    def on_writer_not_started(self, group: Group, text: str) -> None:
+    def on_writer_not_started(self, group: HostGroup, text: str) -> None:
         """There is no process that could write a snapshot."""
         assert group.snapshots is not None
         ended = group.snapshots.end({"error": f"its writer could not be started: {text}"}, group.spec.group)
         self._tell_ended(group, ended)
 
-    def on_writer_exited(self, group: Group) -> None:
+    def on_writer_exited(self, group: HostGroup) -> None:
         """The writer of a group is gone."""
         snapshots, name = group.snapshots, group.spec.group
         group.writer_pid = None
@@ -82,7 +88,7 @@ class Saving:
         self.write_if_due(group)
         self._answer(group, snapshots.answers(name))
 
-    def on_worker_exited(self, group: Group, worker: int, exit_code: int) -> None:
+    def on_worker_exited(self, group: HostGroup, worker: int, exit_code: int) -> None:
         """A worker of a group is gone, while others go on; one that left as it was told to owes nobody a share."""
         if group.snapshots is None or not group.pids or exit_code == 0:
             return
@@ -90,14 +96,14 @@ class Saving:
             self._tell_ended(group, ended)
         self._answer(group, group.snapshots.answers(group.spec.group))  # who waited for what was given up
 
-    def begin_again(self, groups: Iterable[Group]) -> None:
+    def begin_again(self, groups: Iterable[HostGroup]) -> None:
         """Starts every writer once more: they went with whoever had started them."""
         for group in groups:
             if group.snapshots is not None:
                 group.snapshots.writing, group.writer_pid = 0, None
                 self.write_if_due(group)
 
-    def finish(self, groups: Iterable[Group], turn: Callable[[], None]) -> None:
+    def finish(self, groups: Iterable[HostGroup], turn: Callable[[], None]) -> None:
         """Has everything written that was copied whole, and gives the memory back; for when nobody is left who could copy.
 
         Args:
@@ -116,18 +122,18 @@ class Saving:
             if group.snapshots is not None:
                 group.snapshots.close()
 
-    def _answer(self, group: Group, answers: list[tuple[int, SnapshotAnswer]]) -> None:
+    def _answer(self, group: HostGroup, answers: list[tuple[int, SnapshotGrant]]) -> None:
         for rank, answer in answers:
             self._to_worker(group.spec.group, rank, answer)
 
-    def _tell_ended(self, group: Group, ended: CheckpointEnded) -> None:
+    def _tell_ended(self, group: HostGroup, ended: CheckpointEnded) -> None:
         name = group.spec.group
         for rank in group.pids:
-            self._to_worker(name, rank, SnapshotDone(group=name, worker=rank, number=ended.number))
+            self._to_worker(name, rank, SnapshotReleased(group=name, worker=rank, number=ended.number))
         self._to_driver(ended)
 
 
-def _note_reached(group: Group) -> None:
+def _note_reached(group: HostGroup) -> None:
     """Writes down how far the ranks were, for the next start of the script; a disk that does not take it keeps nobody up."""
     run_dir = group.snapshots.orders.run_dir if group.snapshots is not None else ""
     if run_dir:

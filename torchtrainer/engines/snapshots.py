@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torchtrainer.control.messages import CheckpointEnded, SnapshotAnswer, SnapshotTaken, SnapshotWanted
+from torchtrainer.control.messages import CheckpointEnded, SnapshotDone, SnapshotGrant, SnapshotRequest
 from torchtrainer.engines.memory_files import MemoryFile
 
 _NUMBER_BYTES = 8
@@ -61,9 +61,9 @@ class Snapshots:
     writing: int = 0
     written: int = 0
     _memory: list[MemoryFile] = field(default_factory=list)
-    _asked: list[SnapshotWanted] = field(default_factory=list)
+    _asked: list[SnapshotRequest] = field(default_factory=list)
     _answers: dict[int, bool] = field(default_factory=dict)
-    _copied: dict[int, dict[int, SnapshotTaken]] = field(default_factory=dict)
+    _copied: dict[int, dict[int, SnapshotDone]] = field(default_factory=dict)
     _given_up: int = 0
 
     def __post_init__(self) -> None:
@@ -74,12 +74,12 @@ class Snapshots:
         """Paths by which processes of the same user open the ranks' regions, for as long as the host lives."""
         return [one.path for one in self._memory]
 
-    def want(self, message: SnapshotWanted) -> list[tuple[int, SnapshotAnswer]]:
+    def want(self, message: SnapshotRequest) -> list[tuple[int, SnapshotGrant]]:
         """A worker is ready to copy; returns the answers that are known now, with the workers that they are for."""
         self._asked.append(message)
         return self.answers(message.group)
 
-    def answers(self, group: str) -> list[tuple[int, SnapshotAnswer]]:
+    def answers(self, group: str) -> list[tuple[int, SnapshotGrant]]:
         """Answers to workers that wait for one; all of them get the same for the same snapshot."""
         given, waiting = [], []
         for asked in self._asked:
@@ -88,7 +88,7 @@ class Snapshots:
                     waiting.append(asked)
                     continue
                 self._answers[asked.number] = not self._busy(asked.number)
-            answer = SnapshotAnswer(
+            answer = SnapshotGrant(
                 group=group, worker=asked.worker, number=asked.number, go=self._answers[asked.number]
             )
             given.append((asked.worker, answer))
@@ -102,7 +102,7 @@ class Snapshots:
     def _busy(self, number: int) -> bool:
         return bool(self.writing) or any(one < number for one in self._copied)
 
-    def copied(self, message: SnapshotTaken) -> CheckpointEnded | None:
+    def copied(self, message: SnapshotDone) -> CheckpointEnded | None:
         """A worker has copied the shares of its ranks; returns what to tell if the snapshot failed on some rank."""
         if message.number <= self._given_up:
             return None
@@ -191,7 +191,7 @@ class Snapshots:
     def _meta(self, number: int) -> dict[str, Any]:
         return self._meta_of(self._copied.get(number, {}))
 
-    def _meta_of(self, shares: dict[int, SnapshotTaken]) -> dict[str, Any]:
+    def _meta_of(self, shares: dict[int, SnapshotDone]) -> dict[str, Any]:
         return next((share.meta for share in shares.values()), {})
 
 

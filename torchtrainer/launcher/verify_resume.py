@@ -34,7 +34,7 @@ from torchtrainer.launcher.verify_start import (
     Signal,
     StartTimeoutError,
 )
-from torchtrainer.observe.digest_log import DigestFile, Orders, Spot, log_path, logs_in
+from torchtrainer.observe.digest_log import DigestFile, DigestOrders, Spot, log_path, logs_in
 from torchtrainer.process.signals import EXIT_PREEMPTED
 
 COMMAND = "torchtrainer verify-resume"
@@ -156,7 +156,7 @@ class Verification:
             UsageError, NothingKeptError: the script cannot be verified.
             VerificationError, StartTimeoutError: it did not come to its end.
         """
-        undisturbed = self._undisturbed("undisturbed run", "reference", Orders())
+        undisturbed = self._undisturbed("undisturbed run", "reference", DigestOrders())
         if not any((self.work / "reference-runs").rglob("run.json")):
             made = any(self.reference.glob("trainer-*.log"))
             raise NothingKeptError("its trainer has run_dir=None" if made else "it makes no TorchTrainer")
@@ -177,7 +177,7 @@ class Verification:
             self.script.say(
                 f"differs at {found.where}; running undisturbed once more to see what is the same each time"
             )
-            self._undisturbed("second undisturbed run", self.control.name, Orders())
+            self._undisturbed("second undisturbed run", self.control.name, DigestOrders())
             self.ignored = changing_anyway(self.reference, self.control)
             found = first_difference(self.reference, logs, ended=ended, ignored=self.ignored)
         return found
@@ -207,7 +207,7 @@ class Verification:
         """What to say of a difference; runs the script undisturbed once more for it."""
         if not self.control.exists():
             self.script.say(f"differs at {difference.where}; running undisturbed once more to find out why")
-            keep = Orders(keep=difference.spot, keep_name=difference.names[0] if difference.names else "")
+            keep = DigestOrders(keep=difference.spot, keep_name=difference.names[0] if difference.names else "")
             self._undisturbed("second undisturbed run", self.control.name, keep)
         runs = Runs(reference=self.reference, starts=[one.logs for one in self.starts], control=self.control)
         unlike = changing_anyway(self.reference, self.control)
@@ -217,7 +217,7 @@ class Verification:
             lines.append(f"after: {', '.join(map(str, self.interruptions[: difference.start]))}")
         return "\n".join([*lines, f"likely reason: {reason}", f"logs: {self.work}"])
 
-    def _undisturbed(self, name: str, place: str, orders: Orders) -> Ended:
+    def _undisturbed(self, name: str, place: str, orders: DigestOrders) -> Ended:
         ended = self.script.start(self.work / place, self.work / f"{place}-runs", name, orders)
         if ended.exit_code != 0:
             raise VerificationError(f"the {name} of the script itself ended with exit code {_shown(ended)}")
@@ -226,7 +226,7 @@ class Verification:
     def _start(self, interruption: Interruption | None) -> bool:
         """Starts the script once more; returns whether it has to be started again."""
         number = len(self.starts) + 1
-        orders = Orders(reference=str(self.reference), hold=None if interruption is None else interruption.spot)
+        orders = DigestOrders(reference=str(self.reference), hold=None if interruption is None else interruption.spot)
         logs = self.work / f"start-{number}"
         ended = self.script.start(logs, self.work / "interrupted-runs", f"start {number}", orders, interruption)
         self.starts.append(ended)

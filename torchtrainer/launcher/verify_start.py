@@ -13,7 +13,7 @@ from typing import Literal
 
 from torchtrainer.config import DIGESTS, VERIFY_RUNS
 from torchtrainer.errors import TorchTrainerError
-from torchtrainer.observe.digest_log import HELD, ORDERS, Orders, Spot, last_step, tail
+from torchtrainer.observe.digest_log import HELD, ORDERS, DigestOrders, Spot, last_step, tail
 from torchtrainer.process.guard import be_killed_with_parent
 
 Signal = Literal["SIGTERM", "SIGKILL"]
@@ -92,7 +92,7 @@ class Script:
     say: Callable[[str], None]
 
     def start(
-        self, logs: Path, runs: Path, name: str, orders: Orders, interruption: Interruption | None = None
+        self, logs: Path, runs: Path, name: str, orders: DigestOrders, interruption: Interruption | None = None
     ) -> Ended:
         """Runs the script to its end, or to where it is interrupted.
 

@@ -72,7 +72,7 @@ class Call(Generic[T]):
         raise value
 
 
-class Watch:
+class ProcessWatch:
     """Waits for workers and signals. A context: signal handlers are in place inside it, the earlier ones after it.
 
     Args:
@@ -109,7 +109,7 @@ class Watch:
         os.set_blocking(self._woken, False)
         os.set_blocking(self._wake, False)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> ProcessWatch:
         if threading.current_thread() is threading.main_thread():  # Python takes handlers from no other
             for signum in (*self._signals, *self._reports):
                 self._previous[signum] = signal.signal(signum, self._note)

@@ -55,7 +55,7 @@ class Spot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Orders:
+class DigestOrders:
     """What ranks do besides writing their logs.
 
     Attributes:
@@ -75,7 +75,7 @@ class Orders:
         (directory / ORDERS).write_text(json.dumps(asdict(self)))
 
     @classmethod
-    def read(cls, directory: Path) -> Orders:
+    def read(cls, directory: Path) -> DigestOrders:
         """The orders for this start; none, if they were withdrawn."""
         try:
             told = json.loads((directory / ORDERS).read_text())

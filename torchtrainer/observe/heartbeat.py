@@ -6,14 +6,14 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from torchtrainer.control.messages import Beat
+from torchtrainer.control.messages import Heartbeat
 from torchtrainer.observe.devices import read_process_use
 
 if TYPE_CHECKING:
     from torchtrainer.train.progress import Progress
 
 
-def heartbeat(at: Progress, *, group: str, worker: int, call: int, ranks: list[int]) -> Beat:
+def heartbeat(at: Progress, *, group: str, worker: int, call: int, ranks: list[int]) -> Heartbeat:
     """The state of this process as it is now; also from a thread beside the one that trains.
 
     Args:
@@ -23,7 +23,7 @@ def heartbeat(at: Progress, *, group: str, worker: int, call: int, ranks: list[i
         ranks: that this process carries.
     """
     use = read_process_use(os.getpid())
-    return Beat(
+    return Heartbeat(
         group=group,
         worker=worker,
         call=call,

@@ -40,7 +40,7 @@ class ProcessStatus:
 
     @classmethod
     def of(cls, view: WorkerView, use: DeviceUse | None) -> ProcessStatus:
-        """What is known of a worker; its latest heartbeat, if any came, is ``view.beat``."""
+        """What is known of a worker; its latest heartbeat, if any came, is ``view.heartbeat``."""
         return cls(
             pid=view.pid,
             ranks=view.ranks,

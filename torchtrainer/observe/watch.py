@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-from torchtrainer.control.messages import Beat, CheckpointEnded, Heard, Logged, Output
+from torchtrainer.control.messages import CheckpointEnded, Heard, Heartbeat, Logged, Output
 from torchtrainer.driver.causes import Cause
 from torchtrainer.driver.events import Joined, Recovered, ReplacingStopped
 from torchtrainer.driver.report import short_cause
@@ -25,7 +25,7 @@ GPU_SAMPLE_S = 1.0
 """Seconds between two looks at the GPUs while a pass runs."""
 
 
-class Watch:
+class RunObserver:
     """Turns what workers report into what the user sees. All in the user's thread, while it waits.
 
     Args:
@@ -79,7 +79,7 @@ class Watch:
         self._gpu_due = 0.0
         self._rate_from: tuple[float, int] | None = None
         self._losses: dict[int, tuple[int, float]] = {}
-        self._last: Beat | None = None
+        self._last: Heartbeat | None = None
         self._views: Callable[[], tuple[WorkerView, ...]] = tuple
         self._lines = PacedNotices(self._say, clock=clock)
         self.failures = FailureWatch(callbacks=callbacks, lines=self._lines, keep=keep, clock=clock)
@@ -184,20 +184,22 @@ class Watch:
         """A signal that warns of a preemption came to a rank."""
         self._on_signal(heard.signum)
 
-    def on_beat(self, beat: Beat) -> None:
+    def on_heartbeat(self, heartbeat: Heartbeat) -> None:
         """A worker told where it is; steps are shown as the one that carries rank 0 takes them."""
-        meter = self._meters.setdefault(beat.worker, CpuMeter(self._clock))
-        percent = meter.percent(beat.cpu_s)
-        if percent is not None or beat.worker not in self._cpu:
-            self._cpu[beat.worker] = DeviceUse(device="cpu", percent=percent, memory_used_bytes=beat.rss_bytes)
-        if not beat.call or self._pass_name is None:
+        meter = self._meters.setdefault(heartbeat.worker, CpuMeter(self._clock))
+        percent = meter.percent(heartbeat.cpu_s)
+        if percent is not None or heartbeat.worker not in self._cpu:
+            self._cpu[heartbeat.worker] = DeviceUse(
+                device="cpu", percent=percent, memory_used_bytes=heartbeat.rss_bytes
+            )
+        if not heartbeat.call or self._pass_name is None:
             return
-        if beat.loss is not None:
-            self._losses[beat.worker] = (len(beat.ranks), beat.loss)
-        if 0 in beat.ranks:
-            self._last = beat if beat.batch == beat.batches else None
+        if heartbeat.loss is not None:
+            self._losses[heartbeat.worker] = (len(heartbeat.ranks), heartbeat.loss)
+        if 0 in heartbeat.ranks:
+            self._last = heartbeat if heartbeat.batch == heartbeat.batches else None
             if self._last is None:
-                self._show_step(beat)
+                self._show_step(heartbeat)
 
     def on_output(self, output: Output) -> None:
         """Rank 0 wrote lines."""
@@ -253,7 +255,7 @@ class Watch:
     def _aside(self) -> AbstractContextManager[None]:
         return self._bar.aside() if self._bar is not None else nullcontext()
 
-    def _show_step(self, beat: Beat) -> None:
+    def _show_step(self, heartbeat: Heartbeat) -> None:
         if not self._use_tqdm and not self._callbacks:
             return
         now = self._clock()
@@ -261,21 +263,21 @@ class Watch:
             self._gpu_use = self._gpus.sample()
             self._gpu_due = now + GPU_SAMPLE_S
         event = StepEvent(
-            epoch=beat.epoch,
-            step=beat.step,
-            batch=beat.batch,
-            batches=beat.batches,
-            samples=beat.samples,
-            samples_per_s=self._rate(now, beat.samples),
+            epoch=heartbeat.epoch,
+            step=heartbeat.step,
+            batch=heartbeat.batch,
+            batches=heartbeat.batches,
+            samples=heartbeat.samples,
+            samples_per_s=self._rate(now, heartbeat.samples),
             loss=self._mean_loss(),
-            phase=beat.phase,
+            phase=heartbeat.phase,
             devices=self.device_use(),
         )
         if self._use_tqdm:
             if self._bar is None:
-                self._bar = PassBar(self._pass_name or "", total=beat.batches)
+                self._bar = PassBar(self._pass_name or "", total=heartbeat.batches)
             self._bar.update(event)
-        if beat.batch and self._shown.is_new(self._call, beat.batch):
+        if heartbeat.batch and self._shown.is_new(self._call, heartbeat.batch):
             self._callbacks.on_step(event)
 
     def _mean_loss(self) -> float | None:

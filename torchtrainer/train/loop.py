@@ -19,7 +19,7 @@ from torchtrainer.train.components import internals
 from torchtrainer.train.data import RankBatch, RankLoader
 from torchtrainer.train.hooks import batch_info, bind_hook
 from torchtrainer.train.metrics import AverageMeterCollection, is_one_number, plain
-from torchtrainer.train.progress import Keeper, Progress, StepGate
+from torchtrainer.train.progress import Progress, StateSaver, StepGate
 from torchtrainer.train.schedules import SchedulerSteps
 from torchtrainer.train.timers import TimerCollection
 from torchtrainer.train.uneven import GradientShare, UnevenWatch
@@ -98,7 +98,7 @@ class StepIterator:
         timers: TimerCollection,
         share: GradientShare | None,
         on_step: Callable[[], None],
-        keeper: Keeper | None = None,
+        keeper: StateSaver | None = None,
         resumed: Resumed | None = None,
     ) -> None:
         self.batches = 0

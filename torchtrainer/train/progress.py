@@ -172,7 +172,7 @@ class StepGate(Protocol):
         """Whether the state is to be saved at the boundary that was asked for last."""
 
 
-class Keeper(Protocol):
+class StateSaver(Protocol):
     """Saves the state of a rank at step boundaries."""
 
     def due(self) -> bool:

@@ -219,7 +219,7 @@ def _in_memory(
         send=link.send,
         shared_path=paths.shared,
         saver=keeping["saver"],
-        hold_s=arguments.hold_s,
+        pause_s=arguments.pause_s,
     )
     sync.on_wait = reassignment.on_wait
     executor = Executor(operator, sync=sync, gate=BoundaryGate(gate, reassignment, sync.at_boundary), **keeping)

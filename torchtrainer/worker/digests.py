@@ -20,8 +20,8 @@ from torchtrainer.observe.digest_log import (
     ORDERS,
     Details,
     DigestFile,
+    DigestOrders,
     DigestWriter,
-    Orders,
     Place,
     Spot,
     differing,
@@ -37,7 +37,7 @@ from torchtrainer.train.digest import combined, digest, digest_of_all, is_plain,
 from torchtrainer.train.loop import StepIterator
 from torchtrainer.worker.checkpointer import RankCheckpointer
 from torchtrainer.worker.held import held_values
-from torchtrainer.worker.link import StopGate
+from torchtrainer.worker.link import StepBarrier
 
 if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
@@ -82,7 +82,7 @@ class WatchedSteps(StepIterator):
     def _stop_here(self) -> bool:
         self._log.note(self.batches, self._data)
         if self._log.holds_at(self.batches):
-            self._log.hold(lambda: isinstance(self._gate, StopGate) and self._gate._preparing)
+            self._log.hold(lambda: isinstance(self._gate, StepBarrier) and self._gate._preparing)
         self._stopped = super()._stop_here()
         return self._stopped
 
@@ -108,7 +108,7 @@ class StateLog:
         collective = internals(operator).context.collective
         self._rank = collective.rank
         self._trainer = int(collective.all_gather(next_trainer(directory))[0])
-        self._orders = Orders.read(directory)
+        self._orders = DigestOrders.read(directory)
         facts = {"operator": type(operator).__name__, "own_hooks": _own_hooks(operator)}
         self._writer = DigestWriter(directory, self._trainer, self._rank, facts)
         self._reference: DigestFile | None = None

@@ -18,18 +18,18 @@ from typing import Any
 
 from torchtrainer.control.channel import Dealer
 from torchtrainer.control.messages import (
-    Assign,
-    Beat,
+    AdoptRanks,
     Boundary,
     Call,
-    Carry,
     EndWorker,
+    Heartbeat,
     Hello,
     Join,
     PrepareStop,
-    Share,
-    SnapshotAnswer,
-    SnapshotDone,
+    SendState,
+    SetRanks,
+    SnapshotGrant,
+    SnapshotReleased,
     StopAt,
 )
 from torchtrainer.control.wire import ForWorker, Message
@@ -42,7 +42,7 @@ FLUSH_S = 5.0
 """How long a worker's last messages get to leave before it ends."""
 
 
-class StopGate:
+class StepBarrier:
     """Ends a pass at the boundary on which the ranks agree; asked by the training thread, told by the link's thread.
 
     The agreement (no collective, nothing to pay while idle): every rank that is told to prepare says at once which boundary
@@ -50,8 +50,8 @@ class StopGate:
     says it: the training thread may be in a collective that waits for a rank which already holds.
     """
 
-    def __init__(self, hold_s: float) -> None:
-        self._hold_s = hold_s
+    def __init__(self, pause_s: float) -> None:
+        self._pause_s = pause_s
         self._preparing = False
         self._orders: list[StopAt] = []
         self._lock = threading.Lock()
@@ -61,7 +61,7 @@ class StopGate:
         self._decided = threading.Event()
         self.stopped = False
         self.save_wanted = False
-        self.hold_wanted = False
+        self.pause_wanted = False
         self.announce: Any = None  # set by the link: called with (call, round, boundary)
 
     def begin(self, call: int, at: int = 0, orders: Sequence[StopAt] = ()) -> None:
@@ -75,7 +75,7 @@ class StopGate:
         self._preparing = False
         self._orders = []
         self._decided.clear()
-        self.stopped = self.save_wanted = self.hold_wanted = False
+        self.stopped = self.save_wanted = self.pause_wanted = False
         self._passed = at - 1
         self._call, self._round = call, 0
         self._orders = [order for order in orders if order.boundary > at]
@@ -106,19 +106,21 @@ class StopGate:
             TimeoutError: the driver did not answer.
         """
         self._passed = boundary
-        self.save_wanted = self.hold_wanted = False
+        self.save_wanted = self.pause_wanted = False
         if not self._preparing:
             return False
-        if not self._decided.wait(self._hold_s):
-            raise TimeoutError(f"held at a step boundary for {self._hold_s} s (hold_s) and nobody said where to stop")
+        if not self._decided.wait(self._pause_s):
+            raise TimeoutError(
+                f"paused at a step boundary for {self._pause_s} s (pause_s) and nobody said where to stop"
+            )
         with self._lock:
             reached = [order for order in self._orders if order.boundary <= boundary]
             self._orders = [order for order in self._orders if order.boundary > boundary]
             self._preparing = (
                 bool(self._orders) or not self._decided.is_set()
-            )  # asked again meanwhile: hold at the next
+            )  # asked again meanwhile: pause at the next
         self.save_wanted = any(order.save for order in reached)
-        self.hold_wanted = any(order.hold for order in reached)
+        self.pause_wanted = any(order.pause for order in reached)
         self.stopped = any(order.stop for order in reached)
         return self.stopped
 
@@ -128,13 +130,13 @@ class Link:
 
     Attributes:
         call: the running call; 0: none.
-        beat_every_s: seconds between two heartbeats.
+        heartbeat_every_s: seconds between two heartbeats.
         ranks: says which ranks this process carries; set when they are built.
         orders: what the driver asks for, calls among it, in order; None: nothing more will come.
     """
 
     def __init__(
-        self, *, endpoint: str, group: str, name: str, worker: int, progress: Progress, gate: StopGate
+        self, *, endpoint: str, group: str, name: str, worker: int, progress: Progress, gate: StepBarrier
     ) -> None:
         self._group = group
         self._worker = worker
@@ -145,12 +147,12 @@ class Link:
         self._wake_read, self._wake_write = os.pipe()
         self._closing = False
         self.call = 0
-        self.beat_every_s = 1.0
+        self.heartbeat_every_s = 1.0
         self.ranks: Callable[[], list[int]] = list
         gate.announce = lambda call, round_, boundary: self.send(
             Boundary(group=group, worker=worker, call=call, round=round_, boundary=boundary)
         )
-        self._snapshots: queue.SimpleQueue[SnapshotAnswer | SnapshotDone] = queue.SimpleQueue()
+        self._snapshots: queue.SimpleQueue[SnapshotGrant | SnapshotReleased] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(endpoint, name), name="torchtrainer-link", daemon=True)
         self.send(Hello(group=group, worker=worker, pid=os.getpid()))
         self._thread.start()
@@ -166,7 +168,7 @@ class Link:
         self._outbox.append(message)
         os.write(self._wake_write, b"\0")
 
-    def next_snapshot_message(self, timeout_s: float) -> SnapshotAnswer | SnapshotDone:
+    def next_snapshot_message(self, timeout_s: float) -> SnapshotGrant | SnapshotReleased:
         """Waits for what the host says about a snapshot.
 
         Raises:
@@ -174,9 +176,9 @@ class Link:
         """
         return self._snapshots.get(timeout=timeout_s)
 
-    def send_beat(self) -> None:
+    def send_heartbeat(self) -> None:
         """Says where this rank is now, so that even a short call shows its last step."""
-        self.send(self._beat())
+        self.send(self._heartbeat())
 
     def close(self) -> None:
         """Sends what is left and ends the thread."""
@@ -194,15 +196,15 @@ class Link:
             os._exit(EXIT_LINK_LOST)
 
     def _serve(self, dealer: Dealer) -> None:
-        next_beat = 0.0
+        next_heartbeat = 0.0
         while not self._closing:
             if tie_broken():
                 os._exit(EXIT_LINK_LOST)  # where the kernel does not end us with the host
             now = time.monotonic()
-            if now >= next_beat:
-                dealer.send(self._beat())
-                next_beat = now + self.beat_every_s
-            if dealer.wait([self._wake_read], max(0.0, next_beat - now)):
+            if now >= next_heartbeat:
+                dealer.send(self._heartbeat())
+                next_heartbeat = now + self.heartbeat_every_s
+            if dealer.wait([self._wake_read], max(0.0, next_heartbeat - now)):
                 os.read(self._wake_read, 4096)
             while (message := dealer.receive()) is not None:
                 self._on_message(message)
@@ -223,16 +225,16 @@ class Link:
             steps = message.at.get("steps") or {}
             self._gate.begin(message.call, steps.get("batches", 0), [StopAt(**order) for order in message.orders])
             self.orders.put(message)
-        elif isinstance(message, Carry | Share | Assign):
+        elif isinstance(message, AdoptRanks | SendState | SetRanks):
             self.orders.put(message)
         elif isinstance(message, PrepareStop):
             self._gate.prepare(message.call, message.round)
         elif isinstance(message, StopAt):
             self._gate.decide(message)
-        elif isinstance(message, SnapshotAnswer | SnapshotDone):
+        elif isinstance(message, SnapshotGrant | SnapshotReleased):
             self._snapshots.put(message)
         elif isinstance(message, EndWorker):
             self.orders.put(None)
 
-    def _beat(self) -> Beat:
+    def _heartbeat(self) -> Heartbeat:
         return heartbeat(self._progress, group=self._group, worker=self._worker, call=self.call, ranks=self.ranks())

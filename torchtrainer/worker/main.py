@@ -20,7 +20,7 @@ import cloudpickle
 import torch
 
 from torchtrainer.comm.group import open_group
-from torchtrainer.control.messages import Call, Carry, Failure, Heard, Join, LoaderLost, Logged, Reply, WorkerReady
+from torchtrainer.control.messages import AdoptRanks, Call, Failure, Heard, Join, LoaderLost, Logged, Reply, WorkerReady
 from torchtrainer.control.wire import ForWorker
 from torchtrainer.driver.policies import STEPPING_METHODS
 from torchtrainer.observe.notices import forward_notices, warn
@@ -36,7 +36,7 @@ from torchtrainer.train.refetching import LoaderLoss
 from torchtrainer.worker.assembly import Assembled, build_worker, run_initialization_hook
 from torchtrainer.worker.encoding import encode_result
 from torchtrainer.worker.executor import Executor
-from torchtrainer.worker.link import Link, StopGate
+from torchtrainer.worker.link import Link, StepBarrier
 from torchtrainer.worker.reassignment import Released
 from torchtrainer.worker.saver import RegionSaver
 
@@ -84,7 +84,7 @@ class WorkerArguments:
     gpu: int | None
     heartbeat_s: float
     progress_s: float
-    hold_s: float
+    pause_s: float
     memory: dict[str, Any]
     record: list[Any] | None = None
     checkpoint: dict[str, Any] | None = None
@@ -116,7 +116,7 @@ class Worker:
         self.progress = Progress()
         self.progress.mark = StepMark(arguments.memory["steps"], arguments.worker)
         self.progress.on_loader_lost = self._on_loader_lost
-        self.gate = StopGate(arguments.hold_s)
+        self.gate = StepBarrier(arguments.pause_s)
         self.link = Link(
             endpoint=arguments.endpoint,
             group=arguments.group,
@@ -126,7 +126,7 @@ class Worker:
             gate=self.gate,
         )
         forward_notices(self._tell)
-        self.link.beat_every_s = arguments.heartbeat_s
+        self.link.heartbeat_every_s = arguments.heartbeat_s
         self.saver = self._make_saver(arguments.checkpoint) if arguments.checkpoint is not None else None
         self._latest = Latest(call=0, method="")
         self._built: Assembled | None = None
@@ -149,7 +149,7 @@ class Worker:
             worker=arguments.worker,
             regions=orders["regions"],
             asynchronous=orders["asynchronous"],
-            wait_s=max(orders["write_s"], arguments.hold_s),
+            wait_s=max(orders["write_s"], arguments.pause_s),
             send=self.link.send,
             receive=self.link.next_snapshot_message,
         )
@@ -195,7 +195,7 @@ class Worker:
         self.link.call = 0
         if built.reassignment is not None:
             built.reassignment.call = 0
-        self.link.beat_every_s = self.arguments.heartbeat_s
+        self.link.heartbeat_every_s = self.arguments.heartbeat_s
         self.progress.enter("idle")
 
     def _build(self) -> Assembled:
@@ -261,7 +261,7 @@ class Worker:
         else:
             known = executor.ranks
             reassignment.between_calls(order)
-            if isinstance(order, Carry) and order.call == self._latest.call:
+            if isinstance(order, AdoptRanks) and order.call == self._latest.call:
                 late = {rank: self._late_result(executor, rank) for rank in order.ranks if rank not in known}
                 if self._latest.method == "validate":  # made here: the records have to follow before it is told
                     self._settle(built, self._latest.method)
@@ -284,7 +284,7 @@ class Worker:
         built.executor.settle(method, reply)
         if built.reassignment is not None:
             built.reassignment.tell_collectives()
-            built.reassignment.tell_carried()
+            built.reassignment.tell_adopted()
 
     def _serve(self, built: Assembled, number: int, method: str, blob: bytes) -> None:
         executor = built.executor
@@ -295,7 +295,7 @@ class Worker:
         self.progress.enter(method)
         self._listen()
         if method in STEPPING_METHODS:
-            self.link.beat_every_s = self._progress_every_s(executor.ranks)
+            self.link.heartbeat_every_s = self._progress_every_s(executor.ranks)
         self._interruptible = True
         try:
             values = executor.call(method, **keywords)
@@ -314,7 +314,7 @@ class Worker:
             raise
         self._settle(built, method, _to_be_kept(method, replies))
         if method in STEPPING_METHODS:
-            self.link.send_beat()
+            self.link.send_heartbeat()
         for rank, reply in replies.items():
             self._send_reply(rank, *reply)
 

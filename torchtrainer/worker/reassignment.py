@@ -14,7 +14,7 @@ from typing import Any
 
 from torchtrainer.checkpoint.snapshot import Region, assemble
 from torchtrainer.comm.uneven import collectives_made
-from torchtrainer.control.messages import Assign, Bound, Carried, Carry, Held, Join, Share, Shared
+from torchtrainer.control.messages import AdoptRanks, Bound, Join, Paused, RanksAdopted, SendState, SetRanks, StateSent
 from torchtrainer.control.wire import ForWorker, Message
 from torchtrainer.errors import EngineError, SnapshotError
 from torchtrainer.train.complete_state import shared_state
@@ -24,7 +24,7 @@ from torchtrainer.worker.checkpointer import RankCheckpointer
 from torchtrainer.worker.saver import RegionSaver
 
 LOOK_S = 0.2
-"""How often a worker that holds looks whether it has held too long."""
+"""How often a worker that holds looks whether it has paused too long."""
 
 
 class Released(BaseException):
@@ -42,7 +42,7 @@ class Reassignment:
         send: hands a message over to the host.
         shared_path: memory file for the state that is alike on all ranks.
         saver: counts the snapshots; None: nothing is kept.
-        hold_s: longest wait for `Assign`.
+        pause_s: longest wait for `SetRanks`.
 
     Attributes:
         call: the running call; 0: none.
@@ -59,7 +59,7 @@ class Reassignment:
         send: Callable[[Message], None],
         shared_path: str,
         saver: RegionSaver | None,
-        hold_s: float,
+        pause_s: float,
     ) -> None:
         self._group = group
         self._worker = worker
@@ -70,7 +70,7 @@ class Reassignment:
         self._shared_path = shared_path
         self._region = Region(shared_path, rank=0, world_size=1)
         self._saver = saver
-        self._hold_s = hold_s
+        self._pause_s = pause_s
         self._kept: list[ForWorker | None] = []
         self._taken: list[int] = []
         self._redone = 0
@@ -83,10 +83,10 @@ class Reassignment:
 
     def on_wait(self) -> None:
         """In an exchange, while other ranks are waited for."""
-        for order in self._waiting_orders(Carry, Share):
-            if isinstance(order, Carry):
+        for order in self._waiting_orders(AdoptRanks, SendState):
+            if isinstance(order, AdoptRanks):
                 self._carry(order, self._sync.catch_up)
-            elif isinstance(order, Share):
+            elif isinstance(order, SendState):
                 self._share(order)
 
     def at_boundary(self) -> None:
@@ -95,34 +95,34 @@ class Reassignment:
         if steps is not None and steps.compares_here:
             self.tell_collectives()
         if not self._in_first_step:
-            self.tell_carried()
+            self.tell_adopted()
         self._tell_bound()
         self._in_first_step = False
-        for order in self._waiting_orders(Carry):  # what is shared here would be before what the gate asks for
+        for order in self._waiting_orders(AdoptRanks):  # what is shared here would be before what the gate asks for
             self._at_rest(order)
 
-    def hold(self, boundary: int) -> None:
+    def pause(self, boundary: int) -> None:
         """At a step boundary, until the driver has said who carries what.
 
         Raises:
             Released: nothing is left to carry.
             EngineError: the driver said nothing.
         """
-        self._send(Held(group=self._group, worker=self._worker, call=self.call, boundary=boundary))
-        deadline = time.monotonic() + self._hold_s
+        self._send(Paused(group=self._group, worker=self._worker, call=self.call, boundary=boundary))
+        deadline = time.monotonic() + self._pause_s
         while time.monotonic() < deadline:
-            for order in self._waiting_orders(Carry, Share, Assign):
+            for order in self._waiting_orders(AdoptRanks, SendState, SetRanks):
                 self._at_rest(order)
-                if isinstance(order, Assign):
+                if isinstance(order, SetRanks):
                     return
             self._await_order(LOOK_S)
-        raise EngineError(f"held at a step boundary for {self._hold_s:g} s (hold_s), and nobody said how to go on")
+        raise EngineError(f"paused at a step boundary for {self._pause_s:g} s (pause_s), and nobody said how to go on")
 
     def between_calls(self, order: ForWorker) -> None:
         """An order that came while no call was running."""
         with contextlib.suppress(Released):
             self._at_rest(order)
-        self.tell_carried()
+        self.tell_adopted()
 
     def watch_collectives(self) -> None:
         """From now on only the user's code calls collectives: the process is built, and gradients go through memory."""
@@ -144,13 +144,13 @@ class Reassignment:
         self._bound = True
         self._send(Bound(group=self._group, worker=self._worker, bound=why))
 
-    def tell_carried(self) -> None:
+    def tell_adopted(self) -> None:
         """Says that what was taken over is done; to be called when the step is over."""
         if self._taken:
             taken, redone = self._taken, self._redone
             self._taken, self._redone = [], 0
             self._send(
-                Carried(
+                RanksAdopted(
                     group=self._group,
                     worker=self._worker,
                     ranks=taken,
@@ -176,7 +176,7 @@ class Reassignment:
         if order.call:
             self._in_first_step = True
         else:
-            self.tell_carried()
+            self.tell_adopted()
 
     def kept_reply(self, call: int) -> tuple[Any, ...] | None:
         """What the process that was lost was about to tell of the running call; None: the call has to be made here."""
@@ -201,12 +201,12 @@ class Reassignment:
         return self._kept.pop(0) if self._kept else self._orders.get()
 
     def _at_rest(self, order: ForWorker) -> None:
-        if isinstance(order, Carry):
+        if isinstance(order, AdoptRanks):
             self._carry(order, self._adopt)
             self._sync.turn_to_lowest()
-        elif isinstance(order, Share):
+        elif isinstance(order, SendState):
             self._share(order)
-        elif isinstance(order, Assign):
+        elif isinstance(order, SetRanks):
             self._sync.assign(order.ranks)
             if not order.ranks:
                 raise Released
@@ -215,13 +215,13 @@ class Reassignment:
         self._sync.adopt(rank)
         return 0
 
-    def _carry(self, order: Carry, take: Callable[[int], int]) -> None:
+    def _carry(self, order: AdoptRanks, take: Callable[[int], int]) -> None:
         for rank in order.ranks:
             if rank not in self._sync.contexts:
                 self._redone += take(rank)
                 self._taken.append(rank)
 
-    def _share(self, order: Share) -> None:
+    def _share(self, order: SendState) -> None:
         error = self._sync.why_not_shared(order.ranks)
         steps = internals(self._operator).steps
         at = {
@@ -236,7 +236,7 @@ class Reassignment:
             except SnapshotError as failed:
                 error = str(failed)
         self._send(
-            Shared(
+            StateSent(
                 group=self._group,
                 worker=self._worker,
                 number=order.number,
@@ -274,6 +274,6 @@ class BoundaryGate:
             return bool(self._gate.stop_requested(boundary))
         self._reassignment.at_boundary()
         stop: bool = self._gate.stop_requested(boundary)
-        if self._gate.hold_wanted:
-            self._reassignment.hold(boundary)
+        if self._gate.pause_wanted:
+            self._reassignment.pause(boundary)
         return stop

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 
 from torchtrainer.checkpoint.snapshot import Prepared, Region
-from torchtrainer.control.messages import SnapshotAnswer, SnapshotDone, SnapshotTaken, SnapshotWanted
+from torchtrainer.control.messages import SnapshotDone, SnapshotGrant, SnapshotReleased, SnapshotRequest
 from torchtrainer.control.wire import Message
 from torchtrainer.errors import EngineError, SnapshotError
 from torchtrainer.worker.checkpointer import Collected
 
-Receive = Callable[[float], SnapshotAnswer | SnapshotDone]
+Receive = Callable[[float], SnapshotGrant | SnapshotReleased]
 
 
 class RegionSaver:
@@ -22,7 +22,7 @@ class RegionSaver:
         group, worker: of this process.
         regions: paths of the ranks' regions, by rank.
         asynchronous: training goes on while the checkpoint is written.
-        wait_s: longest wait for the host (hold_s), and for a checkpoint that is being written (write_s).
+        wait_s: longest wait for the host (pause_s), and for a checkpoint that is being written (write_s).
         send: hands a message over to the host.
         receive: waits for what the host says about snapshots; raises `queue.Empty`.
     """
@@ -57,7 +57,7 @@ class RegionSaver:
         started = time.monotonic()
         self.number += 1
         must = must or not self._asynchronous
-        self._send(SnapshotWanted(group=self._group, worker=self._worker, number=self.number, must=must))
+        self._send(SnapshotRequest(group=self._group, worker=self._worker, number=self.number, must=must))
         collected, error = collect(), ""
         prepared: dict[int, Prepared] = {}
         try:
@@ -65,7 +65,7 @@ class RegionSaver:
                 prepared[rank] = self._regions[rank].prepare(collected.shared, mine, collected.movable)
         except SnapshotError as failed:  # training does not end because it cannot be saved; the user is told
             error = str(failed)
-        if not self._answer(SnapshotAnswer):
+        if not self._answer(SnapshotGrant):
             return
         try:
             for rank, one in prepared.items() if not error else ():
@@ -74,7 +74,7 @@ class RegionSaver:
         except SnapshotError as failed:
             error = str(failed)
         self._send(
-            SnapshotTaken(
+            SnapshotDone(
                 group=self._group,
                 worker=self._worker,
                 number=self.number,
@@ -85,9 +85,9 @@ class RegionSaver:
             )
         )
         if not self._asynchronous:
-            self._answer(SnapshotDone)
+            self._answer(SnapshotReleased)
 
-    def _answer(self, kind: type[SnapshotAnswer | SnapshotDone]) -> bool:
+    def _answer(self, kind: type[SnapshotGrant | SnapshotReleased]) -> bool:
         """Waits for the host's word on the present snapshot; what it says of earlier ones is left unread."""
         deadline = time.monotonic() + self._wait_s
         while True:
@@ -95,8 +95,8 @@ class RegionSaver:
                 message = self._receive(max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 raise EngineError(
-                    f"a worker waited {self._wait_s:g} s (hold_s, write_s) for the host at snapshot {self.number}: "
+                    f"a worker waited {self._wait_s:g} s (pause_s, write_s) for the host at snapshot {self.number}: "
                     "the disk may have become slow or full; look at the run's directory"
                 ) from None
             if isinstance(message, kind) and message.number == self.number:
-                return message.go if isinstance(message, SnapshotAnswer) else True
+                return message.go if isinstance(message, SnapshotGrant) else True

@@ -56,7 +56,7 @@ class Made(NamedTuple):
     keywords: dict[str, Any]
 
 
-class Calls:
+class CallReplay:
     """Replays, makes and ends the calls of a trainer. Used from the user's thread.
 
     Args:

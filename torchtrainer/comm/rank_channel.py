@@ -26,7 +26,7 @@ GATHER_CHUNK_BYTES = 64 * 1024**2
 """How much of each rank's bytes travels at a time: with NCCL, rank 0's GPU holds so much for every rank."""
 
 
-class Talk(Protocol):
+class RankChannel(Protocol):
     """What ranks tell rank 0, and what rank 0 tells all. Of each rank one thread at a time uses it."""
 
     def tell(self, message: dict[str, Any]) -> None:
@@ -42,7 +42,7 @@ class Talk(Protocol):
         """What rank 0 ordered since this rank asked last, in order."""
 
 
-class OwnTalk:
+class LoneChannel:
     """The talk of a single rank with itself."""
 
     def __init__(self) -> None:
@@ -50,23 +50,23 @@ class OwnTalk:
         self._orders: deque[dict[str, Any]] = deque()
 
     def tell(self, message: dict[str, Any]) -> None:
-        """See `Talk`."""
+        """See `RankChannel`."""
         self._told.append(message)
 
     def told(self) -> list[dict[str, Any]]:
-        """See `Talk`."""
+        """See `RankChannel`."""
         return _emptied(self._told)
 
     def order(self, message: dict[str, Any]) -> None:
-        """See `Talk`."""
+        """See `RankChannel`."""
         self._orders.append(message)
 
     def orders(self) -> list[dict[str, Any]]:
-        """See `Talk`."""
+        """See `RankChannel`."""
         return _emptied(self._orders)
 
 
-class StoreTalk:
+class StoreChannel:
     """The talk of several ranks through a store. Its calls raise a ``RuntimeError`` when the store is gone.
 
     Args:
@@ -79,12 +79,12 @@ class StoreTalk:
         self._followed = 0
 
     def tell(self, message: dict[str, Any]) -> None:
-        """See `Talk`."""
+        """See `RankChannel`."""
         number = self._store.add("told", 1)
         self._store.set(f"told/{number}", json.dumps(message))
 
     def told(self) -> list[dict[str, Any]]:
-        """See `Talk`."""
+        """See `RankChannel`."""
         found = []
         while self._store.check([key := f"told/{self._heard + 1}"]):
             self._heard += 1
@@ -93,12 +93,12 @@ class StoreTalk:
         return found
 
     def order(self, message: dict[str, Any]) -> None:
-        """See `Talk`."""
+        """See `RankChannel`."""
         number = self._store.add("orders", 1)
         self._store.set(f"orders/{number}", json.dumps(message))
 
     def orders(self) -> list[dict[str, Any]]:
-        """See `Talk`."""
+        """See `RankChannel`."""
         found = []
         while self._store.check([key := f"orders/{self._followed + 1}"]):
             self._followed += 1
@@ -106,15 +106,15 @@ class StoreTalk:
         return found
 
 
-def open_talk(collective: Collective) -> Talk:
+def open_channel(collective: Collective) -> RankChannel:
     """A talk between the ranks of a collective, over the store in which its group met. A collective call.
 
     Rank 0 names it: a script may have formed the group itself, in a store that holds what earlier ranks said.
     """
     if not isinstance(collective, GroupCollective):
-        return OwnTalk()
+        return LoneChannel()
     name = collective.all_gather(secrets.token_hex(8))[0]
-    return StoreTalk(PrefixStore(f"torchtrainer/talk/{name}", _get_default_store()))
+    return StoreChannel(PrefixStore(f"torchtrainer/talk/{name}", _get_default_store()))
 
 
 def attached() -> Collective:

@@ -28,7 +28,7 @@ LOOK_S = 0.05
 """How long a rank waits for an answer before it looks whether there is a newer offer."""
 
 
-class MeetingPlace:
+class Rendezvous:
     """The store in which the ranks of a launch meet, for one process group after another.
 
     Under a launcher that hosts the store (torchrun's agent store) it is that one. Otherwise rank 0 hosts it: on loopback

@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from torchtrainer.control.messages import Beat, CheckpointEnded, LoaderLost
+from torchtrainer.control.messages import CheckpointEnded, Heartbeat, LoaderLost
 from torchtrainer.driver.controller import Listener
 from torchtrainer.driver.policies import MIN_SAVE_EVERY_S, STEPPING_METHODS, save_interval_s
 from torchtrainer.driver.recovery import refetched
 from torchtrainer.driver.views import WorkerView
 from torchtrainer.engines.base import CallResult, GroupPlan
-from torchtrainer.engines.inline_peers import Peers
 from torchtrainer.engines.launched_memory import LaunchedMemory
+from torchtrainer.engines.spmd_peers import Peers
 from torchtrainer.errors import EngineError, InvalidArgumentError, InvalidArgumentTypeError
 from torchtrainer.observe.heartbeat import heartbeat
 from torchtrainer.preempt.notice import Notice, is_more_urgent
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     import torch
 
     from torchtrainer.comm.group import Collective
-    from torchtrainer.engines.inline_agreement import Agreement
-    from torchtrainer.engines.inline_gate import InlineGate
-    from torchtrainer.engines.inline_saver import GatheringSaver
+    from torchtrainer.engines.spmd_agreement import Agreement
+    from torchtrainer.engines.spmd_gate import SpmdGate
+    from torchtrainer.engines.spmd_saver import GatheringSaver
     from torchtrainer.operator import TrainingOperator
     from torchtrainer.train.refetching import LoaderLoss
     from torchtrainer.worker.executor import Executor
@@ -39,7 +39,7 @@ OWN_RESULT_METHODS = frozenset({"get_model", "state_dict", "load_state_dict", "u
 """Calls whose result is alike on all ranks, or None: each process takes its own."""
 
 
-class InlineGroup:
+class SpmdGroup:
     """The rank of this process, and through collectives the results of the others.
 
     Args:
@@ -117,27 +117,27 @@ class InlineGroup:
             **keeping,
         )
 
-    def _gate(self, plan: GroupPlan) -> InlineGate:
+    def _gate(self, plan: GroupPlan) -> SpmdGate:
         """The gate of the rank; if states are kept, with what it takes to agree and to save."""
-        from torchtrainer.comm.talk import open_talk
-        from torchtrainer.engines.inline_agreement import Agreement
-        from torchtrainer.engines.inline_gate import InlineGate, StepCounter
-        from torchtrainer.engines.inline_saver import GatheringSaver
+        from torchtrainer.comm.rank_channel import open_channel
+        from torchtrainer.engines.spmd_agreement import Agreement
+        from torchtrainer.engines.spmd_gate import SpmdGate, StepCounter
+        from torchtrainer.engines.spmd_saver import GatheringSaver
         from torchtrainer.train.progress import OpenGate
 
         if plan.checkpoint is not None:
             self._agreement = Agreement(
-                open_talk(self._collective),
+                open_channel(self._collective),
                 rank=self._collective.rank,
                 world_size=self._collective.world_size,
-                hold_s=plan.timeouts.hold_s,
+                pause_s=plan.timeouts.pause_s,
                 look=lambda: self._listener.on_waiting("this rank trains"),
                 save_every_s=self._interval_s,
             )
             gate = self._agreement.gate
             self._saver = GatheringSaver(self._collective, plan.checkpoint, stopping=lambda: gate.stopped)
         self._counter = StepCounter.of_launch(os.environ) if self._gather else None
-        return InlineGate(
+        return SpmdGate(
             self._progress,
             self._agreement.gate if self._agreement is not None else OpenGate(),
             report=self._report if self._collective.rank == 0 else None,
@@ -150,7 +150,7 @@ class InlineGroup:
         """This process, and the others of the launch as far as it sees them."""
         own = WorkerView(
             worker=self._collective.rank, ranks=self._ranks, pid=os.getpid(), machine=self._machine, device=self._device
-        ).heard(self._beat(self._collective.rank), time.monotonic())
+        ).heard(self._heartbeat(self._collective.rank), time.monotonic())
         return (own,) if self._peers is None else self._peers.views(own)
 
     @property
@@ -321,9 +321,9 @@ class InlineGroup:
     def _report(self) -> None:
         """Shows the listener where the rank stands."""
         self._tell_checkpoints()
-        self._listener.on_beat(self._beat(worker=0))
+        self._listener.on_heartbeat(self._heartbeat(worker=0))
 
-    def _beat(self, worker: int) -> Beat:
+    def _heartbeat(self, worker: int) -> Heartbeat:
         return heartbeat(self._progress, group="", worker=worker, call=1, ranks=list(self._ranks))
 
 

@@ -47,7 +47,7 @@ class Peers:
                 machine=machine,
                 device=device,
                 phase="",
-                beat=None,
+                heartbeat=None,
                 step=self._step(rank, own.step),
             )
             for rank, (pid, machine, device) in enumerate(self._told)

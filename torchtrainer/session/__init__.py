@@ -17,8 +17,8 @@ from torchtrainer.config import PreemptionConfig
 from torchtrainer.errors import EngineError, InvalidArgumentError, InvalidArgumentTypeError
 
 if TYPE_CHECKING:
-    from torchtrainer.own_loop.loader import OwnLoader
-    from torchtrainer.own_loop.loop import OwnLoop
+    from torchtrainer.session.loaders import SessionLoader
+    from torchtrainer.session.loop import SessionLoop
 
 EXIT_PREEMPTED = 75
 """What a script ends with that was stopped and has saved its state: start the same command again."""
@@ -32,7 +32,7 @@ _settings: dict[str, Any] = {
     "resume": "auto",
     "may_change": (),
 }
-_loops: list[OwnLoop] = []
+_loops: list[SessionLoop] = []
 """The loop of this process, made when it is first needed."""
 
 
@@ -152,7 +152,7 @@ def loader(
     training: bool = True,
     even_batches: bool | str = False,
     min_batch_size: int = 1,
-) -> OwnLoader:
+) -> SessionLoader:
     """A loader that gives each sample once per pass over all ranks, and goes on where a resumed run stopped.
 
     A collective call; the loaders of a script are told apart by the order in which they are made.
@@ -184,11 +184,11 @@ def finish() -> None:
         _loops[0].finish()
 
 
-def _loop() -> OwnLoop:
+def _loop() -> SessionLoop:
     if not _loops:
-        from torchtrainer.own_loop.loop import OwnLoop
+        from torchtrainer.session.loop import SessionLoop
 
-        _loops.append(OwnLoop(**_settings))
+        _loops.append(SessionLoop(**_settings))
     if _loops[0].finished:
         raise EngineError("the session of this script has ended: session.finish() comes after everything else")
     return _loops[0]

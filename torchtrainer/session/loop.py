@@ -1,6 +1,6 @@
 """One script's own loop on one rank: its run directory, its notices, its checkpoints and its loaders.
 
-Rank 0 owns the directory and writes; every call but `OwnLoop.should_stop` is a collective one.
+Rank 0 owns the directory and writes; every call but `SessionLoop.should_stop` is a collective one.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from typing import Any
 
 import torch
 
-from torchtrainer.calls import EXIT_TERMINATED, STATE
+from torchtrainer.call_replay import EXIT_TERMINATED, STATE
 from torchtrainer.checkpoint.store import CheckpointStore, next_generation
 from torchtrainer.checkpoint.verified import verify
 from torchtrainer.checkpoint.writer import read_state
-from torchtrainer.comm.talk import attached, open_talk
+from torchtrainer.comm.rank_channel import attached, open_channel
 from torchtrainer.config import PreemptionConfig, Timeouts, check_shares
 from torchtrainer.driver.fingerprint import differences
 from torchtrainer.driver.run_dir import RUNS, RunDirectory, program_name
 from torchtrainer.driver.run_record import RunState, find_beside, wanted_run
-from torchtrainer.engines.inline_agreement import Agreement
-from torchtrainer.engines.inline_gate import StepCounter
-from torchtrainer.engines.inline_saver import GatheringSaver, why_unsafe
-from torchtrainer.engines.inline_share import share_from_first
 from torchtrainer.engines.snapshots import CheckpointOrders
+from torchtrainer.engines.spmd_agreement import Agreement
+from torchtrainer.engines.spmd_gate import StepCounter
+from torchtrainer.engines.spmd_memory import share_from_first
+from torchtrainer.engines.spmd_saver import GatheringSaver, why_unsafe
 from torchtrainer.errors import (
     CheckpointWriteError,
     EngineError,
@@ -43,12 +43,12 @@ from torchtrainer.errors import (
     ResumeError,
 )
 from torchtrainer.observe.notices import notice, notice_once
-from torchtrainer.own_loop.loader import OwnLoader
 from torchtrainer.preempt.watch import NoticeWatch
 from torchtrainer.process.leaving import keep_exit_code
 from torchtrainer.process.signals import EXIT_PREEMPTED
 from torchtrainer.resume import OpenRun, choose, seen_here
 from torchtrainer.run_places import kept_below
+from torchtrainer.session.loaders import SessionLoader
 from torchtrainer.topology import WORKER_MARK, current
 from torchtrainer.train.data_order import Dealing, even_of
 from torchtrainer.train.rng import rng_from_data, rng_to_data
@@ -59,7 +59,7 @@ RUN_DIR = "TORCHTRAINER_RUN_DIR"
 """Environment variable: where checkpoints of a script's own loop live, unless the script says so itself."""
 
 
-class OwnLoop:
+class SessionLoop:
     """What a rank of a script with its own loop keeps. One per process, used by the thread that trains.
 
     Args:
@@ -111,7 +111,7 @@ class OwnLoop:
             ),
         )
         self._watch(preemption)
-        self._loaders: list[OwnLoader] = []
+        self._loaders: list[SessionLoader] = []
         self._positions: list[Mapping[str, int]] = []
         self._positions_ranks = 0
         self._orders: list[Mapping[str, Any] | None] = []
@@ -128,10 +128,10 @@ class OwnLoop:
             preemption, os.environ, metadata=launched is None or launched.local_rank == 0, say=notice
         )
         self._agreement = Agreement(
-            open_talk(self._collective),
+            open_channel(self._collective),
             rank=self._collective.rank,
             world_size=self._collective.world_size,
-            hold_s=Timeouts().hold_s,
+            pause_s=Timeouts().pause_s,
             look=self._look,
         )
         self._notices.start()
@@ -264,13 +264,13 @@ class OwnLoop:
 
     def loader(
         self, loader: Any, *, seed: int, training: bool, even_batches: bool | str, min_batch_size: int
-    ) -> OwnLoader:
+    ) -> SessionLoader:
         """A resumable loader; see `torchtrainer.session.loader`."""
         check_shares(even_batches, min_batch_size)
         dealing = Dealing(even=even_of(even_batches), smallest=lambda: min_batch_size)
         number = len(self._loaders)
         name = f"session.loader number {number + 1}"
-        made = OwnLoader(loader, self._collective, seed=seed, training=training, name=name, dealing=dealing)
+        made = SessionLoader(loader, self._collective, seed=seed, training=training, name=name, dealing=dealing)
         self._loaders.append(made)
         if number < len(self._positions):
             self._put_back(number)

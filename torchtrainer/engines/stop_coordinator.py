@@ -1,9 +1,9 @@
 """Rank 0's part in agreeing where ranks that a launcher started stop or save. Pure: messages in, orders out.
 
-    wish ──> ask: are all in this call? ──> prepare: all hold at their next boundary and say which ──> stop_at the highest
+    wish ──> ask: are all in this call? ──> prepare: all pause at their next boundary and say which ──> stop_at the highest
 
-There is no driver here that waits for a call and knows that it has begun on every rank. So rank 0 asks first: a rank that held
-for others that are still between two calls could hold for as long as the user's script takes there.
+There is no driver here that waits for a call and knows that it has begun on every rank. So rank 0 asks first: a rank that paused
+for others that are still between two calls could pause for as long as the user's script takes there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from torchtrainer.driver.states import TO_THE_END
 
-Orders = list[dict[str, Any]]
+StopOrders = list[dict[str, Any]]
 
 
 @dataclass
@@ -30,7 +30,7 @@ class _Round:
         return {"kind": kind, "call": self.call, "round": self.number, **more}
 
 
-class Rounds:
+class StopCoordinator:
     """Decides one round after the other.
 
     Args:
@@ -53,7 +53,7 @@ class Rounds:
         """Whether a round is being decided."""
         return self._round is not None
 
-    def hear(self, told: dict[str, Any]) -> Orders:
+    def hear(self, told: dict[str, Any]) -> StopOrders:
         """Takes what a rank told; returns what all ranks are to be told.
 
         Args:
@@ -70,7 +70,7 @@ class Rounds:
         self._round.answers[told["rank"]] = TO_THE_END if told["kind"] == "ended" else told.get("boundary", 0)
         return self._go_on(self._round) if len(self._round.answers) == self._world_size else []
 
-    def _wish(self, told: dict[str, Any]) -> Orders:
+    def _wish(self, told: dict[str, Any]) -> StopOrders:
         call, at = told["call"], self._round
         if call <= self._ended_call or call <= self._stopped_call:
             return []
@@ -84,7 +84,7 @@ class Rounds:
         self._round = _Round(number=self._rounds, call=call, stop=told["stop"])
         return [self._round.order("ask")]
 
-    def _go_on(self, at: _Round) -> Orders:
+    def _go_on(self, at: _Round) -> StopOrders:
         if not at.prepared:
             at.prepared, at.answers = True, {}
             return [at.order("prepare")]
@@ -92,7 +92,7 @@ class Rounds:
             self._stopped_call = at.call
         return self._close([at.order("stop_at", boundary=max(at.answers.values()), stop=at.stop)])
 
-    def _close(self, orders: Orders) -> Orders:
+    def _close(self, orders: StopOrders) -> StopOrders:
         self._round = None
         later, self._later = self._later, []
         return orders + [order for told in later for order in self._wish(told)]

@@ -1,10 +1,10 @@
 """Ranks change their carriers while nobody is missed, or go to a newcomer: replacements, and more or fewer processes. Pure.
 
     missing ──StartWorker──> newcomer is built ──WorkerReady──> begin
-    begin ──a train call runs──> agree on a boundary ──Held by all──┐
-      └──idle, or all wait for the newcomer's ranks anyway──────────┴──Share──> Shared ──> Join to it, Assign to the others
+    begin ──a train call runs──> agree on a boundary ──Paused by all──┐
+      └──idle, or all wait for the newcomer's ranks anyway────────────┴──SendState──> StateSent ──> Join to it, SetRanks to the others
 
-Whoever is lost on the way is dealt with as always; what is left of the change then goes on or is given up, and those that hold are
+Whoever is lost on the way is dealt with as always; what is left of the change then goes on or is given up, and those that pause are
 let go.
 """
 
@@ -15,14 +15,23 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torchtrainer.control.messages import Assign, EndWorker, Held, Join, KillWorker, Share, Shared, StartWorker
+from torchtrainer.control.messages import (
+    EndWorker,
+    Join,
+    KillWorker,
+    Paused,
+    SendState,
+    SetRanks,
+    StartWorker,
+    StateSent,
+)
 from torchtrainer.driver.agreement import ask, ask_for_the_rest, ask_newcomer, orders_for_newcomer
 from torchtrainer.driver.ending import kill
 from torchtrainer.driver.events import Action, ReplacingStopped, Resized, Send
 from torchtrainer.driver.layout import dealt, taken
 from torchtrainer.driver.recovery import with_ranks
 from torchtrainer.driver.states import Calling, Idle, Machine, Move, Result, in_turn
-from torchtrainer.driver.views import Roster, WorkerView
+from torchtrainer.driver.views import WorkerTable, WorkerView
 
 # What becomes possible after any event
 
@@ -60,7 +69,7 @@ def start_missing(machine: Machine, now: float) -> Result:
     for rank in vacant[: wanted - len(present)]:
         number = machine.next_worker
         view = WorkerView(worker=number, like=rank, phase_since=now, heard_at=now)
-        machine = replace(machine, views=Roster((*machine.views, view)), next_worker=number + 1)
+        machine = replace(machine, views=WorkerTable((*machine.views, view)), next_worker=number + 1)
         message = StartWorker(group=machine.group, worker=number, rank=rank, record=machine.record)
         actions.append(Send(message=message))
     return machine, tuple(actions)
@@ -68,7 +77,7 @@ def start_missing(machine: Machine, now: float) -> Result:
 
 def begin(machine: Machine, now: float) -> Result:
     """Begins the next change of carriers, where the group can make it."""
-    if machine.move is not None or machine.condemned or machine.diagnosis is not None:
+    if machine.move is not None or machine.pending_kills or machine.diagnosis is not None:
         return machine, ()
     ready = _ready(machine)
     if machine.uncarried:
@@ -90,8 +99,8 @@ def begin(machine: Machine, now: float) -> Result:
     if not _can_hold(machine):
         return machine, ()
     assert isinstance(machine.state, Calling)
-    move = Move(newcomer=spare, hold=True, until=now + machine.timeouts.hold_s / 2)
-    return ask(replace(machine, move=move), replace(machine.state, hold=True), now)
+    move = Move(newcomer=spare, pause=True, until=now + machine.timeouts.pause_s / 2)
+    return ask(replace(machine, move=move), replace(machine.state, pause=True), now)
 
 
 def _ready(machine: Machine) -> list[WorkerView]:
@@ -99,7 +108,7 @@ def _ready(machine: Machine) -> list[WorkerView]:
 
 
 def _begin_here(machine: Machine, newcomer: int | None, now: float) -> Result:
-    machine = replace(machine, move=Move(newcomer=newcomer, hold=False, until=now + machine.timeouts.hold_s))
+    machine = replace(machine, move=Move(newcomer=newcomer, pause=False, until=now + machine.timeouts.pause_s))
     return proceed(machine, now)
 
 
@@ -117,18 +126,18 @@ def proceed(machine: Machine, now: float) -> Result:
         return machine, ()
     if move.newcomer is not None and machine.view(move.newcomer) is None:
         return release(machine, now)
-    if move.hold:
+    if move.pause:
         if not isinstance(machine.state, Calling) or machine.state.replies or machine.uncarried:
-            return release(machine, now)  # the call ends, or somebody waits for a rank and will never come to hold
-        missing = move.boundary is None or len(move.held) < machine.carrier_count
-        if missing or any(view.worker not in move.held for view in machine.carriers):
+            return release(machine, now)  # the call ends, or somebody waits for a rank and will never come to pause
+        missing = move.boundary is None or len(move.paused) < machine.carrier_count
+        if missing or any(view.worker not in move.paused for view in machine.carriers):
             return machine, ()
     if move.newcomer is None:
         return _redeal(machine, now)
     if move.sharer is not None:
         if any(view.worker == move.sharer for view in machine.able):
             return machine, ()
-        if not move.hold:
+        if not move.pause:
             return release(machine, now)  # to begin again: more may be missed now
     return _ask_to_share(machine, move, now)
 
@@ -151,11 +160,11 @@ def _ask_to_share(machine: Machine, move: Move, now: float) -> Result:
     able = sorted(machine.able, key=lambda view: (view.joining, view.worker))
     if not able or any(view.reading for view in machine.carriers):
         return machine, ()  # those that are left are being killed, or what was shared before is still needed
-    until = move.until if move.hold else now + machine.timeouts.hold_s
+    until = move.until if move.pause else now + machine.timeouts.pause_s
     takes = _takes(machine)
     ranks = sorted(takes.values()) if machine.uncarried else _wanted(machine, move.newcomer)
     move = replace(move, sharer=able[0].worker, number=machine.shares + 1, takes=takes, until=until)
-    message = Share(group=machine.group, worker=able[0].worker, number=move.number, ranks=ranks)
+    message = SendState(group=machine.group, worker=able[0].worker, number=move.number, ranks=ranks)
     return replace(machine, move=move, shares=move.number), (Send(message=message),)
 
 
@@ -177,17 +186,17 @@ def _wanted(machine: Machine, newcomer: int | None) -> list[int]:
     return sorted(rank for ranks in given.values() for rank in ranks)
 
 
-def on_held(machine: Machine, event: Held, now: float) -> Result:
+def on_paused(machine: Machine, event: Paused, now: float) -> Result:
     """Sent when a worker holds. Where nothing is to change any more, it is let go at once."""
     move, view = machine.move, machine.view(event.worker)
     if view is None or not machine.at_work:
         return machine, ()
-    if event.call == machine.call and move is not None and move.hold and move.boundary == event.boundary:
-        return replace(machine, move=replace(move, held=move.held | {event.worker})), ()
+    if event.call == machine.call and move is not None and move.pause and move.boundary == event.boundary:
+        return replace(machine, move=replace(move, paused=move.paused | {event.worker})), ()
     return machine, (_assign(machine, view),)
 
 
-def on_shared(machine: Machine, event: Shared, now: float) -> Result:
+def on_state_sent(machine: Machine, event: StateSent, now: float) -> Result:
     """Sent when a worker has written its state for the newcomer, or could not."""
     move = machine.move
     if move is None or event.number != move.number or move.newcomer is None:
@@ -206,7 +215,7 @@ def on_shared(machine: Machine, event: Shared, now: float) -> Result:
     return _join_for_others(machine, newcomer, event, now)
 
 
-def _join_for_lost(machine: Machine, event: Shared, now: float) -> Result:
+def _join_for_lost(machine: Machine, event: StateSent, now: float) -> Result:
     """Newcomers take over ranks that nobody carries; the others wait for them, and change nothing."""
     move = machine.move
     assert move is not None
@@ -215,18 +224,18 @@ def _join_for_lost(machine: Machine, event: Shared, now: float) -> Result:
         newcomer = machine.view(worker)
         if newcomer is None or rank not in machine.awaited:
             continue
-        views = Roster(
+        views = WorkerTable(
             replace(view, ranks=tuple(r for r in view.ranks if r != rank)) if view.lost else view
             for view in machine.views
         )
         losses = tuple(replace(loss, replaced=loss.replaced or rank in loss.left) for loss in machine.losses)
-        machine = replace(machine, views=Roster(v for v in views if v.ranks or not v.lost), losses=losses)
+        machine = replace(machine, views=WorkerTable(v for v in views if v.ranks or not v.lost), losses=losses)
         machine, joined = _join(machine, newcomer, (rank,), event, now)
         actions += joined
     return replace(machine, move=None), actions
 
 
-def _join_for_others(machine: Machine, newcomer: WorkerView, event: Shared, now: float) -> Result:
+def _join_for_others(machine: Machine, newcomer: WorkerView, event: StateSent, now: float) -> Result:
     """The newcomer takes over some of the others' ranks, all of which wait."""
     move = machine.move
     assert move is not None
@@ -234,16 +243,16 @@ def _join_for_others(machine: Machine, newcomer: WorkerView, event: Shared, now:
     views = {view.worker: view for view in machine.views}
     for worker, ranks in given.items():
         left = tuple(rank for rank in views[worker].ranks if rank not in ranks)
-        views[worker] = with_ranks(machine, views[worker], left, "hold", now)
-    machine = replace(machine, views=Roster(views.values()))
-    told = [view for view in machine.carriers if move.hold or view.worker in given]
+        views[worker] = with_ranks(machine, views[worker], left, "pause", now)
+    machine = replace(machine, views=WorkerTable(views.values()))
+    told = [view for view in machine.carriers if move.pause or view.worker in given]
     machine, joined = _join(machine, newcomer, tuple(rank for ranks in given.values() for rank in ranks), event, now)
     actions = (*joined, *(_assign(machine, view) for view in told))
     machine, more = ask_for_the_rest(machine, now)
     return machine, (*actions, *more)
 
 
-def _join(machine: Machine, newcomer: WorkerView, ranks: tuple[int, ...], event: Shared, now: float) -> Result:
+def _join(machine: Machine, newcomer: WorkerView, ranks: tuple[int, ...], event: StateSent, now: float) -> Result:
     state = machine.state
     running: dict[str, Any] = {}
     if isinstance(state, Calling) and machine.owing(ranks):
@@ -257,7 +266,7 @@ def _join(machine: Machine, newcomer: WorkerView, ranks: tuple[int, ...], event:
         at=event.at,
         **running,
     )
-    views = Roster(
+    views = WorkerTable(
         _joining(with_ranks(machine, view, ranks, "join", now), now) if view.worker == newcomer.worker else view
         for view in machine.views
     )
@@ -278,9 +287,9 @@ def _redeal(machine: Machine, now: float) -> Result:
     actions: list[Action] = []
     machine = replace(machine, move=None)
     for worker in numbers:
-        views[worker] = with_ranks(machine, views[worker], blocks.get(worker, ()), "hold", now)
+        views[worker] = with_ranks(machine, views[worker], blocks.get(worker, ()), "pause", now)
         actions.append(_assign(machine, views[worker]))
-    machine = replace(machine, views=Roster(views.values()))
+    machine = replace(machine, views=WorkerTable(views.values()))
     for worker in numbers[machine.processes :]:
         machine, sent = _dismiss(machine, views[worker], now)
         actions += sent
@@ -289,21 +298,21 @@ def _redeal(machine: Machine, now: float) -> Result:
 
 
 def release(machine: Machine, now: float) -> Result:
-    """Gives the change up: those that hold go on as they are, and those that come to hold are let go then."""
+    """Gives the change up: those that pause go on as they are, and those that come to pause are let go then."""
     move = machine.move
     assert move is not None
-    actions = tuple(_assign(machine, view) for view in machine.carriers if view.worker in move.held)
+    actions = tuple(_assign(machine, view) for view in machine.carriers if view.worker in move.paused)
     machine = replace(machine, move=None)
     if isinstance(machine.state, Calling):
-        machine = machine.to(replace(machine.state, hold=False))
+        machine = machine.to(replace(machine.state, pause=False))
     machine, more = ask_for_the_rest(machine, now)
     return machine, (*actions, *more)
 
 
 def release_late(machine: Machine, now: float) -> Result:
-    """Gives up a change for which workers have held too long, and the newcomer or the new number with it."""
+    """Gives up a change for which workers have paused too long, and the newcomer or the new number with it."""
     move = machine.move
-    if move is None or not move.hold or now < move.until:
+    if move is None or not move.pause or now < move.until:
         return machine, ()
     newcomer = None if move.newcomer is None else machine.view(move.newcomer)
     if newcomer is None:
@@ -331,4 +340,4 @@ def _dismiss(machine: Machine, view: WorkerView, now: float) -> Result:
 
 
 def _assign(machine: Machine, view: WorkerView) -> Send:
-    return Send(message=Assign(group=machine.group, worker=view.worker, ranks=list(view.ranks)))
+    return Send(message=SetRanks(group=machine.group, worker=view.worker, ranks=list(view.ranks)))

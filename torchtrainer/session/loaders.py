@@ -17,7 +17,7 @@ from torchtrainer.train.data_order import Dealing
 from torchtrainer.train.refetching import LoaderLoss, Losing
 
 
-class OwnLoader:
+class SessionLoader:
     """The batches of this rank: over all ranks each sample once per pass. Made by `torchtrainer.session.loader`.
 
     Iterating it runs one pass, or finishes the one that is running: so a resumed script goes on in the middle. Every rank

@@ -59,7 +59,7 @@ class StepCounter:
         STEP_COUNTER.pack_into(self._memory, 0, step)
 
 
-class InlineGate:
+class SpmdGate:
     """Asks another gate whether to go on, after showing where the rank is.
 
     Args:

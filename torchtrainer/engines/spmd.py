@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 from torchtrainer.config import Timeouts, TrainSettings
 from torchtrainer.driver.controller import Listener
 from torchtrainer.engines.base import GroupPlan
-from torchtrainer.engines.inline_group import InlineGroup, device_of
+from torchtrainer.engines.spmd_group import SpmdGroup, device_of
 from torchtrainer.errors import EngineError, InvalidArgumentError
 from torchtrainer.process.child import flush_output
 from torchtrainer.process.own_files import open_own
@@ -21,7 +21,7 @@ from torchtrainer.topology import current as current_topology
 
 if TYPE_CHECKING:
     from torchtrainer.comm.group import Collective
-    from torchtrainer.comm.meeting import MeetingPlace
+    from torchtrainer.comm.rendezvous import Rendezvous
 
 T = TypeVar("T")
 
@@ -46,11 +46,11 @@ class LocalModeEngine:
         """Opens the run here."""
         return open_here()
 
-    def start_group(self, plan: GroupPlan, listener: Listener) -> InlineGroup:
+    def start_group(self, plan: GroupPlan, listener: Listener) -> SpmdGroup:
         """Builds the rank here."""
         from torchtrainer.comm.group import SingleCollective
 
-        return InlineGroup(plan, SingleCollective(), local_rank=0, listener=listener, gather=False)
+        return SpmdGroup(plan, SingleCollective(), local_rank=0, listener=listener, gather=False)
 
 
 class SpmdEngine:
@@ -66,7 +66,7 @@ class SpmdEngine:
     def __init__(self, topology: Topology, timeouts: Timeouts | None = None) -> None:
         self.topology = topology
         self.timeouts = timeouts or Timeouts()
-        self._place: MeetingPlace | None = None
+        self._place: Rendezvous | None = None
         self._joined: Collective | None = None
         self._logs: list[TextIO] = []
         self._stdout = sys.stdout
@@ -85,7 +85,7 @@ class SpmdEngine:
             TorchTrainerError: what kept a rank from it, on every rank.
             EngineError: the ranks did not find each other.
         """
-        from torchtrainer.engines.inline_share import share_from_first
+        from torchtrainer.engines.spmd_memory import share_from_first
 
         collective = self._join(settings, gpus)
         try:
@@ -94,7 +94,7 @@ class SpmdEngine:
             self._leave()
             raise
 
-    def start_group(self, plan: GroupPlan, listener: Listener) -> InlineGroup:
+    def start_group(self, plan: GroupPlan, listener: Listener) -> SpmdGroup:
         """Builds this process's rank.
 
         Only rank 0 prints: until the group ends, standard output of the other ranks goes to their log files, or nowhere if
@@ -103,7 +103,7 @@ class SpmdEngine:
         collective = self._joined or self._join(plan.settings, plan.gpus)
         give_back = self._send_stdout_to_log(plan) if self.topology.rank else lambda: None
         try:
-            group = InlineGroup(
+            group = SpmdGroup(
                 plan,
                 collective,
                 local_rank=self.topology.local_rank,
@@ -131,10 +131,10 @@ class SpmdEngine:
 
     def _join(self, settings: TrainSettings, gpus: tuple[int, ...]) -> Collective:
         from torchtrainer.comm.group import join_group
-        from torchtrainer.comm.meeting import MeetingPlace
+        from torchtrainer.comm.rendezvous import Rendezvous
 
         self._leave()
-        self._place = self._place or MeetingPlace(self.topology)
+        self._place = self._place or Rendezvous(self.topology)
         with _gloo_on_loopback(self.topology):
             self._joined = join_group(
                 self.topology,

@@ -1,7 +1,7 @@
 """One rank's part in agreeing where to stop or save, where no driver waits: a thread that looks a few times a second.
 
-The thread that trains pays an attribute check per step. Its gate is that of a worker, `torchtrainer.worker.link.StopGate`; what
-a worker hears from the driver comes here from rank 0, whose thread decides: see `torchtrainer.engines.inline_rounds`.
+The thread that trains pays an attribute check per step. Its gate is that of a worker, `torchtrainer.worker.link.StepBarrier`; what
+a worker hears from the driver comes here from rank 0, whose thread decides: see `torchtrainer.engines.stop_coordinator`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from torchtrainer.comm.talk import Talk
+from torchtrainer.comm.rank_channel import RankChannel
 from torchtrainer.control.messages import StopAt
-from torchtrainer.engines.inline_rounds import Orders, Rounds
+from torchtrainer.engines.stop_coordinator import StopCoordinator, StopOrders
 from torchtrainer.errors import Preempted
 from torchtrainer.process.child import flush_output
-from torchtrainer.worker.link import StopGate
+from torchtrainer.worker.link import StepBarrier
 
 LOOK_S = 0.1
 """Seconds between two looks for a notice of this rank, and for what other ranks say."""
@@ -35,7 +35,7 @@ class Agreement:
     Args:
         talk: between the ranks.
         rank, world_size: of this process.
-        hold_s: longest time that a rank holds at a boundary.
+        pause_s: longest time that a rank holds at a boundary.
         look: called at every look, in the thread; a `Preempted` from there ends the process at once.
         save_every_s: says how many seconds there are between two saves now; None: nobody asks for any. Rank 0's counts.
 
@@ -45,26 +45,26 @@ class Agreement:
 
     def __init__(
         self,
-        talk: Talk,
+        talk: RankChannel,
         *,
         rank: int,
         world_size: int,
-        hold_s: float,
+        pause_s: float,
         look: Callable[[], None],
         save_every_s: Callable[[], float | None] = lambda: None,
     ) -> None:
-        self.gate = StopGate(hold_s)
+        self.gate = StepBarrier(pause_s)
         self.gate.announce = self._announce
         self._talk = talk
         self._rank = rank
         self._look = look
         self._save_every_s = save_every_s
-        self._rounds = Rounds(world_size) if rank == 0 else None
+        self._rounds = StopCoordinator(world_size) if rank == 0 else None
         self._lock = threading.Lock()  # a call begins or ends, or an order is followed
         self._call, self._running = 0, False
         self._stop_wanted = self._save_wanted = False
-        self._orders: Orders = []
-        self._untold: Orders = []
+        self._orders: StopOrders = []
+        self._untold: StopOrders = []
         self._saved_at = time.monotonic()
         self._busy_until = 0.0
         self._closing = threading.Event()
@@ -131,7 +131,7 @@ class Agreement:
             self._note("wish", call=self._call, stop=self._stop_wanted)
             self._stop_wanted = self._save_wanted = False
 
-    def _follow(self, orders: Orders) -> None:
+    def _follow(self, orders: StopOrders) -> None:
         """Does what rank 0 ordered for the running call; orders for calls to come wait for them."""
         early = []
         for order in (*self._orders, *orders):
@@ -165,12 +165,12 @@ class Agreement:
             self._busy_until = time.monotonic() + BUSY_S
         self._untold.clear()
 
-    def _give(self, orders: Orders) -> None:
+    def _give(self, orders: StopOrders) -> None:
         for order in orders:
             self._talk.order(order)
             self._busy_until = time.monotonic() + BUSY_S
 
-    def _save_is_due(self, rounds: Rounds) -> bool:
+    def _save_is_due(self, rounds: StopCoordinator) -> bool:
         every_s = self._save_every_s()
         if every_s is None or rounds.open or not self._running:
             return False

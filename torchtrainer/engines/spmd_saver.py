@@ -23,7 +23,7 @@ from torchtrainer.checkpoint.snapshot import gathered
 from torchtrainer.checkpoint.store import CheckpointStore
 from torchtrainer.checkpoint.writer import STATE, copy_to, write_state
 from torchtrainer.comm.group import Collective
-from torchtrainer.comm.talk import gather_to_first
+from torchtrainer.comm.rank_channel import gather_to_first
 from torchtrainer.control.messages import CheckpointEnded
 from torchtrainer.engines.snapshots import CheckpointOrders
 from torchtrainer.errors import TorchTrainerError
