@@ -47,8 +47,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"run_places"}),
     frozenset({"resume"}),
     frozenset({"planning"}),
-    frozenset({"calls"}),
-    frozenset({"session"}),
+    frozenset({"call_replay"}),
     frozenset({"session"}),
     frozenset({"trainer"}),
     # The launcher's two sides: without torch, and on torch's elastic agent, which calls back.
@@ -60,7 +59,7 @@ LAYERS: tuple[frozenset[str], ...] = (
 FREE_OF_TORCH = (
     "__init__",
     "trainer",
-    "calls",
+    "call_replay",
     "resume",
     "driver",
     "control",
@@ -254,7 +253,7 @@ def test_units_free_of_torch_do_not_name_it_at_module_level():
     assert not wrong, "\n".join(wrong)
 
 
-SEAM_USERS = ("trainer", "planning", "calls")
+SEAM_USERS = ("trainer", "planning", "call_replay")
 """They use any engine and any group, by the Protocols in ``engines/base.py`` alone."""
 BEHIND_SEAMS = ("engines", "worker", "train", "comm")
 VALUES = frozenset({"ModelStates"})
