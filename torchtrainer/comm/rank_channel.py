@@ -43,7 +43,7 @@ class RankChannel(Protocol):
 
 
 class LoneChannel:
-    """The talk of a single rank with itself."""
+    """The channel of a single rank with itself."""
 
     def __init__(self) -> None:
         self._told: deque[dict[str, Any]] = deque()
@@ -67,10 +67,10 @@ class LoneChannel:
 
 
 class StoreChannel:
-    """The talk of several ranks through a store. Its calls raise a ``RuntimeError`` when the store is gone.
+    """The channel of several ranks through a store. Its calls raise a ``RuntimeError`` when the store is gone.
 
     Args:
-        store: for this talk alone.
+        store: for this channel alone.
     """
 
     def __init__(self, store: Store) -> None:
@@ -107,14 +107,14 @@ class StoreChannel:
 
 
 def open_channel(collective: Collective) -> RankChannel:
-    """A talk between the ranks of a collective, over the store in which its group met. A collective call.
+    """A channel between the ranks of a collective, over the store in which its group met. A collective call.
 
     Rank 0 names it: a script may have formed the group itself, in a store that holds what earlier ranks said.
     """
     if not isinstance(collective, GroupCollective):
         return LoneChannel()
     name = collective.all_gather(secrets.token_hex(8))[0]
-    return StoreChannel(PrefixStore(f"torchtrainer/talk/{name}", _get_default_store()))
+    return StoreChannel(PrefixStore(f"torchtrainer/channel/{name}", _get_default_store()))
 
 
 def attached() -> Collective:

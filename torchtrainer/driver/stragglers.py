@@ -37,7 +37,7 @@ def with_phase_times(view: WorkerView, heartbeat: Heartbeat) -> tuple[PhaseTimes
     """The phase times of a worker with that of a heartbeat; of the earlier ones stay those that span `STRAGGLER_STEPS` steps."""
     if not heartbeat.spent_s or not view.ranks:
         return view.phase_times
-    earlier = tuple(lap for lap in view.phase_times if lap.step < heartbeat.step)
+    earlier = tuple(times for times in view.phase_times if times.step < heartbeat.step)
     while len(earlier) > 1 and heartbeat.step - earlier[1].step >= STRAGGLER_STEPS:
         earlier = earlier[1:]
     return (*earlier, PhaseTimes(step=heartbeat.step, spent_s=heartbeat.spent_s))

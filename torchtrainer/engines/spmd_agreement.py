@@ -33,7 +33,7 @@ class Agreement:
     """Where this rank stands in the agreement of all ranks. Calls are counted alike on all ranks, from 1.
 
     Args:
-        talk: between the ranks.
+        channel: between the ranks.
         rank, world_size: of this process.
         pause_s: longest time that a rank holds at a boundary.
         look: called at every look, in the thread; a `Preempted` from there ends the process at once.
@@ -45,7 +45,7 @@ class Agreement:
 
     def __init__(
         self,
-        talk: RankChannel,
+        channel: RankChannel,
         *,
         rank: int,
         world_size: int,
@@ -55,7 +55,7 @@ class Agreement:
     ) -> None:
         self.gate = StepBarrier(pause_s)
         self.gate.announce = self._announce
-        self._talk = talk
+        self._channel = channel
         self._rank = rank
         self._look = look
         self._save_every_s = save_every_s
@@ -114,13 +114,13 @@ class Agreement:
         with self._lock:
             self._note_wish()
         self._tell_noted()
-        orders = self._talk.orders()
+        orders = self._channel.orders()
         with self._lock:
             self._follow(orders)
         self._tell_noted()
         if self._rounds is None:
             return
-        for told in self._talk.told():
+        for told in self._channel.told():
             self._give(self._rounds.hear(told))
         if self._save_is_due(self._rounds):
             self._saved_at = time.monotonic()
@@ -161,13 +161,13 @@ class Agreement:
 
     def _tell_noted(self) -> None:
         for message in self._untold:
-            self._talk.tell(message)
+            self._channel.tell(message)
             self._busy_until = time.monotonic() + BUSY_S
         self._untold.clear()
 
     def _give(self, orders: StopOrders) -> None:
         for order in orders:
-            self._talk.order(order)
+            self._channel.order(order)
             self._busy_until = time.monotonic() + BUSY_S
 
     def _save_is_due(self, rounds: StopCoordinator) -> bool:
