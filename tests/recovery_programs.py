@@ -51,8 +51,8 @@ class Strike:
     Attributes:
         phase: ``build``, ``join``, ``load``, ``forward``, ``backward``, ``exchanged`` (before the update), ``step``, ``stepped``, ``moved``, ``scheduler``, ``validation`` or ``save``.
         rank: for which the process was started; None: any.
-        at: the how manieth time the process comes there, from 1.
-        life: the how manieth process of this rank it is, from 1.
+        at: how often the process has come there, this time included.
+        life: the number of the process among those of this rank, from 1.
         signum: of the signal, or ``WAIT``, or ``RAISE``.
         once: not again; else in every later process of the rank too.
         spawner: the process that forks workers gets it, not the rank's.

@@ -152,7 +152,7 @@ def test_what_was_tried_and_what_to_do_after_a_loss_that_ends_a_group() -> None:
     scene = Scene(log_dir="/l", logs_stay=False, pids={}, doing="train()", why="no worker was left that has the state")
     text = str(error_of(died(ranks=(1, 3)), scene))
     assert text.startswith("ranks 1, 3 (pid 101, ")
-    assert "was not gone on with in place: no worker was left that has the state." in text
+    assert "could not continue in place: no worker was left that has the state." in text
     assert "start again with a new TorchTrainer; with a run_dir it can go on" in text
 
 

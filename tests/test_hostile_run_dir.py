@@ -239,9 +239,7 @@ def outside(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(
-        sys.modules, "ipykernel", raising=False
-    )  # in a notebook a run is gone on with only if asked for
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # in a notebook a run is resumed only on request
 
 
 def opened(run_dir: str | Path, resume: bool | str = "auto") -> OpenRun:

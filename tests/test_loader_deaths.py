@@ -430,4 +430,4 @@ def test_deaths_at_any_moment_cost_nothing(tmp_path, seed) -> None:
     assert found[0] == expected
     assert len(failures) <= killer.killed  # those that had nothing left to read are not missed
     assert {one.how for one in failures} <= {"refetched"}
-    print(f"seed {seed}: {killer.killed} killed, {len(failures)} made up for")
+    print(f"seed {seed}: {killer.killed} killed, {len(failures)} recovered")

@@ -490,7 +490,7 @@ def test_losing_the_host_while_a_group_is_killed_keeps_the_first_error() -> None
 
 
 def fleet(world_size: int = 3, *, bound: str = "", recovers: bool = True, **options: Any) -> Drive:
-    """A group that is built, whose workers can be made up for."""
+    """A group that is built, whose workers can be replaced."""
     options = {"failure": FailureConfig(replace=False, hang_timeout_s=HANG_S), **options}
     return Drive(world_size, facts={"bound": bound, "recovers": recovers}, **options).build()
 

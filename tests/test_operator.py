@@ -332,7 +332,7 @@ def test_a_config_of_any_kind_stays_of_its_kind(kind):
     assert [(one["lr"], type(one["of"])) for one in mine] == [(0.5, kind)] * 2
     other = kind({"lr": 0.1, BATCH_SIZE: 5, "of": kind({"depth": 2})})
     told = differences(fingerprint({"config": config}), fingerprint({"config": other}))
-    assert len(told) == 1, "a run that is gone on with is compared by it"
+    assert len(told) == 1, "a resumed run is compared by it"
     assert "0.5" in told[0]
     without = kind({"lr": 0.5})
     assert type(rank_config(without, rank=0, world_size=2)) is kind

@@ -156,7 +156,7 @@ def test_a_new_pass_begins_at_the_beginning_and_ends_at_the_end(make, arguments,
     assert seen[0] == seen[1]
     assert len(seen[0]) == 3 * arguments["num_workers"]
     assert seen[2] == list(range(SAMPLES)), "it ends with the pass"
-    assert sorted(seen[3] + seen[4]) == list(range(SAMPLES)), "without it a pass is gone on with"
+    assert sorted(seen[3] + seen[4]) == list(range(SAMPLES)), "without it a pass continues"
     epochs = [1, 2, 3, 4, 4] if method == "train" else [None] * 5
     assert counts == list(zip([3, 3, whole, 2, whole - 2], epochs, strict=True))
 

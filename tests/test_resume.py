@@ -1,4 +1,4 @@
-"""An interrupted run, started again, ends as if nobody had interrupted it; what is gone on with, and what is not."""
+"""An interrupted run, started again, ends as if nobody had interrupted it; which runs are resumed, and which are not."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_other_ranks_go_on_and_every_sample_is_dealt_once(tmp_path, before, afte
     assert [one["num_samples"] for one in results[:4]] == [86, 45, 86, 45]
 
 
-# What is gone on with
+# Which run is resumed
 
 SHORT = {**PLAIN, "epochs": 0}
 

@@ -1,4 +1,4 @@
-"""A run is gone on with only by the script that made it: whatever a training depends on is compared, and a difference is named."""
+"""A run is resumed only by the script that made it: whatever a training depends on is compared, and a difference is named."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ STATE = "state.pt"
 MOVING_METHODS = STEPPING_METHODS | {"update_scheduler", "load_state_dict"}
 """Calls that change the state."""
 SETTING_METHODS = frozenset({"apply_worker", "apply_operator"})
-"""Calls that may change what is in no state, such as which parameters are trained: made again when a run is gone on with."""
+"""Calls that may change what is in no state, such as which parameters are trained: made again when a run is resumed."""
 
 
 def nothing(values: list[Any]) -> None:
@@ -139,7 +139,7 @@ class CallReplay:
                 self._made.append(Made(text, method, keywords))
                 return known
             self._asked = Made(text, method, keywords)
-            self.leave_if_noticed()  # before the state is restored: a call that is half done is gone on with by the call alone
+            self.leave_if_noticed()  # before the state is restored: a call that is half done is continued by the call alone
             self.catch_up()
         return None
 

@@ -114,7 +114,7 @@ class SnapshotError(CheckpointError):
 
 
 class ResumeError(TorchTrainerError, RuntimeError):
-    """A run cannot be gone on with; the message says what differs and how to start anew."""
+    """A run cannot be resumed; the message says what differs and how to start anew."""
 
 
 class CallMismatchError(ResumeError):

@@ -235,7 +235,7 @@ def _judge(
     if resume is True:
         if difference is not None:
             raise ResumeError(
-                f"the run in {printable(str(path))} cannot be gone on with: {difference}. Put it back, name it in may_change, or {FRESH}"
+                f"the run in {printable(str(path))} cannot be resumed: {difference}. Put it back, name it in may_change, or {FRESH}"
             )
         return path, record
     why = _why_not(path, record, wanted, difference)
@@ -253,7 +253,7 @@ def _judge(
 def _why_not(path: Path, record: RunRecord, wanted: RunRecord, difference: str | None) -> str | None:
     """Why ``resume="auto"`` does not go on with a run, or None."""
     if record.notebook or wanted.notebook:
-        return "runs of notebooks are gone on with only if you say so"
+        return "runs of notebooks are resumed only if you say so"
     if difference is not None:
         return difference
     if record.state not in RESUMABLE and not others_unfinished(path, record, notice_once):

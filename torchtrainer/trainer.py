@@ -94,7 +94,7 @@ class TorchTrainer:
         seed: everything random derives from it.
         run_dir: directory of the run; "auto": ``./runs/<script>/<time>``; None: nothing is kept.
         resume: go on with a run that was cut off: "auto", True (it must be there and fit) or False.
-        may_change: names of what may have changed in a run that is gone on with: of arguments of the script, globals and other values,
+        may_change: names of what may have changed in a resumed run: of arguments of the script, globals and other values,
             and functions. A word of such a name is enough: ``epochs`` stands for ``--epochs`` and ``args.epochs``.
         checkpoint: how often the state is saved, where, and how many states stay.
         preemption: where warnings come from that the machine or the job will be taken away.

@@ -45,7 +45,7 @@ class Rendezvous:
         self._groups = 0
 
     def next_store(self, timeout: timedelta) -> Store:
-        """A store for a new group, apart from those of the groups before it; every rank asks equally often.
+        """A store for a new group, apart from those of the groups before it; every rank must call it the same number of times.
 
         Raises:
             EngineError: a rank did not come within the timeout, or the port is in use.

@@ -178,7 +178,7 @@ def on_worker_exited(machine: Machine, event: WorkerExited, now: float) -> Resul
         return lose_in_failed_call(machine, cause, event.worker, now)
     if not machine.recovers:
         machine = machine.see(event.worker, phase="gone", busy=False, lost=True)
-        return kill(machine, cause, now, retry=may_retry(machine, cause), why="its memory cannot be made up for")
+        return kill(machine, cause, now, retry=may_retry(machine, cause), why="its state existed only in that process")
     return lose(machine, view, cause, now)
 
 
@@ -209,7 +209,7 @@ def _forget(machine: Machine, worker: int) -> Machine:
 
 
 def on_loader_lost(machine: Machine, event: LoaderLost, now: float) -> Result:
-    """Sent when a process of a loader died and was made up for; how often that may happen at one batch, the rank itself knows."""
+    """Sent when a process of a loader died and was replaced; how often that may happen at one batch, the rank itself knows."""
     return (machine, ()) if machine.view(event.worker) is None else (machine, (refetched(event),))
 
 

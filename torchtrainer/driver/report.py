@@ -53,7 +53,7 @@ class Scene:
         logs_stay: the logs outlive the run.
         pids, machines: process id and host name by rank.
         doing: what the user had asked for, by the name that workers know.
-        why: a lost worker could not be made up for; empty: nobody tried.
+        why: a lost worker could not be replaced; empty: nobody tried.
     """
 
     log_dir: str
@@ -101,7 +101,7 @@ class Scene:
 
     def what_now(self) -> list[str]:
         """Why the loss of a worker was the end, and what to do."""
-        tried = [f"The training was not gone on with in place: {self.why}."] if self.why else []
+        tried = [f"The training could not continue in place: {self.why}."] if self.why else []
         saved = "the same run_dir it goes on from the latest checkpoint" if self.logs_stay else "a run_dir it can go on"
         return [*tried, f"What to do: start again with a new TorchTrainer; with {saved}."]
 

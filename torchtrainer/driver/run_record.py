@@ -53,7 +53,7 @@ class RunRecord:
         format: of this record.
         preemptions: how often in a row it was preempted without a new step between.
         preempted_at: step at the latest of them.
-        may_change: names of parts that a run which is gone on with need not have alike.
+        may_change: names of parts that may differ in a resumed run.
         asked: name of the directory that the user asked for; the run's own may be another, beside it.
     """
 
@@ -212,7 +212,7 @@ def wanted_run(reached: Mapping[str, Any], *, world_size: int, may_change: Seque
     Args:
         reached: what the training depends on, by name: the user's functions, classes and values.
         world_size: ranks.
-        may_change: names of what a run that is gone on with need not have alike.
+        may_change: names of what may differ in a resumed run.
     """
     run = this_script_run()
     notebook = in_notebook()
@@ -292,7 +292,7 @@ def find_previous(
     Args:
         runs: directory with one directory per run.
         wanted: the trainer that is being made.
-        live: whether a run directory is in use; other trainers of this process, which are gone on with too, do not count.
+        live: whether a run directory is in use; other trainers of this process, which are resumed too, do not count.
         on_problem: told in a sentence of a run that is left out, as its directory is not what a run leaves.
 
     Returns:
@@ -328,7 +328,7 @@ def _sound(best: tuple[Path, RunRecord] | None, on_problem: Callable[[str], None
     try:
         check_compiled(best[0])
     except OSError as error:
-        on_problem(f"{best[0]} cannot be gone on with: {error}")
+        on_problem(f"{best[0]} cannot be resumed: {error}")
         return None
     return best
 
@@ -357,7 +357,7 @@ def _records(runs: Path, on_problem: Callable[[str], None], prefix: str = "") ->
         except (
             RunDirectoryError
         ) as error:  # it may be somebody else's to mend, and is no reason for others not to start
-            on_problem(f"{path} is no run that can be gone on with, and is left out: {error}")
+            on_problem(f"{path} is not a run that can be resumed, and is skipped: {error}")
             continue
         if record is not None:
             yield path, record

@@ -307,7 +307,7 @@ class Machine:
 
     @property
     def at_work(self) -> bool:
-        """Whether the group takes calls, or runs one in which nothing has been raised: what is lost then is made up for."""
+        """Whether the group takes calls, or runs one in which nothing has been raised: what is lost then is replaced."""
         return isinstance(self.state, Idle) or (isinstance(self.state, Calling) and self.state.settle_at is None)
 
     @property
@@ -360,7 +360,7 @@ class Machine:
 
     @property
     def recovers(self) -> bool:
-        """Whether a lost worker can be made up for while the others keep their memory."""
+        """Whether a lost worker can be replaced while the others keep their memory."""
         return bool(self.facts.get("recovers", False))
 
 

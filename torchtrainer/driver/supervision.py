@@ -1,6 +1,6 @@
 """What the driver notices by the clock: workers that do not come, hang, are slow, or do not go. Pure, like the machine.
 
-A worker that hangs is asked for its stacks, then killed; what follows is what follows any death. Where it cannot be made up for, the
+A worker that hangs is asked for its stacks, then killed; what follows is what follows any death. Where it cannot be replaced, the
 whole group is killed.
 """
 
@@ -193,7 +193,7 @@ def _condemn(machine: Machine, cause: WorkerHung, worker: int, now: float) -> Re
     if isinstance(machine.state, Starting):
         return kill(machine, cause, now)
     if not machine.recovers:
-        return kill(machine, cause, now, retry=may_retry(machine, cause), why="its memory cannot be made up for")
+        return kill(machine, cause, now, retry=may_retry(machine, cause), why="its state existed only in that process")
     pending_kills = PendingKill(worker=worker, cause=cause, until=now + machine.timeouts.cleanup_s)
     machine = replace(machine, pending_kills=(*machine.pending_kills, pending_kills))
     return machine, (Send(message=KillWorker(group=machine.group, worker=worker)),)

@@ -362,7 +362,7 @@ OWN_OPTIONS = (
         reads=float,
         dest="hang_timeout_s",
         check=_seconds,
-        meaning="show the stacks of all ranks when no worker got on for so long; without it, never",
+        meaning="show the stacks of all ranks when no worker makes progress for SECONDS (default: off)",
     ),
 )
 

@@ -246,7 +246,7 @@ class Verification:
         return False
 
     def _check_resumed(self, number: int, ended: Ended) -> None:
-        """A state that was saved has to be gone on with."""
+        """A saved state has to be continued."""
         last = self.interruptions[-1] if self.interruptions else None
         if last is None or last.signal != "SIGTERM":
             return

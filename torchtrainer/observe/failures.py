@@ -30,7 +30,7 @@ class FailureRecord:
     """One failure that the run went through.
 
     Attributes:
-        time: wall clock, seconds since 1970, when it happened; for a process that hung, when it last got on.
+        time: wall clock, seconds since 1970, when it happened; for a process that hung, when it last made progress.
         ranks: those of the process that was lost, or whose loader lost one; empty: it is not a matter of certain ranks.
         cause: in a word or two, such as ``was killed by SIGKILL``.
         step: optimizer steps that were completed, as far as was known.

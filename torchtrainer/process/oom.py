@@ -45,7 +45,7 @@ class OomWatch:
 def be_killed_first(more: int, *, own: Path = Path("/proc/self/oom_score_adj")) -> None:
     """Has the system, where it needs memory, kill this process before those that others cannot do without.
 
-    A worker or a spawner that is lost is made up for; with the host or the driver the run would end. What this process starts
+    A worker or a spawner that is lost is replaced; with the host or the driver the run would end. What this process starts
     later is killed as early. Does nothing where the system has no such number.
     """
     with contextlib.suppress(OSError, ValueError):

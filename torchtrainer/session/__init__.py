@@ -99,7 +99,7 @@ def configure(
 def should_stop() -> bool:
     """Whether to save and end now, because the machine or the job will be taken away. Ask once per step.
 
-    All ranks get True at the same step, whichever of them the warning came to; so all have to ask equally often. Costs next to
+    All ranks get True at the same step, whichever of them the warning came to; so every rank must call it the same number of times. Costs next to
     nothing until there is a warning: no exchange between the ranks. Once True, it stays True.
 
     Raises:
@@ -178,7 +178,7 @@ def finish() -> None:
     """Says that the work of this script is done: when it is started again, it begins a new session.
 
     A script that comes to its end without an exception need not call it; one that goes on with other things should. Every rank calls
-    it. After a stop it changes nothing: the session is gone on with.
+    it. After a stop it changes nothing: the session is resumed.
     """
     if _loops:
         _loops[0].finish()

@@ -66,7 +66,7 @@ class SessionLoop:
         run_dir: directory of the run; None: that of the environment, else ``./runs/<script>``.
         keep: how many checkpoints stay.
         preemption: where warnings come from.
-        resume, may_change: what is gone on with.
+        resume, may_change: which session is resumed.
 
     Raises:
         ResumeError: ``resume=True``, and there is nothing to go on with, or something else.

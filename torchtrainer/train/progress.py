@@ -41,7 +41,7 @@ class Progress:
         spent_s: seconds in each phase that was left.
         longest_s: the longest of the latest steps, whatever it waited for; 0.0: there were too few to tell.
         mark: where the steps are marked too; None: nowhere.
-        on_loader_lost: called by the training thread when a loader process that died was made up for; None: nobody wants to know.
+        on_loader_lost: called by the training thread when a loader process that died was replaced; None: nobody wants to know.
     """
 
     __slots__ = (
@@ -104,7 +104,7 @@ class Progress:
             self.mark.show(step)
 
     def loader_lost(self, loss: LoaderLoss) -> None:
-        """A loader process died and was made up for."""
+        """A loader process died and was replaced."""
         if self.on_loader_lost is not None:
             self.on_loader_lost(loss)
 

@@ -18,7 +18,7 @@ BUS_ERROR = int(getattr(signal, "SIGBUS", 0))
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderLoss:
-    """A process of a loader that died, and was made up for.
+    """A process of a loader that died and was replaced.
 
     Attributes:
         loader: what the loader is for.
@@ -42,7 +42,7 @@ class Losing:
 
     Attributes:
         tell: is told of each one, once the batch is there that it was to read.
-        max_failures: so many in a row are made up for, no batch being read between them.
+        max_failures: so many in a row are replaced, no batch being read between them.
     """
 
     tell: Callable[[LoaderLoss], None]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
 
 _ADVICE = (
-    "Every rank has to call backward() equally often in a step, and step its optimizers equally often: let a rank that has nothing "
+    "Every rank must call backward() the same number of times in a step, and step its optimizers the same number of times: let a rank that has nothing "
     "to learn from its batch call backward() on loss * 0, or decide by a value that is alike on all ranks"
 )
 
