@@ -304,8 +304,8 @@ def test_a_rendezvous_that_times_out_says_who_came_and_how_many_were_wanted(make
     cluster = make_cluster(OURS, 2)
     first, second = cluster.nodes
     stays = cluster.elastic(first, nnodes="3")
-    gives_up = cluster.elastic(second, nnodes="3", conf="join_timeout=4")
     stays.await_text("waiting for other machines: wanted 3, for up to 60 s (join_timeout of --rdzv-conf)")
+    gives_up = cluster.elastic(second, nnodes="3", conf="join_timeout=4")
     assert_one_clear_line(gives_up, re.escape(first.address), re.escape(second.address), "wanted 3, 2 joined")
     stays.process.terminate()
     assert stays.finish() == 1

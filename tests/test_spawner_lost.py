@@ -119,7 +119,17 @@ def test_it_is_made_up_for_while_a_checkpoint_is_taken(tmp_path) -> None:
         assert plan.missing() == []
         told = trainer.status().failures
     assert told == ()
-    assert list((tmp_path / "run").rglob("manifest.json"))
+    # A new spawner imports torch first, and the end of the trainer does not wait for that.
+    wait_for(lambda: list((tmp_path / "run").rglob("manifest.json")))
+
+
+def test_a_checkpoint_is_written_even_if_its_workers_are_killed_before_there_is_a_new_one(tmp_path) -> None:
+    run = tmp_path / "run"
+    with Job().trainer(run_dir=str(run), checkpoint=CheckpointConfig(every_steps=4)) as trainer:
+        kill_spawner()  # and with it whoever could start a writer, for as long as an import of torch takes
+        one_epoch(trainer)
+        trainer.shutdown(force=True)
+    wait_for(lambda: list(run.rglob("manifest.json")))
 
 
 def test_again_and_again_between_calls_and_before_it_is_ready() -> None:

@@ -226,7 +226,7 @@ class Host:
             self._to_driver(GroupGone(group=name))
             return
         group.killed = True
-        if self._starters.forget(name):
+        if self._starters.forget({worker_name(name, worker) for worker in group.unborn}):  # a writer is still wanted
             group.unborn.clear()
         for pid in group.pids.values():
             kill_session(pid)

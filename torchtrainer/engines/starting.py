@@ -7,7 +7,7 @@ forked is asked of the new one.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torchtrainer.engines.preload import PRELOAD, preloadable
@@ -122,11 +122,11 @@ class Starters:
             self._asked[spec["key"]] = spec
             self._first.start(spec)
 
-    def forget(self, group: str) -> bool:
-        """Leaves out what was not started yet of a group; returns whether nothing of it can have been started."""
+    def forget(self, keys: Collection[str]) -> bool:
+        """Drops the processes with these keys that wait for a spawner; returns whether none of them can have been started."""
         if self._waiting is None:
             return False
-        self._waiting = [spec for spec in self._waiting if spec["key"].rsplit("/", 1)[0] != group]
+        self._waiting = [spec for spec in self._waiting if spec["key"] not in keys]
         return True
 
     def preload(self, modules: Sequence[str]) -> None:
