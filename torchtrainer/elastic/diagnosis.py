@@ -6,7 +6,12 @@ import argparse
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError, RendezvousTimeoutError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousError,
+    RendezvousTimeoutError,
+)
 
 
 def explain(error: BaseException, handler: Any, args: argparse.Namespace) -> str | None:
@@ -31,6 +36,12 @@ def explain(error: BaseException, handler: Any, args: argparse.Namespace) -> str
         return (
             f"no rendezvous at {endpoint} ({args.rdzv_backend}): {detail}. Is the address right and reachable from here, "
             "and the port free on the machine that hosts it?"
+        )
+    if isinstance(error, RendezvousClosedError):
+        return (
+            f"the rendezvous {args.rdzv_backend} at {endpoint}, id {args.rdzv_id!r}, is closed: another machine's launcher gave "
+            "up or has finished, and its own output says why. Start all machines again, with another --rdzv-id if the "
+            "rendezvous is still served"
         )
     if isinstance(error, RendezvousError):
         return f"rendezvous {args.rdzv_backend} at {endpoint}: {said or type(error).__name__}"
