@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchtrainer import TorchTrainer, TrainingOperator
 
+HANG_S = 5
+"""``hang_timeout_s``: more than a busy machine takes for anything but what hangs."""
 SAMPLES = 400
 
 

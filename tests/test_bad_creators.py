@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from failing import CREATORS, MyError, data_creator, failure_of, samples, story, workers
+from failing import CREATORS, HANG_S, MyError, data_creator, failure_of, samples, story, workers
 from torch.utils.data import DataLoader, Dataset
 
 from torchtrainer import (
@@ -181,20 +181,20 @@ def test_a_setup_that_hangs() -> None:
         WorkerHungError,
         training_operator_cls=SetupOnRank1,
         config={"do": sleeps_in_setup},
-        failure=FailureConfig(hang_timeout_s=1),
+        failure=FailureConfig(hang_timeout_s=HANG_S),
     )
     text = str(error)
     assert text.startswith("rank 1 (pid ")
-    assert "made no progress for 1." in text
+    assert f"made no progress for {HANG_S}." in text
     assert "during the start of the workers, phase setup" in text
-    assert "Allowed were 1 s: pass failure=FailureConfig(hang_timeout_s=...)" in text
+    assert f"Allowed were {HANG_S} s: pass failure=FailureConfig(hang_timeout_s=...)" in text
     assert "in sleeps_in_setup" in text
     assert (error.rank, error.exit_code) == (1, None)
 
 
 def test_a_creator_that_hangs() -> None:
     error = failure_of(
-        WorkerHungError, model_creator=lambda config: sleeps_in_setup(), failure=FailureConfig(hang_timeout_s=1)
+        WorkerHungError, model_creator=lambda config: sleeps_in_setup(), failure=FailureConfig(hang_timeout_s=HANG_S)
     )
     assert "in sleeps_in_setup" in str(error)
 

@@ -11,7 +11,7 @@ import threading
 
 import pytest
 import torch
-from failing import CREATORS, At, MyError, failure_of, samples, story, workers
+from failing import CREATORS, HANG_S, At, MyError, failure_of, samples, story, workers
 from torch.utils.data import DataLoader, Dataset
 
 from torchtrainer import (
@@ -167,11 +167,11 @@ def sleeps():
 
 
 def test_a_rank_that_hangs_in_step_37() -> None:
-    error = at_37(WorkerHungError, sleeps, failure=FailureConfig(hang_timeout_s=1, max_failures=0))
+    error = at_37(WorkerHungError, sleeps, failure=FailureConfig(hang_timeout_s=HANG_S, max_failures=0))
     text = str(error)
     assert text.startswith("rank 1 (pid ")
     assert f"{AT_37} (37 optimizer steps were completed); all workers were stopped" in text
-    assert "Allowed were 1 s: pass failure=FailureConfig(hang_timeout_s=...)" in text
+    assert f"Allowed were {HANG_S} s: pass failure=FailureConfig(hang_timeout_s=...)" in text
     assert "in sleeps" in text
     assert error.rank == 1
 

@@ -97,9 +97,9 @@ def test_a_crash_loop_without_progress_is_stopped(tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_hang_is_reported_with_the_stacks_of_every_rank(form, tmp_path):
-    options = f"{TWO} --hang-timeout 1 {FORMS[form]}"
+    options = f"{TWO} --hang-timeout 3 {FORMS[form]}"
     errors = report(tmp_path, "waits_in_this_function", options=options, code=1).errors
-    assert "(--hang-timeout 1); their stacks follow, then they are stopped" in errors
+    assert "(--hang-timeout 3); their stacks follow, then they are stopped" in errors
     assert_stacks(errors, form)
     assert "launcher/script.py" not in errors, "only the program's own frames"
     assert "ranks 0, 1 had to be killed: no rank failed by itself" in errors

@@ -346,7 +346,7 @@ class Told:
 def test_a_process_that_hangs_is_replaced(plan_of, signum) -> None:
     told = Told()
     plan = plan_of(forward(1, 7, signum=signum))
-    with TWO.trainer(plan, failure=FailureConfig(hang_timeout_s=2), callbacks=[told]) as trainer:
+    with TWO.trainer(plan, failure=FailureConfig(hang_timeout_s=5), callbacks=[told]) as trainer:
         assert_as_undisturbed(epochs_of(trainer, EPOCHS), TWO)
         (failure,) = trainer.status().failures
         assert failure.cause.startswith("no progress for ")
