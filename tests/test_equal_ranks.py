@@ -90,7 +90,7 @@ def test_without_room_in_shared_memory_gradients_go_through_gloo_with_one_notice
         found = trainer.train(), trainer.state_dict()["models"][0]
     said = capfd.readouterr().err
     assert said.count("gradients go through Gloo") == 1
-    assert "MB of shared memory, and 0 MB are free" in said
+    assert "MB of shared memory, but only 0 MB are free" in said
     assert found[0] == expected[0]
     assert all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
 

@@ -29,13 +29,13 @@ CALLED_WITH = {
     "scheduler_creator": ("optimizer", "config"),
     "initialization_hook": (),
 }
-"""What each function of the user gets. A loss creator may take ``config`` or nothing."""
+"""Arguments of each user function. A loss creator may take ``config`` or nothing."""
 
 NOT_YET = "is not in this version"
 ENGINE_PARTS = ("name", "timeouts", "topology", "open_run", "start_group")
 """What `torchtrainer.engines.base.Engine` asks for."""
 SEEDS = 1 << 63
-"""Seeds are below this: what torch's generators take."""
+"""Seeds are below this, as torch's generators require."""
 
 
 def refuse_unknown(given: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -66,8 +66,8 @@ def check_creators(creators: Mapping[str, Any], training_operator_cls: Any) -> N
             _check_creator(name, value)
     if training_operator_cls is not None and not isinstance(training_operator_cls, type):
         raise InvalidArgumentTypeError(
-            f"training_operator_cls must be a TrainingOperator subclass, got {training_operator_cls!r}: pass the class, "
-            "not an object of it"
+            f"training_operator_cls must be a TrainingOperator subclass, got {training_operator_cls!r}: pass the "
+            "class, not an instance"
         )
     if training_operator_cls is not None and not hasattr(training_operator_cls, "register_data"):
         raise InvalidArgumentTypeError(
@@ -338,8 +338,8 @@ def decide_threads(
         if threads * world_size <= cores:
             return threads, ""
         return threads, (
-            f"{name}={environ[name]} gives {world_size} processes {threads} threads each, for {cores} cores: unset it, and they "
-            "share the cores out, or pass num_cpus_per_worker"
+            f"{name}={environ[name]} gives {world_size} processes {threads} threads each, for {cores} cores: unset it "
+            "to divide the cores among them, or pass num_cpus_per_worker"
         )
     if not isinstance(num_cpus_per_worker, int) or isinstance(num_cpus_per_worker, bool) or num_cpus_per_worker < 1:
         raise InvalidArgumentError(

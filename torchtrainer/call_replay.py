@@ -36,7 +36,7 @@ STATE = "state.pt"
 MOVING_METHODS = STEPPING_METHODS | {"update_scheduler", "load_state_dict"}
 """Calls that change the state."""
 SETTING_METHODS = frozenset({"apply_worker", "apply_operator"})
-"""Calls that may change what is in no state, such as which parameters are trained: made again when a run is resumed."""
+"""Calls that may change what no state holds, such as which parameters are trained; repeated when a run is resumed."""
 
 
 def nothing(values: list[Any]) -> None:
@@ -191,7 +191,7 @@ class CallReplay:
         self.catch_up()
         where = f"the checkpoint of step {reached}" if self._checkpoint is not None else "the beginning"
         redone, seconds = self._lost_steps.count(), time.monotonic() - began
-        notice(f"going on from {where} after {seconds:.1f} s: {taken_again(redone)}")
+        notice(f"continuing from {where} after {seconds:.1f} s: {taken_again(redone)}")
         if self._on_restart is not None:
             self._on_restart(redone, seconds)
 
@@ -231,7 +231,7 @@ class CallReplay:
             self._reached = len(self._made)
         lost = self.journal.add(text, result, step=step, epoch=epoch, is_state=is_state, function=function)
         if lost is not None:
-            warn(f"the result of {text} is not recorded, as {lost}. This run could not be resumed beyond it")
+            warn(f"the result of {text} is not recorded, as {lost}. This run cannot be resumed beyond it")
 
     def catch_up(self) -> None:
         """Brings the ranks to where the script is: by the checkpoint, and by the calls after it."""
@@ -273,7 +273,7 @@ class CallReplay:
                 raise ResumeError(
                     f"{why}. trainer.save(path) needs no copy; pass resume=False to start anew"
                 ) from error
-            notice(f"{why}: it is trained again up to there. trainer.save(path) needs no copy")
+            notice(f"{why}: training is repeated up to that call. trainer.save(path) needs no copy")
             self._reached = 0
         if self._from > index:
             self._checkpoint, self._from = None, 0
@@ -307,7 +307,7 @@ class CallReplay:
         if found is None:
             return
         if self._notices.urgent:
-            self._end(EXIT_TERMINATED, f"{found.source} came again: left at once")
+            self._end(EXIT_TERMINATED, f"{found.source} came again: leaving at once")
         if self._leaving:
             return
         if self._group is None:  # the ranks are being built
@@ -333,7 +333,7 @@ class CallReplay:
         if self._notices is None or found is None:
             return
         if self._notices.urgent:
-            self._end(EXIT_TERMINATED, f"{found.source} came again: left at once")
+            self._end(EXIT_TERMINATED, f"{found.source} came again: leaving at once")
         if not found.must_stop or self._group is None:
             return
         self._stopping_since = self._stopping_since or time.monotonic()
@@ -384,7 +384,7 @@ class CallReplay:
     def _saved(self) -> str:
         if self.saved_step is None:
             return "nothing was saved yet"
-        return f"the state after step {self.saved_step} is saved: start the same command again to go on"
+        return f"the state after step {self.saved_step} is saved: start the same command again to continue"
 
     def _seconds_left(self, found: Notice) -> float:
         if (left := found.seconds_left()) is not None:
@@ -395,6 +395,6 @@ class CallReplay:
     def _save_for(self, hint: Notice) -> None:
         if not self._hinted:
             self._hinted = True
-            notice(f"{hint.text}: a checkpoint is saved, and the run goes on")
+            notice(f"{hint.text}: a checkpoint is saved, and the run continues")
             if self._calling:
                 self._living().save()

@@ -26,17 +26,17 @@ SchedulerStepFreq = Literal["batch", "epoch", "manual"]
 PRECISIONS: tuple[str, ...] = ("fp32", "bf16", "fp16")
 SCHEDULER_STEP_FREQS: tuple[str, ...] = ("batch", "epoch", "manual")
 STRATEGIES: tuple[str, ...] = ("ddp", "zero1", "fsdp")
-"""How the state of the training is spread: whole on every rank; optimizer state in shares; parameters in shares as well."""
+"""How training state is spread over the ranks: a full copy on each; optimizer state sharded; parameters sharded too."""
 COMM_HOOKS: tuple[str, ...] = ("fp16", "bf16", "powersgd")
-"""How gradients are made smaller before they are exchanged."""
+"""Ways of compressing gradients before they are exchanged."""
 MEMORY_FORMATS: tuple[str, ...] = ("auto", "channels_last", "as_made")
 CLOUDS: tuple[str, ...] = ("aws", "azure", "gcp")
 DIGESTS = "TORCHTRAINER_DIGESTS"
 """Environment variable of ``torchtrainer verify-resume``: directory for the logs of this start of the script."""
 VERIFY_RUNS = "TORCHTRAINER_VERIFY_RUNS"
-"""The same: directory below which run directories and checkpoints of such a start go, instead of where the script wants them."""
+"""The same: directory for run directories and checkpoints of such a start, wherever the script wants them."""
 DRIVER_JOURNAL_BYTES = 1024**2
-"""Bytes after which the driver's journal of events goes on in a new file; the one before it is kept, and no older one."""
+"""Size in bytes at which the driver's event journal moves on to a new file; only the previous file is kept."""
 PREEMPTION_SIGNALS: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
 
 
@@ -330,7 +330,7 @@ def _check_signals(names: tuple[str, ...]) -> None:
                 "PreemptionConfig.signals cannot contain SIGINT: Ctrl-C ends the call in progress"
             )
         if name in ("SIGKILL", "SIGSTOP"):
-            raise InvalidArgumentError(f"PreemptionConfig.signals cannot contain {name}: no process can see it coming")
+            raise InvalidArgumentError(f"PreemptionConfig.signals cannot contain {name}: no process can handle it")
         if name not in PREEMPTION_SIGNALS and name not in signal.Signals.__members__:
             raise InvalidArgumentError(
                 f"PreemptionConfig.signals must be names of signals such as SIGTERM; there is no {name!r}"

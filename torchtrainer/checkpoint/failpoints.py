@@ -18,7 +18,7 @@ from torchtrainer.errors import InvalidArgumentError
 
 ENVIRONMENT: Final = "TORCHTRAINER_FAILPOINT"
 SLOW_S: Final = 0.5
-"""How long ``slow`` waits each time."""
+"""Duration of each wait of ``slow``."""
 ACTIONS: Final = ("kill", "error", "slow")
 FAILPOINTS: Final = (
     "checkpoint.claim",
@@ -44,7 +44,7 @@ FAILPOINTS: Final = (
     "remote.retire",
     "remote.delete",
 )
-"""Each stands right before what it is named after."""
+"""Each is reached right before the operation that it is named after."""
 
 
 def failpoint(name: str) -> None:

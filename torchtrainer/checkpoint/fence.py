@@ -21,7 +21,7 @@ from torchtrainer.process.own_files import open_own
 from torchtrainer.process.paths import private_directory
 
 CORRUPT: Final = ".corrupt"
-"""How the name of a checkpoint ends that was set aside."""
+"""Suffix of a checkpoint that was set aside."""
 
 _CLAIM = re.compile(r"generation-(\d{4,})", re.ASCII)
 
@@ -86,7 +86,7 @@ def check_fence(root: Path, generation: int) -> None:
     if last > generation:
         raise CheckpointFencedError(
             f"generation {generation} of this run was superseded: generation {last} owns the checkpoints in {root}. Nothing "
-            "was written; stop this process, the other one goes on."
+            "was written; stop this process; the newer one continues."
         )
 
 

@@ -37,7 +37,7 @@ from torchtrainer.errors import (
 )
 
 READ_BYTES: Final = 4 * 1024**2
-"""How much is asked for at a time."""
+"""Bytes requested at a time."""
 
 _ATTEMPT = re.compile(r"(?P<name>step-.+)-[0-9a-f]{16}", re.ASCII)
 _CREDENTIALS = re.compile(r"//[^/@]*@")
@@ -181,7 +181,7 @@ class RemoteStore:
             self._files.makedirs(self._base, exist_ok=True)
             self._files.pipe_file(f"{self._base}/{name}", content)
         except Exception as error:
-            raise CheckpointWriteError(f"{name} could not be put to {self.url}: {_said(error)}") from error
+            raise CheckpointWriteError(f"{name} could not be written to {self.url}: {_said(error)}") from error
 
     def children(self) -> list[str]:
         """Names of what is below the URL, sorted.
@@ -281,7 +281,7 @@ class RemoteStore:
         if last > identity.generation:
             raise CheckpointFencedError(
                 f"generation {identity.generation} of this run was superseded: generation {last} owns the copies in "
-                f"{self.url}. Nothing was published; stop this process, the other one goes on."
+                f"{self.url}. Nothing was published; stop this process; the newer one continues."
             )
 
     def _retire(self, mine: Identity, my_prefix: str) -> None:

@@ -10,15 +10,15 @@ from torchtrainer.comm.counters import LINE_BYTES, Counters
 from torchtrainer.errors import EngineError
 
 LOOK_PARTS = 8
-"""How many sums of parameters go along with each exchange."""
+"""Number of parameter sums that travel with each exchange."""
 _WORD_BYTES = 8
 _TAG_BUFFERS = 2
 _TAG_WORDS = 1 + LOOK_PARTS
 _STANDS_FOR = 3
-"""Numbers that say what a rank's gradients stand for: the weight of a sample, the samples, and the loss."""
+"""Numbers that describe a rank's gradients: the weight of a sample, the number of samples, and the loss."""
 _STEP_BITS, _UPDATES_BITS, _LAYOUT_BITS = 24, 16, 22
 PAGE_BYTES = 4096
-"""What follows the board begins at a multiple of it, so that the memory of each layout can be given back by itself."""
+"""Alignment of what follows the board, so that the memory of each layout can be freed by itself."""
 
 
 def exchange_tag(*, step: int, updates: int, layout: int, sums: Sequence[int] = (0,) * LOOK_PARTS) -> array[int]:

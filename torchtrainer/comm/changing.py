@@ -86,7 +86,7 @@ class ChangingCollective:
     def _together(self) -> GroupCollective:
         if self._group is None:
             raise EngineError(
-                "the ranks of this run may have other processes by now, and exchange nothing beside gradients"
+                "the ranks of this run may be in other processes by now, and exchange nothing but gradients"
             )
         return self._group
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 BLOCK_PARAMETERS = 100_000
-"""Numbers in a block of a model from which on it is gathered by itself; smaller ones are gathered with what is around them."""
+"""Smallest block of a model, in elements, gathered by itself; a smaller one is gathered with its surroundings."""
 
 
 def shard_fully(model: nn.Module, device: torch.device) -> list[FSDPModule]:

@@ -285,7 +285,7 @@ def _form(
     except RuntimeError as error:  # DistError is one; Gloo's own are plain
         raise EngineError(
             f"rank {rank} of {world_size} could not form the process group {where} with backend {backend!r}. All "
-            f"{world_size} ranks have to come within timeout_s={timeout_s:g} s; look for a rank that ended or hangs, "
+            f"{world_size} ranks must arrive within timeout_s={timeout_s:g} s; look for a rank that ended or hangs, "
             f"and for an address that this machine cannot reach. torch says: {error}"
         ) from error
     finally:

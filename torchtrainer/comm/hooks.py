@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torchtrainer.errors import InvalidArgumentError, NotAvailableError
 
 POWERSGD_RANK = 2
-"""Columns that stand for a matrix of gradients in PowerSGD: fewer send less, more lose less."""
+"""Columns that PowerSGD reduces a matrix of gradients to: fewer send less, more lose less."""
 POWERSGD_START_STEP = 100
-"""Steps of a process group with gradients as they are, before PowerSGD begins: the first ones change too much from step to step."""
+"""Steps with uncompressed gradients before PowerSGD begins: the first gradients change too much from step to step."""
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 GATHER_CHUNK_BYTES = 64 * 1024**2
-"""How much of each rank's bytes travels at a time: with NCCL, rank 0's GPU holds so much for every rank."""
+"""Bytes of each rank that travel at a time: with NCCL, rank 0's GPU holds as many for every rank."""
 
 
 class RankChannel(Protocol):
@@ -129,7 +129,7 @@ def attached() -> Collective:
     if launched is not None and launched.world_size > 1:
         raise EngineError(
             f"{launched.launcher} started {launched.world_size} ranks, but they have not formed a process group: call "
-            "torch.distributed.init_process_group before torchtrainer.session is used for more than rank and world size"
+            "torch.distributed.init_process_group before using torchtrainer.session for more than rank and world size"
         )
     return SingleCollective()
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 LOOK_S = 0.05
-"""How long a rank waits for an answer before it looks whether there is a newer offer."""
+"""How long a rank waits for an answer before it checks for a newer offer."""
 
 
 class Rendezvous:
@@ -123,7 +123,8 @@ def _follow(meeting: Any, rank: int, timeout: timedelta) -> str:
 
 def _late(who_waited: str, timeout: timedelta) -> str:
     return (
-        f"{who_waited} to form the process group, for {timeout.total_seconds():g} s: all ranks have to come within timeout_s. "
+        f"{who_waited} to form the process group, for {timeout.total_seconds():g} s: all ranks must arrive within "
+        "timeout_s. "
         "Look for a rank that ended or hangs, and for an address that a machine cannot reach"
     )
 

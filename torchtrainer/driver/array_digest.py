@@ -8,7 +8,7 @@ from typing import Any
 from torchtrainer.driver.code_names import short_digest
 
 _WHOLE_BYTES = 32 * 1024**2
-"""Up to this size every byte counts; of a larger array, as many bytes that lie evenly over it."""
+"""An array up to this size is digested whole; of a larger one, as many evenly spaced bytes are."""
 
 
 def _is_a(value: Any, module: str, kind: str) -> bool:

@@ -20,7 +20,7 @@ from torchtrainer.driver.recovery import done, lose_newcomer, note_step
 from torchtrainer.driver.states import Calling, Idle, Machine, Result, Starting
 from torchtrainer.driver.views import WorkerTable
 
-NOT_IN_PLACE = "the ranks of this training exchange data in ways that break when one of them is gone"
+NOT_IN_PLACE = "the ranks exchange data in ways that break when one of them is lost"
 
 # What the user wants
 

@@ -28,12 +28,12 @@ from torchtrainer.process.whole_file import append_line
 from torchtrainer.version import __version__
 
 FORM = 1
-"""Number of the form of the lines."""
+"""Version of the format of the lines."""
 FILE_NAME = "driver.jsonl"
 OLDER_NAME = "driver.1.jsonl"
 """What was written before the last `DRIVER_JOURNAL_BYTES`."""
 MAX_RECENT = 20
-"""Events that an error about a broken invariant shows."""
+"""Number of events that an error about a broken invariant shows."""
 _QUIET = (Heartbeat, Tick)
 
 
@@ -84,7 +84,8 @@ class EventJournal:
         except OSError as error:
             path, self._path = self._path, None
             return (
-                f"the journal of the driver's decisions, {path}, cannot be written: {error}. The run goes on without it"
+                f"the journal of the driver's decisions, {path}, cannot be written: {error}. The run continues without "
+                "it"
             )
         return ""
 
@@ -105,7 +106,8 @@ class EventJournal:
         )
         told = "\n".join(f"  {at_s:.3f} s  {json.dumps(to_json(event))}" for at_s, event in self._recent)
         return (
-            f"an invariant of the driver is broken ({type(error).__name__}: {error}), which is a fault of torchtrainer's. {where}"
+            f"an invariant of the driver is broken ({type(error).__name__}: {error}), which is a bug in torchtrainer. "
+            f"{where}"
             f"{problem}{'. ' if problem else ''}The events that led to it, the latest last:\n{told}"
         )
 

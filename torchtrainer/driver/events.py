@@ -154,5 +154,5 @@ class ReplacingStopped:
 
 
 Report = Recovered | Joined | Resized | ReplacingStopped | Straggler
-"""What is worth telling, and changes nothing for whoever waits for a call."""
+"""Events that are worth telling but change nothing for whoever waits for a call."""
 Action = Send | Returned | Raised | Report

@@ -19,9 +19,9 @@ from torchtrainer.control.wire import Message
 from torchtrainer.driver import causes, events, states, stragglers, views
 
 MAX_TEXT = 400
-"""Characters of a text, such as a method's name, that are kept."""
+"""Characters kept of a text, such as a method's name."""
 DECIDING_FACTS = frozenset({"bound", "recovers"})
-"""What of `WorkerReady.facts` the machine looks at."""
+"""Entries of `WorkerReady.facts` that the machine reads."""
 
 
 class Unsaid(bytes):
@@ -82,9 +82,9 @@ PRIVATE: Mapping[tuple[str, str], Callable[[Any], Any]] = {
     ("Machine", "record"): _empty_list,
     ("Heartbeat", "loss"): _nothing,
 }
-"""What is kept of fields that may say something of the user's data, code or machine, by class and field."""
+"""What is kept of fields that may reveal the user's data, code or machine, by class and field."""
 UNWRITTEN = frozenset({("WorkerView", "heartbeat"), ("WorkerView", "phase_times")})
-"""Fields that are left out: nobody decides by the one, and only `Straggler`, which orders nothing, comes of the other."""
+"""Fields left out: no decision depends on the first, and the second leads only to `Straggler`, which orders nothing."""
 
 _OWN = (states.Machine, Timeouts, FailureConfig)
 

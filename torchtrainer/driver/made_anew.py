@@ -38,7 +38,7 @@ _LAUNCHER = re.compile(
 """Environment variables that a launcher or a scheduler sets for one start."""
 _MADE_OF_KEYWORDS = frozenset({"dict", "SimpleNamespace", "Namespace"})
 _MOST_NAMES = 64
-"""How many names a value is followed through."""
+"""Longest chain of names to follow from a value."""
 
 
 _NOT_USERS = tuple(

@@ -13,10 +13,10 @@ from torchtrainer.errors import NotSerializableError
 from torchtrainer.script import pickler
 
 MAX_DEPTH = 30
-"""How deep the search for the culprit goes."""
+"""Depth limit of the search for the culprit."""
 _OF_EVERY_CLASS = ("__dict__", "__weakref__", "__module__", "__doc__", "__mro__")
 _WRAPPED = ("__func__", "__wrapped__", "fget", "fset", "fdel")
-"""Where descriptors and decorators have the function that they were made of."""
+"""Attributes in which descriptors and decorators keep the function that they wrap."""
 
 
 def dumps(value: Any, name: str, *, in_place: bool = False) -> bytes:

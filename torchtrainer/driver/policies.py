@@ -8,12 +8,12 @@ from torchtrainer.control.messages import Failure
 from torchtrainer.driver.causes import UserCodeFailed, WorkerDied, WorkerLost
 
 MIN_SAVE_EVERY_S = 10.0
-"""Shortest time between two checkpoints where it follows from what they cost."""
+"""Shortest time between two checkpoints where it depends on their cost."""
 STEPPING_METHODS = frozenset({"train", "validate"})
 """Calls that draw batches: they can be ended at a step boundary, and a rank that fails in one leaves the others waiting."""
 
 MAX_SAVING_SHARE = 0.01
-"""Largest part of the time for which training may stand still for checkpoints, where their number follows from that."""
+"""Largest share of the time that checkpoints may stop training, where their number depends on their cost."""
 
 
 def save_interval_s(stall_s: float, write_s: float) -> float:

@@ -16,7 +16,7 @@ from torchtrainer.process.own_files import RECORD_BYTES, parse_json, read_own
 from torchtrainer.version import __version__
 
 MAX_RANKS = 1 << 16
-"""No group has more; a file that says so would have the machine count for hours."""
+"""Largest group that is replayed; a file that claims more would keep the machine counting for hours."""
 
 
 class UnreadableJournalError(ValueError):

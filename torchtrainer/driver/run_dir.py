@@ -38,7 +38,7 @@ _FILES = {
 }
 _DIRECTORIES = ("calls", "checkpoints", "compiled", "logs", "traces")
 _NAMES = (*_FILES, *_DIRECTORIES)
-"""What a run has in its directory: files, with the longest that each can be, and directories."""
+"""Contents of a run directory: files, each with its size limit, and directories."""
 
 
 class RunFiles:

@@ -25,14 +25,14 @@ from torchtrainer.spec import BuildSpec
 from torchtrainer.version import __version__
 
 FORMAT = 2
-"""Of the record; a run with a higher one was made by a newer version, and one with a lower says less of what it depends on."""
+"""Version of the record: a higher one is from a newer torchtrainer, a lower one records fewer of the run's dependencies."""
 RECORD = "run.json"
 MAX_SHOWN = 200
-"""Of a text from a record in an error, in characters."""
+"""Longest text from a record that an error shows, in characters."""
 
 RunState = Literal["running", "finished", "interrupted", "failed", "preempted"]
 RESUMABLE: tuple[RunState, ...] = ("running", "failed", "preempted")
-"""How a run was left that ``resume="auto"`` goes on with; ``running``: its process was killed."""
+"""Ends of a run that ``resume="auto"`` resumes; ``running``: its process was killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class RunRecord:
 
 
 _NAMED = 3
-"""How many differences are named."""
+"""Number of differences that are named."""
 
 _IS: Mapping[str, Callable[[Any], bool]] = {
     "str": lambda value: type(value) is str,
@@ -163,7 +163,7 @@ _IS: Mapping[str, Callable[[Any], bool]] = {
     "list[str]": lambda value: type(value) is list and all(type(one) is str for one in value),
     "RunState": lambda value: value in get_args(RunState),
 }
-"""By the annotation of a field, whether a value of JSON is one."""
+"""Check of a JSON value, by the annotation of its field."""
 
 
 def _typed(value: Any, of: Field[Any]) -> Any:
@@ -196,7 +196,7 @@ class ScriptRun:
 
 
 _script_runs: list[ScriptRun] = []
-"""This start of the script, made when first needed: which of its trainers goes on with which is a matter of their order."""
+"""This start of the script, made on first use: its trainers resume those of the earlier start in order."""
 
 
 def this_script_run() -> ScriptRun:
@@ -241,7 +241,7 @@ _REACHES = (
     ),
     "initialization_hook",
 )
-"""Of a `BuildSpec`, what is the user's code."""
+"""Fields of a `BuildSpec` that hold the user's code."""
 
 
 def reached_by(spec: BuildSpec, callbacks: Sequence[object]) -> dict[str, Any]:

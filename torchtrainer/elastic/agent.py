@@ -37,7 +37,7 @@ from torchtrainer.process.paths import LaunchPaths
 WAIT_UNTOLD_S = 5.0
 """How long a launcher waits for other machines before it says so."""
 ACTIVITY_CHECK_S = 1.0
-"""How often workers are looked at for a hang."""
+"""Time between two checks for hung workers."""
 
 
 class Preempted(Exception):  # noqa: N818  # not an error: state is saved, and the launch can be started again
@@ -233,7 +233,7 @@ class Agent(LocalElasticAgent):
             elif self._hangs is not None and self._is_hung():
                 continue  # its workers were killed: the next look finds them failed
             elif not self._orders.closed_membership and self._do_others_wait(spec.rdzv_handler):
-                self._summary.says("a machine joined or left: all workers start again")
+                self._summary.says("a machine joined or left: restarting all workers")
                 self._restart_workers(group)
 
     def _do_others_wait(self, handler: Any) -> bool:
@@ -263,7 +263,8 @@ class Agent(LocalElasticAgent):
             return False
         self._remaining_restarts -= 1
         self._summary.says(
-            f"{report}\nstarting all workers again ({self._remaining_restarts} of {self._worker_group.spec.max_restarts} restarts left)"
+            f"{report}\nrestarting all workers ({self._remaining_restarts} of {self._worker_group.spec.max_restarts} "
+            "restarts left)"
         )
         self._summary.failed()
         self._attempt += 1

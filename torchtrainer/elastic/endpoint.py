@@ -116,7 +116,8 @@ class Reach:
             host, port = self._at
             raise UnreachableError(
                 f"the rendezvous at {host}:{port} has not been reachable for {silent_s:.0f} s: the machine that hosts it is "
-                "gone, its launcher has ended, or the network between is cut. This machine cannot go on without it; start "
+                "gone, its launcher has ended, or the network between is cut. This machine cannot continue without it; "
+                "start "
                 "its launcher again when it can be reached"
             )
         family, kind, protocol, _, address = self._found[0]

@@ -48,7 +48,7 @@ from torchtrainer.topology import LOOPBACK
 DEFAULT_MASTER_PORT = 29500
 """Where static rendezvous meets if no port is given, as torchrun has it."""
 DEFAULT_STOP_TIMEOUT_S = 30.0
-"""From asking workers to end to killing them, where neither option nor environment say otherwise."""
+"""Time from asking workers to end to killing them, unless an option or the environment says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

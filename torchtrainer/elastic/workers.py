@@ -23,9 +23,9 @@ from torchtrainer.process.guard import kill_session, signal_process
 from torchtrainer.process.paths import LaunchPaths
 
 FIRST_ARGUMENT = {"script": 3, "module": 4, "run_path": 4}
-"""Where the program's own arguments begin in the command that it would be exec'd with."""
+"""Index of the program's first argument in the command that would exec it."""
 STOP_CHECK_S = 1.0
-"""How often to look while workers are waited for that were asked to end."""
+"""Polling interval while waiting for workers to end."""
 
 
 @dataclass(frozen=True, kw_only=True)

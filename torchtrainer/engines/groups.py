@@ -21,7 +21,7 @@ from torchtrainer.topology import WORKER_MARK, gloo_interface
 WORKER_ENTRY = "torchtrainer.worker.main:main"
 WRITER_ENTRY = "torchtrainer.checkpoint.writer:main"
 WRITER = "writer"
-"""Stands in place of a rank in the name of a writer."""
+"""Stands for the rank in the name of a writer."""
 
 
 def worker_name(group: str, worker: int) -> str:

@@ -20,13 +20,13 @@ from torchtrainer.process.child import flush_output
 from torchtrainer.worker.link import StepBarrier
 
 LOOK_S = 0.1
-"""Seconds between two looks for a notice of this rank, and for what other ranks say."""
+"""Seconds between two checks for a notice of this rank and for messages of other ranks."""
 BUSY_LOOK_S = 0.005
 """The same while the ranks agree."""
 BUSY_S = 1.0
-"""For how long after the last message a rank looks so often."""
+"""How long after the last message a rank keeps checking that often."""
 JOIN_S = 1.0
-"""How long the thread gets to end: longer than a store takes to answer. One that is cut off does not, and nobody waits for it."""
+"""How long the thread gets to end: longer than a store takes to answer; nobody waits for a store that is cut off."""
 
 
 class Agreement:

@@ -179,7 +179,8 @@ def why_unsafe(state: Any) -> str | None:
         torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
     except Exception as error:
         return (
-            f"the state holds objects that may not go into a checkpoint ({str(error).splitlines()[0]}): use tensors, numbers, "
+            f"the state holds objects that a checkpoint cannot hold ({str(error).splitlines()[0]}): use tensors, "
+            "numbers, "
             "text, and lists and dicts of them, also in what state_dict() returns"
         )
     return None

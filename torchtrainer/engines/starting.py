@@ -27,7 +27,7 @@ from torchtrainer.process.starters import (
 )
 
 MAX_LOST = 3
-"""So many spawners in a row may be lost before one of them was ready; then processes are started without one."""
+"""Spawners that may be lost in a row before any is ready; after that, processes are started without one."""
 
 
 @dataclass(frozen=True, kw_only=True)

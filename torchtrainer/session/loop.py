@@ -56,7 +56,7 @@ from torchtrainer.train.state import detached
 from torchtrainer.worker.checkpointer import Collected
 
 RUN_DIR = "TORCHTRAINER_RUN_DIR"
-"""Environment variable: where checkpoints of a script's own loop live, unless the script says so itself."""
+"""Environment variable: where a session keeps its checkpoints, unless the script says otherwise."""
 
 
 class SessionLoop:
@@ -85,8 +85,8 @@ class SessionLoop:
     ) -> None:
         if WORKER_MARK in os.environ:
             raise EngineError(
-                "torchtrainer.session saves and stops scripts with a loop of their own; this is a worker of a TorchTrainer, "
-                "which does so by itself: leave the call out"
+                "torchtrainer.session saves and stops scripts that have their own training loop; this is a worker of a "
+                "TorchTrainer, which does so by itself: remove the call"
             )
         self._collective = attached()
         self._first = self._collective.rank == 0
@@ -179,7 +179,7 @@ class SessionLoop:
         if found is None or not found.must_stop:
             return
         if self._notices.urgent:
-            notice(f"{found.source} came again: left at once")
+            notice(f"{found.source} came again: leaving at once")
             raise Preempted(EXIT_TERMINATED, found.text)
         if not self._agreement.gate.stopped:
             self._agreement.wish(stop=True)
@@ -229,9 +229,7 @@ class SessionLoop:
             return None
         checkpoint, rank = self._checkpoint, self._collective.rank
         if checkpoint.meta.get("loop") != "own":
-            raise ResumeError(
-                f"{checkpoint.path} was saved by a TorchTrainer: use a run_dir of its own for this script"
-            )
+            raise ResumeError(f"{checkpoint.path} was saved by a TorchTrainer: give this script a run_dir of its own")
         saved = read_state(checkpoint.file(STATE))
         ranks = saved["ranks"]
         self._check_ranks(ranks)
@@ -280,8 +278,9 @@ class SessionLoop:
         loader, position = self._loaders[number].of_rank, self._positions[number]
         if self._positions_ranks != self._collective.world_size and position["samples"] and not loader.any_world_size:
             raise ResumeError(
-                f"loader {number + 1} is a stream that was left in the middle of a pass, which only {self._positions_ranks} "
-                "ranks can go on with: start as many, or pass another run_dir to session.configure"
+                f"loader {number + 1} is a stream that was left in the middle of a pass, which only "
+                f"{self._positions_ranks} ranks can continue: start as many, or pass another run_dir to "
+                "session.configure"
             )
         loader.load_state_dict(dict(position))
         order = self._orders[number] if number < len(self._orders) else None
