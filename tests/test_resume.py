@@ -255,7 +255,7 @@ def test_resume_true_names_both_values_of_what_changed(preempted) -> None:
 
 
 def test_resume_true_needs_a_run_to_go_on_with(tmp_path) -> None:
-    with pytest.raises(ResumeError, match=f"no run to go on with in {tmp_path}.*resume=False"):
+    with pytest.raises(ResumeError, match=f"no run to resume in {tmp_path}.*resume=False"):
         TorchTrainer(
             model_creator=lambda config: None,
             data_creator=lambda config: None,

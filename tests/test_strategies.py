@@ -401,7 +401,9 @@ def test_optimizers_that_cannot_be_divided_are_refused(strategy, optimizer, text
 def test_an_optimizer_of_unknown_kind_is_named(capfd) -> None:
     with trainer(optimizer="own", strategy="zero1"):
         pass
-    assert capfd.readouterr().err.count("Halved is taken to update each parameter by that parameter's gradient") == 1
+    assert (
+        capfd.readouterr().err.count("Halved is assumed to update each parameter from that parameter's gradient") == 1
+    )
 
 
 class Wrapped(TrainingOperator):

@@ -45,7 +45,7 @@ CREATORS = (
     "initialization_hook",
 )
 COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
-"""Where torch's compiler keeps what it has compiled; a user's own choice stays."""
+"""Environment variable for the cache of torch's compiler; a user's own choice stays."""
 AS_GIVEN = (
     "seed",
     "compile",
@@ -62,7 +62,7 @@ AS_GIVEN = (
     "use_tqdm",
     "timeout_s",
 )
-"""Arguments that become settings of the ranks as they are."""
+"""Arguments that become settings of the ranks unchanged."""
 OPTIONS: dict[str, Callable[[], Any]] = {
     "config": dict,
     "failure": FailureConfig,
@@ -207,8 +207,8 @@ def plan_run(given: Mapping[str, Any]) -> RunPlan:
     """
     if WORKER_MARK in os.environ:
         raise InvalidArgumentError(
-            "a TorchTrainer was made inside a worker process of another one: a module that the workers import makes it "
-            "when it is imported. Make it in the script itself, or below if __name__ == '__main__'"
+            "a TorchTrainer was made inside a worker process of another one, by a module that the workers import. Make "
+            "it in the script itself, or below if __name__ == '__main__'"
         )
     creators = {name: given[name] for name in CREATORS}
     given = {**given, **{name: make() for name, make in OPTIONS.items() if given[name] is None}}

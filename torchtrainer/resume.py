@@ -143,7 +143,7 @@ class OpenRun:
             self.write_record()
         except (OSError, CheckpointError) as error:
             self.tell_trouble(
-                f"{self.directory.root} cannot be written to ({error}): the run may not be found again by resume"
+                f"{self.directory.root} cannot be written to ({error}): resume may not find the run again"
             )
 
 
@@ -226,7 +226,7 @@ def _judge(
 ) -> tuple[Path, RunRecord | None]:
     if found is None:
         if resume is True:
-            raise ResumeError(f"resume=True, but there is no run to go on with in {fresh.parent}: {FRESH}")
+            raise ResumeError(f"resume=True, but there is no run to resume in {fresh.parent}: {FRESH}")
         return fresh, None
     path, record = found
     if resume is False:
@@ -235,18 +235,19 @@ def _judge(
     if resume is True:
         if difference is not None:
             raise ResumeError(
-                f"the run in {printable(str(path))} cannot be resumed: {difference}. Put it back, name it in may_change, or {FRESH}"
+                f"the run in {printable(str(path))} cannot be resumed: {difference}. Restore it, name it in "
+                f"may_change, or {FRESH}"
             )
         return path, record
     why = _why_not(path, record, wanted, difference)
     if why is None:
         return path, record
     how = (
-        "resume=True goes on with the old one"
+        "resume=True resumes the old one"
         if difference is None
-        else "to go on with the old one, put that back, or name it in may_change"
+        else "to resume the old one, restore that, or name it in may_change"
     )
-    notice(f"{path} is left as it is, as {why}; this run goes to {fresh} ({how})")
+    notice(f"{path} is left as it is, because {why}; this run goes to {fresh} ({how})")
     return fresh, None
 
 

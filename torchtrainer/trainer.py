@@ -637,7 +637,7 @@ class TorchTrainer:
     def _living_group(self) -> Group:
         if self._group is None:
             raise TrainerClosedError(
-                "Trainer is not active any more, as it was shut down: create a new TorchTrainer to go on"
+                "Trainer is not active any more, because it was shut down: create a new TorchTrainer"
             )
         return self._group
 

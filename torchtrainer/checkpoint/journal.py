@@ -96,7 +96,7 @@ class Journal:
         except ValueError as error:
             why = printable(str(error), _MAX_SHOWN)
             raise RunDirectoryError(
-                f"{_journal(root)} is not what was written ({why}): the run in {root} cannot be resumed; pass resume=False "
+                f"{_journal(root)} is corrupt ({why}): the run in {root} cannot be resumed; pass resume=False "
                 "to start anew, or another run_dir"
             ) from error
 
@@ -220,7 +220,7 @@ class Journal:
         except Exception as error:
             why = printable(str(error).partition("\n")[0], _MAX_SHOWN)
             raise RunDirectoryError(
-                f"the run cannot be resumed: {path} is not what was written ({why}). Nothing in it was run; pass resume=False "
+                f"the run cannot be resumed: {path} is corrupt ({why}). Nothing in it was run; pass resume=False "
                 "to start anew"
             ) from error
 

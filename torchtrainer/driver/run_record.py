@@ -139,7 +139,7 @@ class RunRecord:
         except (ValueError, KeyError, TypeError) as error:
             why = printable(f"{type(error).__name__}: {error}", MAX_SHOWN)
             raise RunDirectoryError(
-                f"{root}/{RECORD} is not what was written ({why}): remove the directory, or pass another run_dir"
+                f"{root}/{RECORD} is corrupt ({why}): remove the directory, or pass another run_dir"
             ) from error
 
     def difference(self, wanted: RunRecord) -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NO_LIMIT = 1 << 60
-"""The older kind of control group writes a number of this size where there is no limit."""
+"""Version 1 of control groups shows a number of this size where there is no limit."""
 
 
 @dataclass(frozen=True)

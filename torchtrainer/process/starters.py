@@ -21,7 +21,7 @@ from torchtrainer.process.oom import OomWatch
 from torchtrainer.process.signals import describe_exit
 
 RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
-"""Of the peak memory that the system tells of a process that has ended."""
+"""Unit of the peak memory that the system reports of a process that has ended."""
 PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torchtrainer.session.loop import SessionLoop
 
 EXIT_PREEMPTED = 75
-"""What a script ends with that was stopped and has saved its state: start the same command again."""
+"""Exit code of a script that was stopped and has saved its state: start the same command again."""
 KEEP = 3
 """How many checkpoints stay."""
 
@@ -33,7 +33,7 @@ _settings: dict[str, Any] = {
     "may_change": (),
 }
 _loops: list[SessionLoop] = []
-"""The loop of this process, made when it is first needed."""
+"""The loop of this process, made on first use."""
 
 
 def rank() -> int:
@@ -79,7 +79,7 @@ def configure(
         InvalidArgumentError: ``keep`` is below 1, ``resume`` is something else, or the session is in use already.
     """
     if _loops:
-        raise InvalidArgumentError("session.configure comes first: the session of this script is in use already")
+        raise InvalidArgumentError("call session.configure first: the session of this script is already in use")
     if type(keep) is not int or keep < 1:
         raise InvalidArgumentError(f"keep must be a whole number of at least 1, got {keep!r}")
     if run_dir is not None and not isinstance(run_dir, str | os.PathLike):

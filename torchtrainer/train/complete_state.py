@@ -150,8 +150,8 @@ def put_loaders_back(operator: TrainingOperator, mine: Mapping[str, Any], *, sam
             continue
         if not same_ranks and position["samples"] and not loader.any_world_size:
             raise InvalidArgumentError(
-                f"the {name} loader is a stream that was left in the middle of a pass, which only the same number of ranks "
-                "can go on with: use the same num_workers, or resume=False to start anew"
+                f"the {name} loader is a stream that was left in the middle of a pass, which only the same number of "
+                "ranks can continue: use the same num_workers, or resume=False to start anew"
             )
         loader.load_state_dict(position)
 

@@ -175,7 +175,7 @@ def check_models(value: Any, who: str) -> list[nn.Module]:
         if lazy:
             raise InvalidArgumentError(
                 f"{who} must have parameters with shapes, but {some(lazy)} of {type(model).__name__} are of lazy modules and have "
-                "none yet. Call the model once on an example of a batch where it is made, before the optimizer is: "
+                "none yet. Call the model once on an example batch where you make it, before you make the optimizer: "
                 "model(torch.zeros(2, ...))"
             )
     return found

@@ -249,7 +249,7 @@ class RankLoader:
         """
         passes, samples, batches = (int(state.get(key, 0)) for key in ("passes_started", "samples", "batches"))
         if min(passes, samples, batches) < 0 or (samples > 0 and passes == 0):
-            raise InvalidArgumentError(f"the state of the {self._name} loader makes no sense: {dict(state)!r}")
+            raise InvalidArgumentError(f"the state of the {self._name} loader is invalid: {dict(state)!r}")
         self.give_up()
         self.passes_started = passes
         self._resume = {"samples": samples, "batches": batches} if samples or batches else None

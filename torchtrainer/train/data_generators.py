@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 MOST_PARTS = 100_000
-"""Objects of a sampler that are looked at."""
+"""Maximum number of a sampler's objects that are examined."""
 _MARSHAL_WITHOUT_REFERENCES = 2
 """Later formats depend on who else refers to an object."""
 _WORD = 2**32

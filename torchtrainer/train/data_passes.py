@@ -192,7 +192,7 @@ class StreamPass:
         if data is _END:
             raise UnshardableLoaderError(
                 f"the {self._name} loader ended after {self.batches} batches, but its len() promised {self.count}, on "
-                f"which all ranks rely; let len() tell the truth, or leave __len__ out"
+                f"which all ranks rely; return the right number from __len__, or remove it"
             )
         self.ended = self.batches + 1 == self.count
         return self._weighed(data)

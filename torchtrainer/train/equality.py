@@ -274,7 +274,7 @@ def unequal(operator: TrainingOperator, name: str, rank: int) -> str:
     """What to tell the user of something that a rank does not hold as this one does."""
     here = internals(operator).context.collective.rank
     return (
-        f"the ranks have different models: {name} of rank {here} is not that of rank {rank}, seen in step "
+        f"the ranks have different models: ranks {here} and {rank} differ in {name} in step "
         f"{operator.global_step}. All ranks train one model, so change it on all of them alike (in apply_all_operators, for "
         "instance), or load one state by load_state_dict"
     )

@@ -17,7 +17,7 @@ from torchtrainer.errors import InvalidArgumentTypeError
 LAST = "last_"
 _NUMBERS = (int, float, complex)  # a tuple, which isinstance goes through faster than a union
 SINGLE_BYTES = 4
-"""Size of a number of single precision."""
+"""Size of a single-precision number."""
 SHOWN_RANKS = 4
 SHOWN_CHARACTERS = 80
 """How much an error shows: of how many ranks, and of each one's value."""
@@ -331,8 +331,8 @@ def _no_mean(name: str, by_rank: Mapping[int, Any]) -> str:
         shown.append(f"rank {rank} {text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + ' ...'}")
     return (
         f"the metric {name!r} differs between the ranks and has no mean over them: {'; '.join(shown[:SHOWN_RANKS])}. Return a "
-        "number, an array of the same shape on all ranks, or something that is alike on all of them; or pass "
-        "reduce_results=False, which gives what each rank returned"
+        "number, an array of the same shape on all ranks, or a value that is equal on all of them; or pass "
+        "reduce_results=False to get what each rank returned"
     )
 
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 _STEP = struct.Struct("<q")
 LATEST_STEPS = 100
-"""How many steps count as the latest ones."""
+"""Number of steps that count as the latest ones."""
 ENOUGH_STEPS = 10
-"""How many are needed to tell how long a step takes."""
+"""Number of steps needed to tell how long one takes."""
 
 
 class Progress:

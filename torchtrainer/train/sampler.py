@@ -77,7 +77,7 @@ def is_even_split(sizes: Sequence[int]) -> bool:
 
 
 Even = Literal["", "drop", "repeat"]
-"""What is done so that all ranks have as many samples in each step: nothing, leave samples out, or give some twice."""
+"""How ranks get equal numbers of samples in each step: not at all, by leaving samples out, or by giving some twice."""
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,9 @@ class TrainedParameters:
         known = list(known_parameters(self._operator))
         if len(known) != len(state[0]):
             raise OperatorUseError(
-                f"the other ranks train a model of {len(state[0])} parameters, and this process built one of {len(known)}: what "
-                "was added while the run was going on is not made by setup or the creators, so that no process can take it over"
+                f"the other ranks train a model of {len(state[0])} parameters, and this process built one of "
+                f"{len(known)}: neither setup nor the creators make what was added during the run, so no process can "
+                "take it over"
             )
         for parameter, trained, ever in zip(known, *state, strict=True):
             if parameter.requires_grad != trained:

@@ -213,8 +213,8 @@ def _say_what_begins_anew(operator: TrainingOperator) -> None:
     context = internals(operator).context
     if context.settings.comm_hook == "powersgd" and context.collective.world_size > 1 and context.collective.rank == 0:
         notice(
-            'comm_hook="powersgd": what the compression left out so far is in no checkpoint, so the numbers differ slightly from '
-            "those of a run that was not interrupted"
+            'comm_hook="powersgd": no checkpoint holds what the compression has left out so far, so the numbers differ '
+            "slightly from those of an uninterrupted run"
         )
 
 

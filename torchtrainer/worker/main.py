@@ -46,7 +46,7 @@ FIRST_RANK_METHODS = frozenset({"get_model", "state_dict", "facts"})
 
 
 MAX_KEPT_REPLY_BYTES = 64 * 1024
-"""Of the reply to a call, kept in shared memory until the next one; a longer one is made again by whoever takes the rank over."""
+"""Size limit of the reply to a call, kept in shared memory until the next one; who takes over the rank makes a longer one again."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torchtrainer.worker.checkpointer import RankCheckpointer
 from torchtrainer.worker.saver import RegionSaver
 
 LOOK_S = 0.2
-"""How often a worker that holds looks whether it has paused too long."""
+"""Time between two checks of a worker that holds whether it has paused too long."""
 
 
 class Released(BaseException):
@@ -116,7 +116,7 @@ class Reassignment:
                 if isinstance(order, SetRanks):
                     return
             self._await_order(LOOK_S)
-        raise EngineError(f"paused at a step boundary for {self._pause_s:g} s (pause_s), and nobody said how to go on")
+        raise EngineError(f"paused at a step boundary for {self._pause_s:g} s (pause_s) and was not told how to go on")
 
     def between_calls(self, order: ForWorker) -> None:
         """An order that came while no call was running."""
