@@ -378,7 +378,7 @@ def test_a_powersgd_run_that_is_gone_on_with_says_what_it_lacks(tmp_path, capfd)
     with Job().trainer(plan, comm_hook="powersgd", run_dir=tmp_path / "run", checkpoint=checkpoint) as one:
         one.train()
     assert not plan.missing()
-    assert capfd.readouterr().err.count("left out so far is in no checkpoint") == 1
+    assert capfd.readouterr().err.count("no checkpoint holds what the compression has left out") == 1
 
 
 # Bad input
