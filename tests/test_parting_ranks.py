@@ -207,7 +207,7 @@ def test_a_process_that_carries_several_ranks_is_compared() -> None:
         trainer.train(num_steps=1)
         trainer.resize(2)
         trainer.apply_all_operators(flip_a_bit)
-        with pytest.raises(RuntimeError, match=r"the ranks have different models: weight of rank \d"):
+        with pytest.raises(RuntimeError, match=r"the ranks have different models: ranks \d and \d differ in weight"):
             trainer.train()
 
 

@@ -197,8 +197,9 @@ class Journal:
     def _compare(self, asked: str, recorded: str | None) -> None:
         if recorded is not None and asked != recorded:
             raise CallMismatchError(
-                f"the script asks for {asked} as call {self._index + 1} of this trainer, where the run that it would resume "
-                f"had {printable(recorded)}: put the script back as it was, or pass resume=False to start anew (the run is in {self._root})"
+                f"the script asks for {asked} as call {self._index + 1} of this trainer, but the run that it would "
+                f"resume had {printable(recorded)}: restore the script, or pass resume=False to start anew (the run is "
+                f"in {self._root})"
             )
 
     def _result_of(self, record: dict[str, Any]) -> Any:

@@ -266,7 +266,7 @@ def check_function(call: str, then: Mapping[str, str] | None, now: Mapping[str, 
     found = differences(then, now) if then is not None and now is not None else []
     if found:
         raise CallMismatchError(
-            f"the script asks for {call}, which it did before, but {', '.join(found[:_NAMED])}: put that back, or pass "
+            f"the script asks for {call}, which it did before, but {', '.join(found[:_NAMED])}: restore that, or pass "
             "resume=False to start anew"
         )
 
