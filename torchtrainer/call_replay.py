@@ -61,13 +61,13 @@ class CallReplay:
 
     Args:
         journal: what was called before.
-        checkpoint: the state to go on from; None: from the beginning.
+        checkpoint: the state to continue from; None: from the beginning.
         notices: warnings of a preemption; None: nobody watches.
         timeouts: ``write_s``, ``preempt_s``.
         requeue: have Slurm start the job again.
         on_error: notes an error, `Preempted` among them, that leaves a call.
         newest: finds the newest checkpoint of this run.
-        max_failures: how often the ranks are started anew in a row, without a new step between.
+        max_failures: how often the ranks are restarted in a row, without a new step between.
         speaks: this process tells the user what all ranks do alike; under a launcher rank 0 does.
     """
 
@@ -112,7 +112,7 @@ class CallReplay:
 
         Args:
             group: the ranks.
-            on_restart: told, when they were started anew, how many steps are taken again and how many seconds it took.
+            on_restart: told, when they were restarted, how many steps are repeated and how many seconds it took.
         """
         self._group = group
         self._on_restart = on_restart

@@ -148,7 +148,7 @@ class RunPlan:
 
         Raises:
             RunDirectoryError: it cannot be used.
-            ResumeError: there is nothing to go on with that fits.
+            ResumeError: there is nothing to continue with that fits.
         """
 
         def open_here() -> OpenRun:

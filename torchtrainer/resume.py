@@ -1,4 +1,4 @@
-"""Opens the directory of a run: a fresh one, or that of a run to go on with, with all that is known of it."""
+"""Opens the directory of a run: a fresh one, or that of a run to continue with, with all that is known of it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class OpenRun:
         directory: its files.
         record: what the directory says of it; None: nothing is kept, or another process keeps it.
         records: the calls that were made before.
-        checkpoint: the state to go on from.
+        checkpoint: the state to continue from.
         checkpoints: where they are kept; None: nowhere.
         generation: of this life of the run.
         remote: where copies of the checkpoints are; None: nowhere.
@@ -156,7 +156,7 @@ def open_run(
     world_size: int,
     may_change: Sequence[str] = (),
 ) -> OpenRun:
-    """Finds or makes the directory of a run, and reads what is there to go on with.
+    """Finds or makes the directory of a run, and reads what is there to continue with.
 
     Args:
         run_dir, resume, config: as `TorchTrainer` takes them.
@@ -164,7 +164,7 @@ def open_run(
 
     Raises:
         RunDirectoryError: the directory cannot be used.
-        ResumeError: ``resume=True``, and there is nothing to go on with, or something else.
+        ResumeError: ``resume=True``, and there is nothing to continue with, or something else.
     """
     check_run_dir(run_dir)
     if run_dir is None:
@@ -197,10 +197,10 @@ def open_run(
 
 
 def choose(run_dir: str | os.PathLike[str], resume: bool | str, wanted: RunRecord) -> tuple[Path, RunRecord | None]:
-    """Where the run lives, and the record of the run that it goes on with.
+    """Where the run lives, and the record of the run that it continues with.
 
     Raises:
-        ResumeError: ``resume=True``, and there is nothing to go on with, or something else.
+        ResumeError: ``resume=True``, and there is nothing to continue with, or something else.
         RunDirectoryError: what is there was made by a newer version, or is no record.
     """
     if run_dir == "auto":
@@ -252,7 +252,7 @@ def _judge(
 
 
 def _why_not(path: Path, record: RunRecord, wanted: RunRecord, difference: str | None) -> str | None:
-    """Why ``resume="auto"`` does not go on with a run, or None."""
+    """Why ``resume="auto"`` does not continue with a run, or None."""
     if record.notebook or wanted.notebook:
         return "runs of notebooks are resumed only if you say so"
     if difference is not None:

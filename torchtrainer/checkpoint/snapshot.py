@@ -61,7 +61,7 @@ class Region:
         """Does everything for a snapshot but to touch the region.
 
         Args:
-            shared: alike on all ranks.
+            shared: the same on all ranks.
             mine: of this rank only.
             movable: addresses of the tensors in ``shared`` that are equal on all ranks.
 

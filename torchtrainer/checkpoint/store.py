@@ -62,7 +62,7 @@ class CheckpointStore:
     Args:
         root: the directory; made if it is not there.
         keep: how many checkpoints stay, at least 2.
-        generation: of this run: `next_generation` for one that goes on; the same for all processes of the run.
+        generation: of this run: `next_generation` for one that continues; the same for all processes of the run.
         on_problem: told in a sentence or two what went wrong without stopping anything.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The writer: a process of its own that turns one snapshot into one checkpoint, while the training goes on.
+"""The writer: a process of its own that turns one snapshot into one checkpoint, while the training continues.
 
 Forked from the spawner, so that it starts in milliseconds, and gone when the checkpoint is on disk and verified. It reads the
 regions that the host holds, and outlives the ranks and the driver.

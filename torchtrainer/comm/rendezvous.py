@@ -36,7 +36,7 @@ class Rendezvous:
     still be found, and its addresses taken for new ones, by a rank that is quicker than rank 0 to form the next group.
 
     Args:
-        topology: what the launcher said, alike on all ranks but for the rank.
+        topology: what the launcher said, the same on all ranks except for the rank.
     """
 
     def __init__(self, topology: Topology) -> None:

@@ -202,7 +202,7 @@ class SharedMemoryExchange:
 
         Args:
             rank: carried by this process.
-            place: grows with every step and call, alike on all ranks.
+            place: grows with every step and call, the same on all ranks.
         """
         self._board.places[rank] = place
 
@@ -239,7 +239,7 @@ class SharedMemoryExchange:
 
         Args:
             rank, number: as for `put`.
-            tag: has to be alike on all ranks; see `torchtrainer.comm.board.exchange_tag`.
+            tag: has to be the same on all ranks; see `torchtrainer.comm.board.exchange_tag`.
         """
         if self._board.given[rank] < number:
             self._board.tag(rank, number, tag)

@@ -59,7 +59,7 @@ class StopAt(ForWorker):
 
 @dataclass(frozen=True, kw_only=True)
 class SetRanks(ForWorker):
-    """Carry exactly these ranks from now on, and go on; to workers that pause at a boundary, or wait for a call.
+    """Carry exactly these ranks from now on, and continue; to workers that pause at a boundary, or wait for a call.
 
     Without ranks a worker leaves the running call, without a reply, and is a spare.
     """
@@ -540,7 +540,7 @@ class WorkerExited(FromWorker):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupFailed(Message):
-    """The processes of a group could not be started; other groups go on."""
+    """The processes of a group could not be started; other groups continue."""
 
     group: str
     text: str

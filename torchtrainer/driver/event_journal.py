@@ -4,7 +4,7 @@
     {"at_s", "meanwhile": what heartbeats and ticks changed since the line before, "event", "orders" or "error"}
 
 Heartbeats and ticks that lead to no order have no lines of their own, so that a run writes as much as happens to it, however long it
-trains. Times are monotonic, but for ``wall_s``. What is kept of a value says `torchtrainer.driver.journal_values`.
+trains. Times are monotonic, except for ``wall_s``. What is kept of a value says `torchtrainer.driver.journal_values`.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Raised:
     Attributes:
         cause: why.
         usable: the group still takes calls.
-        retry: a new group may go on from the newest snapshot or checkpoint.
+        retry: a new group may continue from the newest snapshot or checkpoint.
         why: it was not recovered in place; empty for what never is.
     """
 
@@ -141,7 +141,7 @@ class Resized:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplacingStopped:
-    """No more workers are built for this group, which goes on with those it has.
+    """No more workers are built for this group, which continues with those it has.
 
     Attributes:
         tries: how many in a row could not be built, or did not join.

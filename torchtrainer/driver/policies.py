@@ -87,7 +87,7 @@ def why_not_resize(processes: int, *, world_size: int, min_workers: int, bound: 
 
 
 class LostSteps:
-    """Counts the steps that are taken again because all ranks were started anew, perhaps after several tries."""
+    """Counts the steps that are repeated because all ranks were restarted, perhaps after several tries."""
 
     def __init__(self) -> None:
         self._reached = 0
@@ -112,7 +112,7 @@ class LostSteps:
         self._from = step
 
     def count(self) -> int:
-        """How many steps are taken again: the ranks are back."""
+        """How many steps are repeated: the ranks are back."""
         found = self._in_vain + max(self._reached - (self._from or 0), 0)
         self._in_vain, self._going_back = 0, False
         return found

@@ -223,7 +223,7 @@ def telling_unusable(root: Path) -> Iterator[None]:
 
 
 def check_run_files(root: Path) -> None:
-    """Looks at all that a run goes on with or writes to in its directory, as far as it is there.
+    """Looks at all that a run continues with or writes to in its directory, as far as it is there.
 
     What is in checkpoints is verified when one of them is used.
 

@@ -83,7 +83,7 @@ class RunRecord:
         return replace(now, preemptions=in_a_row, preempted_at=step)
 
     def after(self, previous: RunRecord) -> RunRecord:
-        """The record of a start that goes on with an earlier one."""
+        """The record of a start that continues with an earlier one."""
         return replace(
             self,
             script_run=previous.script_run,

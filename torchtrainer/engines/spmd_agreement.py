@@ -30,7 +30,7 @@ JOIN_S = 1.0
 
 
 class Agreement:
-    """Where this rank stands in the agreement of all ranks. Calls are counted alike on all ranks, from 1.
+    """Where this rank stands in the agreement of all ranks. Calls are counted the same on all ranks, from 1.
 
     Args:
         channel: between the ranks.

@@ -60,7 +60,7 @@ class StepCounter:
 
 
 class SpmdGate:
-    """Asks another gate whether to go on, after showing where the rank is.
+    """Asks another gate whether to continue, after showing where the rank is.
 
     Args:
         progress: of the rank.

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torchtrainer.worker.executor import Executor
 
 OWN_RESULT_METHODS = frozenset({"get_model", "state_dict", "load_state_dict", "update_scheduler"})
-"""Calls whose result is alike on all ranks, or None: each process takes its own."""
+"""Calls whose result is the same on all ranks, or None: each process takes its own."""
 
 
 class SpmdGroup:

@@ -40,7 +40,7 @@ class GatheringSaver:
         stopping: whether the ranks are about to stop, so that this state may not be left out.
 
     Attributes:
-        taken: number of the latest state that was copied, alike on all ranks; 0: none.
+        taken: number of the latest state that was copied, the same on all ranks; 0: none.
         ended: what became of the latest one; on rank 0.
     """
 

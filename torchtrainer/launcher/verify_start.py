@@ -32,7 +32,7 @@ class StartTimeoutError(TorchTrainerError):
 
 
 class NothingKeptError(TorchTrainerError):
-    """The script keeps no run directory, so that there is nothing to go on with."""
+    """The script keeps no run directory, so that there is nothing to continue with."""
 
 
 @dataclass(frozen=True, kw_only=True)

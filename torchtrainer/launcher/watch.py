@@ -78,7 +78,7 @@ class ProcessWatch:
     Args:
         starter: starts the workers and tells of their ends.
         signals: those that end the launch; `on_signal` is called with them, from `wait` and `run`.
-        reports: signals that ask for something, each with what to call; the launch goes on.
+        reports: signals that ask for something, each with what to call; the launch continues.
         on_signal: raises.
 
     Attributes:

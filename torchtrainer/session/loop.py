@@ -69,7 +69,7 @@ class SessionLoop:
         resume, may_change: which session is resumed.
 
     Raises:
-        ResumeError: ``resume=True``, and there is nothing to go on with, or something else.
+        ResumeError: ``resume=True``, and there is nothing to continue with, or something else.
         RunDirectoryError: the directory cannot be used.
         EngineError: the ranks have formed no process group, or this is a worker of a trainer.
     """
@@ -138,7 +138,7 @@ class SessionLoop:
         self._agreement.begin()
 
     def _open(self, root: Path, keep: int, resume: bool | str, may_change: Sequence[str]) -> dict[str, Any]:
-        """On rank 0: takes the directory, and finds what is there to go on with. JSON data."""
+        """On rank 0: takes the directory, and finds what is there to continue with. JSON data."""
         wanted = wanted_run(settings_of_script(), world_size=self._collective.world_size, may_change=may_change)
         wanted = replace(wanted, asked=root.name, script_run=_launch_of(os.environ) or wanted.script_run)
         found = find_beside(kept_below(root), wanted, notice_once)
@@ -224,7 +224,7 @@ class SessionLoop:
         return ended.path
 
     def latest(self) -> Any:
-        """The state to go on from; see `torchtrainer.session.latest_checkpoint`."""
+        """The state to continue from; see `torchtrainer.session.latest_checkpoint`."""
         if self._checkpoint is None:
             return None
         checkpoint, rank = self._checkpoint, self._collective.rank

@@ -29,7 +29,7 @@ OWN_LOOP_HOOKS = ("train_epoch", "train_batch")
 
 
 def shared_state(operator: TrainingOperator) -> dict[str, Any]:
-    """The state that is alike on all ranks, as the trainer's state dict; its tensors are those of the training.
+    """The state that is the same on all ranks, as the trainer's state dict; its tensors are those of the training.
 
     With it go the orders of running passes that samplers of the user's have drawn.
     """

@@ -225,7 +225,7 @@ def place(
     context: OperatorContext,
     stock: bool,
 ) -> Components:
-    """Checks everything, then puts it on the device, compiles and wraps it. Every rank calls this alike.
+    """Checks everything, then puts it on the device, compiles and wraps it. A collective call, made by every rank.
 
     Optimizers keep working: moving a module keeps its parameters the same objects. ``stock``: only the built-in step handles
     gradients, which may then lie in the memory that is exchanged.
@@ -278,7 +278,7 @@ def _placed(model: nn.Module, context: OperatorContext, *, compiled: bool) -> bo
 
 
 def _wrapped(plain: Components, ddp_args: dict[str, Any], context: OperatorContext) -> Components:
-    """The same with its models wrapped, but for those that the user has wrapped."""
+    """The same with its models wrapped, except for those that the user has wrapped."""
     wanted = context.collective.world_size > 1 and context.settings.wrap_ddp
     ours = [wanted and (ddp_of(given) is None or isinstance(given, Exchanging)) for given in plain.models]
     if wanted and context.settings.strategy == "fsdp":

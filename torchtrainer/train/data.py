@@ -158,7 +158,7 @@ class RankLoader:
 
         Returns:
             None if the running pass turns out to have ended, or the new one is empty. Right after a last batch that is
-            known as such (always, but for streams that were resumed at their very end) no pass is running any more.
+            known as such (always, except for streams that were resumed at their very end) no pass is running any more.
 
         Raises:
             UnshardableLoaderError: the sampler gives the ranks different orders, a loader that can be iterated only
@@ -256,7 +256,7 @@ class RankLoader:
         self._order = int(state.get("order", 0))
 
     def close(self) -> None:
-        """Ends loader workers. The loader may be used again; a running pass goes on where it was."""
+        """Ends loader workers. The loader may be used again; a running pass continues where it was."""
         if self._pass is not None:
             self._resume = {"samples": self._pass.samples, "batches": self._pass.batches}
             self._pass = None

@@ -69,7 +69,7 @@ def generator_states(loader: Any) -> list[tuple[Any, Any]]:
 
 
 def put_generator_states(states: Sequence[tuple[Any, Any]]) -> None:
-    """Makes generators go on from what `generator_states` found."""
+    """Makes generators continue from what `generator_states` found."""
     for one, state in states:
         _put_state(one, state)
 

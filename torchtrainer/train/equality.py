@@ -61,7 +61,7 @@ def held(operator: TrainingOperator) -> Iterator[tuple[str, Any]]:
 
 
 def _whole_parameters(operator: TrainingOperator) -> list[nn.Parameter]:
-    """The known parameters but for those of FSDP, which have no memory between two steps."""
+    """The known parameters except for those of FSDP, which have no memory between two steps."""
     components = internals(operator).components
     known = list(known_parameters(operator))
     if components is None or not components.sharding.in_step:
@@ -72,7 +72,7 @@ def _whole_parameters(operator: TrainingOperator) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def checksums(operator: TrainingOperator, *, sampled: bool) -> list[int]:
-    """One number for each thing `held` that differs, but for rare accidents, if any of its bits does.
+    """One number for each thing `held` that differs, except for rare accidents, if any of its bits does.
 
     Args:
         operator: of this process.

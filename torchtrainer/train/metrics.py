@@ -256,7 +256,7 @@ def reduce_results(results: Sequence[PassResult]) -> dict[str, Any]:
 
     ``num_samples`` is the sum, ``epoch`` and ``batch_count`` are whole numbers, numbers in ``profile`` are means over the ranks,
     every other number or array is the mean over the ranks that have it, weighted by the samples behind it there. A NaN on any
-    of them shows. Anything else has to be alike on all ranks that have it.
+    of them shows. Anything else has to be the same on all ranks that have it.
 
     Args:
         results: one per rank, in rank order; each with a dict of metrics.

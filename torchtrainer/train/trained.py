@@ -22,7 +22,7 @@ LOOSE = -1
 
 
 class TrainedParameters:
-    """The parameters that were trained at some time, in an order that is alike on all ranks.
+    """The parameters that were trained at some time, in an order that is the same on all ranks.
 
     A parameter stays among them when it is frozen again: what alternates between two models freezes one of them in every step.
 
@@ -125,7 +125,7 @@ class TrainedParameters:
 
 
 def known_parameters(operator: TrainingOperator) -> Iterator[nn.Parameter]:
-    """Every parameter of the optimizers, the models and the criterion, once, trained or not, alike on all ranks."""
+    """Every parameter of the optimizers, the models and the criterion, once, trained or not, the same on all ranks."""
     seen: set[int] = set()
     for one in _all_parameters(operator):
         if id(one) not in seen and isinstance(one, torch.Tensor):

@@ -38,7 +38,7 @@ class Updates:
 
     Attributes:
         trained: as given.
-        count: updates so far; alike on all ranks.
+        count: updates so far; the same on all ranks.
         kept_back: units whose latest gradients were computed under ``no_sync``.
         training: a ``train`` call is running: updates are counted.
         call: number of the ``train`` call that is running, or was the latest.
@@ -89,7 +89,7 @@ class Updates:
 
     @property
     def place(self) -> int:
-        """Grows with every step and call, alike on all ranks."""
+        """Grows with every step and call, the same on all ranks."""
         return (2 * self.call + (not self.training)) << 40 | self._operator.global_step
 
     def follow_changes(self, *, begins: bool = False) -> bool:
@@ -105,7 +105,7 @@ class Updates:
         return changed
 
     def tag(self) -> array[int]:
-        """What has to be alike on all ranks in an exchange."""
+        """What has to be the same on all ranks in an exchange."""
         step, layout = self._operator.global_step, self._exchange.layout
         return exchange_tag(step=step, updates=self.count, layout=layout, sums=self._sums)
 

@@ -20,7 +20,7 @@ class ShardedOptimizers(Unsharded):
     """The optimizers' states are divided between the ranks, each as `OptimizerShare` has it.
 
     Args:
-        optimizers: the user's; they stay the same objects, and hold all parameters but for the moment of their step.
+        optimizers: the user's; they stay the same objects, and hold all parameters except for the moment of their step.
         collective: the ranks.
 
     Raises:

@@ -42,7 +42,7 @@ from torchtrainer.worker.saver import RegionSaver
 
 EXIT_FAILED = 1
 FIRST_RANK_METHODS = frozenset({"get_model", "state_dict", "facts"})
-"""Calls whose result is alike on all ranks: it is taken from rank 0, the others only take part."""
+"""Calls whose result is the same on all ranks: it is taken from rank 0, the others only take part."""
 
 
 MAX_KEPT_REPLY_BYTES = 64 * 1024

@@ -40,7 +40,7 @@ class Reassignment:
         operator: of this process.
         orders: filled by the link's thread.
         send: hands a message over to the host.
-        shared_path: memory file for the state that is alike on all ranks.
+        shared_path: memory file for the state that is the same on all ranks.
         saver: counts the snapshots; None: nothing is kept.
         pause_s: longest wait for `SetRanks`.
 
@@ -252,7 +252,7 @@ class BoundaryGate:
     """A gate at which a process has its ranks note how far they are; a worker also looks for orders, and holds if it is told to.
 
     Args:
-        gate: that is asked whether to go on.
+        gate: that is asked whether to continue.
         reassignment: of this worker; None: nobody orders this process about.
         before: called at every boundary first.
     """
