@@ -343,7 +343,7 @@ def test_a_lost_worker_means_the_newest_checkpoint_and_the_same_bits(strategy, o
             assert found == epochs_of(one, 2)
     told = capfd.readouterr().err
     assert f'strategy="{strategy}": a lost worker means a restart from the newest checkpoint' in told
-    assert "going on from the checkpoint of step 15" in told
+    assert "continuing from the checkpoint of step 15" in told
 
 
 # Gradients made smaller
