@@ -1,4 +1,4 @@
-"""The calls of one trainer in the order of the script: replayed where they were done before, else made, and ended for a notice.
+"""The calls of one trainer in the order of the script: replayed if done before, else made; a notice ends them.
 
 Nothing here knows what a call does. The trainer asks before each one whether its result is known; if it is not, the ranks are
 first brought to where the script is.
@@ -352,7 +352,7 @@ class CallReplay:
         self.saved_step = step
 
     def _agreed(self) -> Notice | None:
-        """The notice that all ranks act upon alike, whichever of their processes it came to."""
+        """The notice that all ranks act upon, whichever of their processes got it."""
         if self._notices is None or self._group is None:
             return None
         return self._group.noticed(self._notices.pending())

@@ -1,4 +1,4 @@
-"""Opens the directory of a run: a fresh one, or that of a run to continue with, with all that is known of it."""
+"""Opens the directory of a run: a fresh one, or that of a run to resume, with all that is known about it."""
 
 from __future__ import annotations
 

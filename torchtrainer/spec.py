@@ -1,4 +1,4 @@
-"""What a run is made of: the user's code and options, as every rank gets them. Travels by cloudpickle; no torch here."""
+"""The parts of a run: the user's code and options, as every rank gets them. Travels by cloudpickle; no torch here."""
 
 from __future__ import annotations
 

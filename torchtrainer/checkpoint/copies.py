@@ -1,4 +1,4 @@
-"""Copies of the state that a script asked for: how many of them a run keeps, and what stands for one that it does not keep."""
+"""Copies of the state that a script asked for: how many a run keeps, and what stands in for the others."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Copies:
         return digest
 
     def path(self, digest: str) -> Path:
-        """Where a state is, if it is kept."""
+        """Path of a state that is kept."""
         return self._root / DIRECTORY / f"{digest}{_ENDING}"
 
     def handed_out(self, digest: str, state: Any) -> None:

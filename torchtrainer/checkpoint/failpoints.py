@@ -1,4 +1,4 @@
-"""Named places where a test makes the program die, fail or wait: at every write, fsync and rename that durability rests on.
+"""Named places where a test makes the program die, fail or wait: each write, fsync and rename that durability needs.
 
 ``TORCHTRAINER_FAILPOINT=name:action@n`` arms one of `FAILPOINTS` in a process and in those that it starts. ``action`` is
 ``kill`` (SIGKILL to this process), ``error`` (OSError ENOSPC) or ``slow`` (`SLOW_S` seconds). ``@n`` means the n-th time in

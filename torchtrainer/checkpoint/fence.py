@@ -27,7 +27,7 @@ _CLAIM = re.compile(r"generation-(\d{4,})", re.ASCII)
 
 
 def next_generation(root: Path) -> int:
-    """The generation with which a run goes on that finds these checkpoints: one more than any before; 1 if there is none.
+    """The generation of a run that resumes from these checkpoints: one more than any before; 1 if there is none.
 
     Args:
         root: of the store; it need not exist.

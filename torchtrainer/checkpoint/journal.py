@@ -1,4 +1,4 @@
-"""The calls that a script made, with their results: what lets the same script, started again, continue where it was.
+"""The calls that a script made, with their results, so that the same script, started again, continues where it was.
 
 Each completed call is appended, so that a script that runs again gets recorded results until it asks for something that was
 not done yet. A line is JSON; a result that JSON cannot hold bit for bit is a file beside it, in the form of ``torch.save``.

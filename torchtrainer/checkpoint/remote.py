@@ -134,7 +134,7 @@ class RemoteStore:
         return list(self._published())
 
     def next_generation(self) -> int:
-        """The generation with which a run goes on that finds these copies; 1 if there is none.
+        """The generation of a run that resumes from these copies; 1 if there is none.
 
         Raises:
             CheckpointError: the store cannot be read.
@@ -236,7 +236,7 @@ class RemoteStore:
             raise CheckpointError(f"{path} cannot be read from {self.url}: {_said(error)}") from error
 
     def _attempts(self) -> list[tuple[Identity, str]]:
-        """What was begun to be copied, newest first."""
+        """The copies that were begun, newest first."""
         try:
             self._files.invalidate_cache()
             paths = [str(path).rstrip("/") for path in self._files.ls(self._base, detail=False)]

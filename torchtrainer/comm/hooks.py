@@ -1,4 +1,4 @@
-"""Gradients made smaller for their way between the ranks, by torch's own hooks of ``DistributedDataParallel``."""
+"""Compresses gradients for the exchange, with torch's own hooks of ``DistributedDataParallel``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def compress(model: DistributedDataParallel, hook: str) -> None:
-    """Has a model's gradients made smaller in its exchange; every rank calls this alike, right after wrapping.
+    """Has the exchange compress a model's gradients; every rank calls this alike, right after wrapping.
 
     Args:
         model: over the ranks' process group.

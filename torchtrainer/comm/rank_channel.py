@@ -1,4 +1,4 @@
-"""Short messages between rank 0 and the others next to the collectives: from a thread that is not the one that trains.
+"""Short messages between rank 0 and the others beside the collectives, from a thread other than the training thread.
 
 A store carries them, so that nothing is paid while nobody has anything to say but one question per look. JSON data only.
 """
@@ -27,19 +27,19 @@ GATHER_CHUNK_BYTES = 64 * 1024**2
 
 
 class RankChannel(Protocol):
-    """What ranks tell rank 0, and what rank 0 tells all. Of each rank one thread at a time uses it."""
+    """Messages from ranks to rank 0, and from rank 0 to all. One thread per rank uses it at a time."""
 
     def tell(self, message: dict[str, Any]) -> None:
         """Tells rank 0."""
 
     def told(self) -> list[dict[str, Any]]:
-        """What rank 0 was told since it asked last, in order."""
+        """Messages to rank 0 since its last call, in order."""
 
     def order(self, message: dict[str, Any]) -> None:
         """From rank 0: tells every rank, itself included."""
 
     def orders(self) -> list[dict[str, Any]]:
-        """What rank 0 ordered since this rank asked last, in order."""
+        """Orders of rank 0 since this rank's last call, in order."""
 
 
 class LoneChannel:

@@ -64,7 +64,7 @@ class Rendezvous:
 
 
 def private_store(store: Store, *, rank: int, world_size: int, timeout: timedelta) -> Store:
-    """What these processes share of a store, and nobody who used it before them. Each of them calls it once.
+    """The part of a store that only these processes share, and nobody who used it before. Each of them calls this once.
 
     Rank 0 offers a name that it has drawn, the others sign below it, and rank 0 shows the signatures. A name that somebody left
     behind never shows the signature that was drawn just now, so whoever finds one waits for the next.

@@ -1,4 +1,4 @@
-"""Where the workers stop, save or pause: at the highest step boundary that any of them is at or on its way to. Pure.
+"""Agrees where workers stop, save or pause: at the highest step boundary that any of them is at or heading for. Pure.
 
 ask ──> workers pause at their next boundary and say which ──> decide ──> all go on to the highest, and do it there
 

@@ -1,4 +1,4 @@
-"""Tensors and arrays as short texts; torch and NumPy are not imported for it: what is not loaded cannot be met."""
+"""Tensors and arrays as short texts, without importing torch or NumPy: their objects exist only if they are loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def is_initial(value: Any) -> bool:
 
 
 def array_text(value: Any, *, whole: bool = True) -> str | None:
-    """What a tensor or an array says; None: it is neither.
+    """A text for a tensor or an array; None: it is neither.
 
     Args:
         value: anything.

@@ -1,4 +1,4 @@
-"""The journal of the driver's machine: what it was told and what it ordered, with times, as lines of JSON that can be replayed.
+"""The journal of the driver's machine: its events and orders, with times, as lines of JSON that can be replayed.
 
     {"journal": 1, "version", "wall_s", "machine": the whole machine}      begins each group, and each file
     {"at_s", "meanwhile": what heartbeats and ticks changed since the line before, "event", "orders" or "error"}
@@ -113,7 +113,7 @@ class EventJournal:
 
 
 def ordered(actions: tuple[Action, ...]) -> list[Any]:
-    """What the machine ordered, as it is written down."""
+    """The machine's orders, as they are written down."""
     return [to_json(action) for action in actions if not isinstance(action, Straggler)]
 
 

@@ -1,4 +1,4 @@
-"""What the driver's machine is fed with beside messages, and what it asks for: events and actions. Values only."""
+"""Events that the driver's machine gets besides messages, and the actions that it asks for. Values only."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class SaveRequested:
 
 @dataclass(frozen=True, kw_only=True)
 class ResizeRequested:
-    """So many processes are to carry the ranks from now on; see `policies.why_not_resize`."""
+    """This many processes are to carry the ranks from now on; see `policies.why_not_resize`."""
 
     processes: int
 
@@ -134,7 +134,7 @@ class Joined:
 
 @dataclass(frozen=True, kw_only=True)
 class Resized:
-    """So many processes carry the ranks now, as was asked for or as many as could be had."""
+    """This many processes carry the ranks now: as many as requested, or as were available."""
 
     processes: int
 

@@ -1,4 +1,4 @@
-"""Which values of a script are made anew at each start: by the clock, the process, the machine or chance.
+"""Finds values of a script that differ at each start: from the clock, the process, the machine or chance.
 
 Such a value says nothing about whether the user changed something, so it is compared by how it is made. That is read from the
 source: a value counts as made anew if an expression that its name is assigned leads to one of `_SOURCES`.

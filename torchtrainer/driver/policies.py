@@ -1,4 +1,4 @@
-"""What to make of what was seen. Pure: values in, values out; the reason for a decision is part of it."""
+"""Decides how to react to what happened. Pure: values in, values out; the reason for a decision is part of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs what a journal of the driver's machine tells through the machine again, and compares the orders. Pure, but for `read_lines`."""
+"""Replays a journal of the driver's machine and compares the orders. Pure, except for `read_lines`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class UnreadableJournalError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Replayed:
-    """What became of a journal.
+    """The outcome of replaying a journal.
 
     Attributes:
         events, groups: how many there were, up to the first difference.

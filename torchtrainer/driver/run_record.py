@@ -1,4 +1,4 @@
-"""What a run directory says of its run: which script and arguments made it, how it ended, and so whether to go on with it.
+"""The record of a run in its directory: its script and arguments, how it ended, and so whether to resume it.
 
 A script may make several trainers. Those of one start of the script belong together: the first trainer of a later start goes
 on with the first of theirs, and so forth. The record is JSON, replaced as a whole.
@@ -272,7 +272,7 @@ def check_function(call: str, then: Mapping[str, str] | None, now: Mapping[str, 
 
 
 def how_it_ends() -> RunState:
-    """How a script ends that said nothing: by an exception that nobody caught, or by coming to its end."""
+    """How a script ended that did not say: by an uncaught exception, or by reaching its end."""
     uncaught: type[BaseException] | None = getattr(sys, "last_type", None)
     if uncaught is None:
         return "finished"

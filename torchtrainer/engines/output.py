@@ -1,4 +1,4 @@
-"""What workers wrote, as messages to the driver: lines of rank 0, stacks, and the last words of one that is gone; and the driver's."""
+"""Output of workers as messages to the driver: lines of rank 0, stacks, and last words of a lost worker or driver."""
 
 from __future__ import annotations
 

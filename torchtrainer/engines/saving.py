@@ -1,4 +1,4 @@
-"""The host's part in checkpoints: answers ranks that want to copy, starts writers, and tells what became of them."""
+"""The host's part in checkpoints: answers ranks that want to copy, starts writers, and reports their outcome."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank's part in agreeing where to stop or save, where no driver waits: a thread that looks a few times a second.
+"""One rank's part in agreeing where to stop or save without a driver: a thread that checks a few times a second.
 
 The thread that trains pays an attribute check per step. Its gate is that of a worker, `torchtrainer.worker.link.StepBarrier`; what
 a worker hears from the driver comes here from rank 0, whose thread decides: see `torchtrainer.engines.stop_coordinator`.

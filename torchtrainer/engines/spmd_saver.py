@@ -1,4 +1,4 @@
-"""Where the state of ranks goes that a launcher started: to rank 0, which writes a checkpoint of it in the background.
+"""Saves the state of ranks that a launcher started: rank 0 collects it and writes a checkpoint in the background.
 
 Every save is a collective call at the same step boundary. Rank 0 copies the state that is alike on all ranks, gets from the
 others what is only theirs, and writes in a thread while the training goes on. Never more than one checkpoint is under way, so
@@ -92,7 +92,7 @@ class GatheringSaver:
             self.finish(self._orders.write_s)
 
     def news(self) -> list[CheckpointEnded]:
-        """What became of states since this was asked last."""
+        """Outcomes of saved states since the last call."""
         found = []
         while self._untold:
             found.append(self._untold.popleft())

@@ -1,4 +1,4 @@
-"""How the host starts processes: forked by a spawner where that is safe, and as new interpreters where it is not, or not any more.
+"""Starts processes for the host: forked by a spawner where that is safe, and as new interpreters where it is not.
 
 A spawner that is killed is replaced. What it had forked goes on, as children of the host, and what it was asked for and had not
 forked is asked of the new one.
@@ -66,7 +66,7 @@ class Starters:
         return [*(fd for starter in self._both() for fd in starter.fds()), *self._orphans.fds()]
 
     def events(self) -> list[StarterEvent | SpawnerReplaced]:
-        """What happened since this was asked last."""
+        """Events since the last call."""
         found: list[StarterEvent | SpawnerReplaced] = []
         for starter in self._both():
             for event in starter.events():

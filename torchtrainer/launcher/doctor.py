@@ -1,4 +1,4 @@
-"""``torchtrainer doctor``: looks at everything that training needs on this machine, and says what to do about the rest.
+"""``torchtrainer doctor``: checks everything that training needs on this machine, and says how to fix the rest.
 
 Each check runs in an interpreter of its own with a deadline, so that one that hangs or crashes is a finding as well:
 

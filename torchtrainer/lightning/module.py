@@ -1,4 +1,4 @@
-"""Reads a Lightning module: its class, step signatures, losses and metrics; and says what of it cannot be used here."""
+"""Reads a Lightning module: its class, step signatures, losses and metrics; and says what cannot be used here."""
 
 from __future__ import annotations
 

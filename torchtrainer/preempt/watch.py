@@ -1,4 +1,4 @@
-"""All sources of notices of one process behind one cheap question."""
+"""All sources of notices of one process behind one cheap check."""
 
 from __future__ import annotations
 

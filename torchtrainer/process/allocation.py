@@ -1,4 +1,4 @@
-"""How this process keeps memory that was freed. Only with the GNU C library; elsewhere nothing changes."""
+"""Makes this process keep freed memory. Only with the GNU C library; elsewhere nothing changes."""
 
 from __future__ import annotations
 

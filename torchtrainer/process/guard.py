@@ -1,4 +1,4 @@
-"""How a process learns that another one is gone, and how it takes its own children with it."""
+"""Tells a process that another one is gone, and ends its own children with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading the logs that workers write: what is new since the last look, and the last lines."""
+"""Reads the logs that workers write: what is new since the last read, and the last lines."""
 
 from __future__ import annotations
 

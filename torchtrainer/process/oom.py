@@ -1,4 +1,4 @@
-"""Whether the system has killed processes for memory, and which ones it is to kill first."""
+"""Tells whether the system killed processes for memory, and says which ones it should kill first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process waits for that it did not start: children that were left to it when their parent ended."""
+"""Children that a process inherits when their parent ends, and has to wait for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small files that are there whole or not at all, and files of lines of which each is."""
+"""Small files that exist whole or not at all, and files of lines of which each does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands for a trainer in the workers, where user code may refer to the one that its object keeps."""
+"""The placeholder for a trainer in the workers, where user code may refer to the one that its object keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loader for a script's own loop: dealt out to the ranks, and resumable in the middle of a pass."""
+"""A loader for a script with its own training loop: dealt out to the ranks, and resumable in the middle of a pass."""
 
 from __future__ import annotations
 

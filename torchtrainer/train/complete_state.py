@@ -1,4 +1,4 @@
-"""Everything that a rank would need to go on with the very bits it would have had: taken at a step boundary, and put back.
+"""Everything that a rank needs to continue with the same bits: captured at a step boundary, and restored.
 
 A complete state has two parts. ``shared`` is the trainer's state dict, alike on all ranks. ``rank`` is what only this rank has:
 its random streams, the place of its loaders, the means of the pass in progress, module modes, and whatever state the ranks do

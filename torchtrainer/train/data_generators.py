@@ -1,4 +1,4 @@
-"""The random generators of a loader and its samplers: found wherever they are kept, seeded for a draw, and put back."""
+"""The random generators of a loader and its samplers: found wherever they are, seeded for a draw, and restored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the processes of a run have equal parameters: they have to, as each makes the same update to its own."""
+"""Checks that the processes of a run have equal parameters, because each makes the same update to its own."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ def _difference(operator: TrainingOperator, mine: list[int], theirs: list[int], 
 
 
 def unequal(operator: TrainingOperator, name: str, rank: int) -> str:
-    """What to tell the user of something that a rank does not hold as this one does."""
+    """The message about a value that differs between a rank and this one."""
     here = internals(operator).context.collective.rank
     return (
         f"the ranks have different models: ranks {here} and {rank} differ in {name} in step "

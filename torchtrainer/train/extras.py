@@ -1,4 +1,4 @@
-"""The state of an operator's own, which its ``state_dict`` returns, told apart: what all ranks share, and what each rank has.
+"""An operator's own state, which its ``state_dict`` returns, divided into what all ranks share and what each has.
 
 The rule is when an entry changes. What changes in the update of a step, from the exchange of gradients to `after_step`, belongs to
 all ranks, as the parameters do: every process makes the update once, however many ranks it carries. Such are averages of the

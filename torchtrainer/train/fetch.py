@@ -1,4 +1,4 @@
-"""How a batch is read: in this process or in loader workers, always under random streams that belong to the batch.
+"""Reads a batch, in this process or in loader workers, always under random streams that belong to the batch.
 
 User code that makes a batch (``dataset[i]`` or ``__getitems__``, then ``collate_fn``) runs under python's, numpy's and
 torch's CPU generators seeded for this batch. So augmentation depends neither on how many loader workers there are nor

@@ -1,4 +1,4 @@
-"""How the ranks of a process come by the gradients of all ranks: what the executor asks of it, and the way that does nothing."""
+"""How the ranks of a process get the gradients of all ranks: the executor's interface, and one that does nothing."""
 
 from __future__ import annotations
 

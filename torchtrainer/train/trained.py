@@ -1,4 +1,4 @@
-"""Which parameters the ranks average the gradients of: all that the optimizers update, and all that is trained in what is registered.
+"""The parameters whose gradients the ranks average: all that the optimizers update, and all trained registered ones.
 
 They are looked up anew at every step boundary, since layers are unfrozen, added, and given to optimizers while a run is going on.
 """

@@ -1,4 +1,4 @@
-"""Sees to it that every update of an optimizer follows an exchange of gradients in which all ranks took part alike.
+"""Ensures that every update of an optimizer follows an exchange of gradients in which all ranks took part.
 
 Ranks whose updates differ train different models, and nothing else tells: losses look well, and checkpoints hold one of them.
 So exchanges and updates are counted, and the counts go along with every exchange. In the thread that trains.
@@ -164,7 +164,7 @@ class Updates:
         self.kept_back.difference_update(units)
 
     def _explained(self, error: UnequalExchangeError) -> OperatorUseError:
-        """What to tell the user of a rank that did not take part in an exchange as this one does."""
+        """The message about a rank that took part in an exchange differently from this one."""
         step, rank = self._operator.global_step, internals(self._operator).context.collective.rank
         names = self.trained.names(list(range(len(self.trained.parameters))))
         of_what = _few(names)

@@ -1,4 +1,4 @@
-"""What torch's wrappers around an operator's models exchange, and whether a backward pass really went through them."""
+"""Tracks what torch's wrappers around the models exchange, and whether a backward pass really went through them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes down what a rank's state is at every step boundary, for ``torchtrainer verify-resume``; not there in other runs.
+"""Records digests of a rank's state at every step boundary, only under ``torchtrainer verify-resume``.
 
 Everything here runs in the thread that trains.
 """

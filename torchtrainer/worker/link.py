@@ -1,4 +1,4 @@
-"""A worker's side of the control channel: one thread that receives orders and sends what the training thread has to say.
+"""A worker's side of the control channel: a thread that receives orders and sends the training thread's messages.
 
 The training thread never touches the socket. It takes calls from a queue, hands over messages through another, and pays one
 attribute check per step for the possibility of being stopped.

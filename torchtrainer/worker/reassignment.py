@@ -1,4 +1,4 @@
-"""What the driver asks of a worker while its training thread is at work, and when it does it.
+"""Orders of the driver to a worker while its training thread works, and when they take effect.
 
 Orders come by the link's thread. The training thread looks for them where it waits for other ranks, at step boundaries and
 between calls: there, and only there, the state of the last boundary is still whole.

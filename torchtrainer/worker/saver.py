@@ -1,4 +1,4 @@
-"""Where a worker's state goes: into the region that the host holds, for the writer to make a checkpoint of."""
+"""Copies a worker's state into the region that the host holds, from which the writer makes a checkpoint."""
 
 from __future__ import annotations
 
