@@ -20,7 +20,7 @@ RETIRED = {
     "serialize_data_creation": "a file lock inside data_creator, if downloads must not happen side by side",
     "dataset": "data_creator=",
 }
-"""Arguments of RaySGD that are gone, and what does their work."""
+"""Retired arguments of RaySGD, and what replaces each."""
 
 CALLED_WITH = {
     "model_creator": ("config",),
@@ -31,9 +31,9 @@ CALLED_WITH = {
 }
 """Arguments of each user function. A loss creator may take ``config`` or nothing."""
 
-NOT_YET = "is not in this version"
+NOT_YET = "is not supported in this version"
 ENGINE_PARTS = ("name", "timeouts", "topology", "open_run", "start_group")
-"""What `torchtrainer.engines.base.Engine` asks for."""
+"""Attributes that `torchtrainer.engines.base.Engine` requires."""
 SEEDS = 1 << 63
 """Seeds are below this, as torch's generators require."""
 
@@ -135,7 +135,7 @@ def check_counts(num_workers: Any, min_workers: Any, config: Any) -> None:
 
 
 def _as_mapping(config: Any) -> str:
-    """How the values of an object are had as a dict, for those that have any."""
+    """How to get the values of an object as a dict, if it has any."""
     if is_dataclass(config) and not isinstance(config, type):
         return ": pass dataclasses.asdict(config), or {'options': config} for the object itself"
     if hasattr(config, "__dict__") and not isinstance(config, type):

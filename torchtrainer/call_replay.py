@@ -167,7 +167,7 @@ class CallReplay:
             except Exception as error:
                 if self._ended or not self._living().retryable or not self._may_go_back():
                     raise
-                warn(f"{str(error).splitlines()[0]} All ranks are started anew")
+                warn(f"{str(error).splitlines()[0]} Restarting all ranks")
                 again = True
 
     def _may_go_back(self) -> bool:

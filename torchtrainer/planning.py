@@ -74,7 +74,7 @@ OPTIONS: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What a run is started from.
+    """Everything needed to start a run.
 
     Attributes:
         spec: what every rank is built from.
@@ -104,7 +104,7 @@ class RunPlan:
     def for_group(
         self, *, log_dir: str, logs_stay: bool, orders: CheckpointOrders | None, compiled: str | None
     ) -> GroupPlan:
-        """What an engine starts the ranks from.
+        """The plan from which an engine starts the ranks.
 
         Args:
             log_dir: where the ranks' output goes.

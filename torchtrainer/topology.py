@@ -33,7 +33,7 @@ _NOT_SRUN_STEPS = frozenset({"batch", "extern", "interactive", "4294967290", "42
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Where this process stands among the processes that a launcher started.
+    """The place of this process among those that a launcher started.
 
     Attributes:
         rank: this process, 0 to ``world_size - 1``.
@@ -78,7 +78,7 @@ class Topology:
 
 
 def current() -> Topology | None:
-    """Where this very process stands, from its environment variables; None if no launcher started it.
+    """The place of this process, from its environment variables; None if no launcher started it.
 
     Raises:
         InvalidArgumentError: a launcher did, but a variable is missing or wrong.

@@ -773,7 +773,7 @@ def spell_pass(
 
 
 def reduce_results_or_list(results: list[PassResult], reduce: bool) -> Any:
-    """What a call returns: one dict for all ranks, or what each rank returned."""
+    """The result of a call: one dict for all ranks, or what each rank returned."""
     return reduce_results(results) if reduce else [result.metrics for result in results]
 
 

@@ -57,7 +57,7 @@ class Copies:
         return digest
 
     def path(self, digest: str) -> Path:
-        """Path of a state that is kept."""
+        """Path of the copy of a state, if it is kept."""
         return self._root / DIRECTORY / f"{digest}{_ENDING}"
 
     def handed_out(self, digest: str, state: Any) -> None:

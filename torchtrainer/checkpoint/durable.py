@@ -23,7 +23,7 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | get
 
 @dataclass(frozen=True, kw_only=True)
 class FileDigest:
-    """What a file holds.
+    """Size and digest of a file.
 
     Attributes:
         size_bytes: its length.

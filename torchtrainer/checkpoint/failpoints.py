@@ -97,7 +97,7 @@ class _Armed:
 
 @cache
 def _armed() -> _Armed | None:
-    """What the environment asked for when this process came to its first failpoint."""
+    """The failpoint that the environment named when this process reached its first one."""
     text = os.environ.get(ENVIRONMENT)
     if not text:
         return None

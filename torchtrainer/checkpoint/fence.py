@@ -110,7 +110,7 @@ def _names(root: Path) -> list[str]:
 
 
 def _identities(names: Iterable[str]) -> Iterator[Identity]:
-    """Of every checkpoint, those that were set aside included."""
+    """The identities of all checkpoints, including those set aside."""
     for name in names:
         identity = Identity.parse(name.removesuffix(CORRUPT))
         if identity is not None:

@@ -75,7 +75,7 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint consists of.
+    """The contents of a checkpoint.
 
     Attributes:
         identity: which checkpoint it is.
@@ -182,5 +182,5 @@ def check_file_name(name: str) -> str:
 
 
 def _tail(head: bytes) -> bytes:
-    """How a manifest ends that starts with these bytes; always as long."""
+    """The end of a manifest that starts with these bytes; always of the same length."""
     return f'"sha256": "{hashlib.sha256(head).hexdigest()}"\n}}\n'.encode()

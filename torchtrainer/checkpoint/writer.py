@@ -30,7 +30,7 @@ EXIT_WRITE_FAILED = 1
 
 @dataclass(frozen=True, kw_only=True)
 class WriterArguments:
-    """What the host tells a writer.
+    """A writer's arguments, from the host.
 
     Attributes:
         regions: of the ranks' shares, by rank.

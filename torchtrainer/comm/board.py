@@ -37,7 +37,7 @@ def exchange_tag(*, step: int, updates: int, layout: int, sums: Sequence[int] = 
 
 
 NO_TAG = exchange_tag(step=0, updates=0, layout=0)
-"""Of ranks that have nothing to compare."""
+"""Tag of ranks that have nothing to compare."""
 
 
 class UnequalExchangeError(EngineError):

@@ -72,7 +72,7 @@ class Exchange(Protocol):
         """
 
     def publish(self, rank: int, number: int, tag: array[int]) -> None:
-        """Says that the rank's gradients are there.
+        """Announces that the rank's gradients are ready.
 
         Args:
             rank, number: as for `put`.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Collective(Protocol):
-    """What the ranks of one run say to each other, next to the gradients. Every call is made by every rank."""
+    """Communication between the ranks of one run, besides gradients. Every rank makes every call."""
 
     @property
     def rank(self) -> int:

@@ -235,7 +235,7 @@ class SharedMemoryExchange:
         self._board.stand_for(rank, number, weight, samples, loss)
 
     def publish(self, rank: int, number: int, tag: array[int] = NO_TAG) -> None:
-        """Says that the rank's gradients are there, and wakes who waits for them.
+        """Announces that the rank's gradients are ready, and wakes the processes that wait for them.
 
         Args:
             rank, number: as for `put`.

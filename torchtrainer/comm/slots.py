@@ -15,7 +15,7 @@ _HAS_NONE = bytes([NO_ROWS])
 
 
 class GradientSlots:
-    """What all processes of a machine see of each other's gradients.
+    """The gradients of all processes of a machine, which each of them can read.
 
     Args:
         memory: that all of them map.

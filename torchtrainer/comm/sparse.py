@@ -13,7 +13,7 @@ NO_ROWS, DENSE, SPARSE = 0, 1, 2
 
 
 def form_of(gradient: torch.Tensor | None) -> int:
-    """How a gradient is written."""
+    """The form in which a gradient is written."""
     if gradient is None:
         return NO_ROWS
     return SPARSE if gradient.is_sparse and gradient.sparse_dim() == 1 else DENSE

@@ -115,7 +115,7 @@ class Join(ForWorker):
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotGrant(ForWorker):
-    """Whether this snapshot is to be taken; alike for all ranks."""
+    """Whether to take this snapshot; the same for all ranks."""
 
     number: int
     go: bool

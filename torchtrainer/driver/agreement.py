@@ -81,7 +81,7 @@ def ask_newcomer(machine: Machine, worker: int) -> Result:
 
 
 def orders_for_newcomer(state: Calling) -> list[dict[str, Any]]:
-    """What the others were told, for `Join`; to pause is not for one that was not there."""
+    """The orders that the others got, for `Join`; a newcomer need not pause."""
     return [{**asdict(order), "pause": False} for order in state.orders if order.stop or order.save]
 
 

@@ -33,7 +33,7 @@ def on_call_requested(machine: Machine, event: CallRequested, now: float) -> Res
 
 
 def start_pending(machine: Machine, now: float) -> Result:
-    """Starts the call that was asked for, if all ranks have a carrier and nobody is about to join."""
+    """Starts the pending call, if all ranks have a carrier and nobody is about to join."""
     call = machine.pending
     if call is None or not isinstance(machine.state, Idle) or machine.move is not None or machine.uncarried:
         return machine, ()

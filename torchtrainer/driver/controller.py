@@ -152,7 +152,7 @@ class Controller:
 
     @property
     def views(self) -> tuple[WorkerView, ...]:
-        """What is known of each worker that carries ranks, or did when the group was lost; by lowest rank."""
+        """What is known about each worker that carries ranks, or did when the group was lost; by lowest rank."""
         return tuple(sorted((view for view in self._machine.views if view.ranks), key=lambda view: view.rank))
 
     @property

@@ -104,7 +104,7 @@ class Raised:
 
 @dataclass(frozen=True, kw_only=True)
 class Recovered:
-    """What a lost worker, or a process of a loader, had left undone is done.
+    """The unfinished work of a lost worker, or of a loader process, is done.
 
     Attributes:
         worker, ranks: that were lost, or whose loader's process was.

@@ -60,7 +60,7 @@ class _NotComparedError(Exception):
 
 
 def fingerprint(roots: Mapping[str, Any]) -> dict[str, str]:
-    """What values and the code behind them say, by name, such as ``{"LR": "0.1", "ARGS.epochs": "3"}``.
+    """The fingerprints of values and of the code behind them, by name, such as ``{"LR": "0.1", "ARGS.epochs": "3"}``.
 
     Args:
         roots: the values by how the user calls them; functions and classes of the user's are followed to what they use.

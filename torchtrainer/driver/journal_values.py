@@ -156,7 +156,7 @@ def _default(item: Field[Any]) -> Any:
 
 
 def from_json(hint: Any, value: Any) -> Any:  # noqa: PLR0911  # one return per kind of type
-    """What `to_json` wrote of a value of this type.
+    """The value of this type that `to_json` wrote.
 
     Raises:
         ValueError: it is something else; the text says where.
@@ -182,7 +182,7 @@ def from_json(hint: Any, value: Any) -> Any:  # noqa: PLR0911  # one return per 
 
 
 def new_fields(kind: type, value: Any) -> dict[str, Any]:
-    """What `changed_fields` wrote of a value of this class.
+    """The fields that `changed_fields` wrote for a value of this class.
 
     Raises:
         ValueError: it is something else.

@@ -50,7 +50,7 @@ _NOT_USERS = tuple(
 
 @dataclass
 class Source:
-    """What a file of the user's assigns.
+    """The assignments in one of the user's files.
 
     Attributes:
         assigned: expressions by the name, attribute, key or parameter that gets them; none for one that only has to be given.
@@ -144,7 +144,7 @@ class Source:
             self.assigned.setdefault(option, []).extend(defaults)
 
     def _read_arguments(self, node: ast.Call, called: str) -> None:
-        """What a function or class of this file, or a container, is given."""
+        """Reads the arguments given to a function or class of this file, or to a container."""
         parameters = self.functions[called][1] if called in self.functions else []
         for parameter, given in zip(parameters, node.args, strict=False):
             self._assign(parameter, given)

@@ -69,7 +69,7 @@ def _pickles(value: Any) -> bool:
 
 
 def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """What an object is made of, each with the path that leads there."""
+    """The parts of an object, each with the path that leads there."""
     if isinstance(value, dict):
         yield from ((f"{path}[{key!r}]", item) for key, item in value.items())
     elif isinstance(value, list | tuple | set | frozenset):

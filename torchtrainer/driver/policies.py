@@ -108,7 +108,7 @@ class LostSteps:
         self._going_back, self._from = True, None
 
     def go_on_from(self, step: int) -> None:
-        """The ranks are there again, with the state of a step."""
+        """The ranks are back, with the state of a step."""
         self._from = step
 
     def count(self) -> int:

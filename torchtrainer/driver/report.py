@@ -208,7 +208,7 @@ def _died(cause: WorkerDied, scene: Scene) -> WorkerDiedError:
 
 
 def _memory(cause: WorkerDied) -> list[str]:
-    """What is known, or may be guessed, of a lack of memory."""
+    """What is known, or can be guessed, about a lack of memory."""
     if cause.exit_code != MAY_BE_OUT_OF_MEMORY:
         return []
     peak = f"; its peak was {cause.max_rss_bytes / MIB:.0f} MiB" if cause.max_rss_bytes else ""

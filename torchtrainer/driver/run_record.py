@@ -37,7 +37,7 @@ RESUMABLE: tuple[RunState, ...] = ("running", "failed", "preempted")
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What is known of a run.
+    """What is known about a run.
 
     Attributes:
         script_run: the start of the script that the run belongs to.
@@ -245,14 +245,14 @@ _REACHES = (
 
 
 def reached_by(spec: BuildSpec, callbacks: Sequence[object]) -> dict[str, Any]:
-    """What a training depends on that is built from ``spec``, by the names that the user has for it."""
+    """The dependencies of a training built from ``spec``, under the user's names for them."""
     code = {name: getattr(spec, name) for name in _REACHES if getattr(spec, name) is not None}
     told = {"callbacks": list(callbacks)} if callbacks else {}
     return {"config": spec.config, **spec.settings.deciding_bits(), **code, **told}
 
 
 def function_of_call(keywords: Mapping[str, Any]) -> dict[str, str] | None:
-    """What the function depends on that a call is given; None: it is given none."""
+    """The dependencies of the function passed to a call; None: there is none."""
     function = keywords.get("fn")
     return None if function is None else fingerprint({getattr(function, "__name__", "fn"): function})
 
@@ -287,7 +287,7 @@ def in_notebook() -> bool:
 def find_previous(
     runs: Path, wanted: RunRecord, *, live: Callable[[Path], bool], on_problem: Callable[[str], None]
 ) -> tuple[Path, RunRecord] | None:
-    """The run that a trainer would go on with, among those of its script: the latest one that fits, else the latest, however it ended.
+    """The run of this script that a trainer would resume: the latest that fits, else the latest, however it ended.
 
     Args:
         runs: directory with one directory per run.

@@ -46,7 +46,7 @@ class Preempted(Exception):  # noqa: N818  # not an error: state is saved, and t
 
 @dataclass(frozen=True, kw_only=True)
 class AgentOptions:
-    """What the user asked for beyond what torch's ``WorkerSpec`` holds.
+    """The user's options beyond those in torch's ``WorkerSpec``.
 
     Attributes:
         program: what the workers run.
@@ -300,7 +300,7 @@ class Agent(LocalElasticAgent):
         return context
 
     def stacks(self) -> str:
-        """What every living worker of this machine is doing, as Python stacks where it can be had."""
+        """What every living worker of this machine is doing, as Python stacks if available."""
         if self._pcontext is None:
             return "no workers yet: this launcher is waiting for the rendezvous"
         ranks = {worker.local_rank: worker.global_rank for worker in self._worker_group.workers}

@@ -71,7 +71,7 @@ def connect_timeout_s(args: argparse.Namespace, rendezvous: dict[str, Any]) -> f
 
 
 def join_limit(args: argparse.Namespace, rendezvous: dict[str, Any]) -> str:
-    """How long other machines are waited for, in words."""
+    """How long the wait for other machines lasts, in words."""
     name = "timeout" if args.rdzv_backend == "static" else "join_timeout"
     limit_s = rendezvous.get(name, DEFAULT_JOIN_TIMEOUT_S.get(args.rdzv_backend))
     if limit_s is None:  # a kind of its own

@@ -176,7 +176,7 @@ class Launch:
 
     @property
     def device(self) -> str:
-        """What the workers run on, for people."""
+        """The device that the workers run on, in words."""
         if torch.cuda.is_available():
             count = torch.cuda.device_count()
             return f"{count} GPU{'s' if count != 1 else ''}"
@@ -263,7 +263,7 @@ class Launch:
         return handler
 
     def _patience(self) -> Callable[[], None]:
-        """What ends the wait for a host that takes connections and does not answer, which torch would wait for without end."""
+        """A function that ends the wait for a host that accepts connections but never answers; torch would wait forever."""
         limit_s = 2 * connect_timeout_s(self._args, self._config.rdzv_configs)
         deadline_s = time.monotonic() + limit_s
 

@@ -30,7 +30,7 @@ STOP_CHECK_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """What is needed to start the workers of an attempt.
+    """Everything needed to start the workers of an attempt.
 
     Attributes:
         generation: counts the starts of this launch.
@@ -111,7 +111,7 @@ class Workers(PContext):
         return {rank: pid for rank, pid in self._pids.items() if pid not in self._watch.ended}
 
     def ends(self) -> list[WorkerEnd]:
-        """How the workers ended that did, the one that failed first in front."""
+        """The ends of the workers so far, with the first failure first."""
         ends = []
         for local_rank, pid in self._pids.items():
             ended = self._watch.ended.get(pid)

@@ -21,7 +21,7 @@ LOOK_EVERY_S = 1.0
 
 
 class LaunchedMemory:
-    """What the ranks of a launch share. Making one is a collective call.
+    """Memory that the ranks of a launch share. Making one is a collective call.
 
     Args:
         collective: the ranks, all on this machine.

@@ -183,7 +183,7 @@ class SpmdGroup:
         return CallResult(values=self._gathered(method, value), stopped=stopped, snapshot=snapshot)
 
     def _run(self, method: str, keywords: Mapping[str, Any]) -> tuple[dict[int, Any], bool]:
-        """What the ranks of this process return, and whether they were stopped before their end."""
+        """The results of this process's ranks, and whether they were stopped early."""
         assert self._executor is not None
         if method not in STEPPING_METHODS or self._agreement is None:
             return self._executor.call(method, **keywords), False

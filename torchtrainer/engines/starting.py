@@ -148,7 +148,7 @@ class Starters:
             self.start(spec)
 
     def exec_from_now_on(self) -> None:
-        """No process is forked any more, and nobody wants what was asked for so far."""
+        """Stops forking and drops the requests so far."""
         self._second = self._second or ExecStarter()
         self._waiting = None
         self._asked.clear()

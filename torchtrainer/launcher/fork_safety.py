@@ -43,7 +43,7 @@ _ENVIRONMENT_WORDS = (b"environ", b"putenv", b"unsetenv", b"load_dotenv")
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """What every worker of a launch runs.
+    """The program that every worker of a launch runs.
 
     Attributes:
         kind: ``script``, ``module``, ``run_path``, or ``command`` for anything that is not Python of this interpreter.

@@ -73,7 +73,7 @@ class RankError:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """What is known about a run.
+    """Everything known about a run.
 
     Attributes:
         run_dir: its directory.

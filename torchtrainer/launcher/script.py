@@ -38,7 +38,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class ProgramSpec(TypedDict):
-    """What a worker of a launcher is started with; JSON.
+    """The specification of a launcher's worker; JSON.
 
     Attributes:
         key: name by which the starter reports the process.

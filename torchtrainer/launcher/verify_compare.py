@@ -127,7 +127,7 @@ def _first_in(
 
 
 class _Held:
-    """What the operator of a run holds, beside that of the reference. To be asked entry by entry.
+    """Compares what the operator of a run holds with that of the reference, entry by entry.
 
     A checkpoint need not have all of it: much is made anew before it is used, such as the output of the latest batch. So a
     value is compared from when the run has done again what changes it in the reference, be it a training step, a step of a

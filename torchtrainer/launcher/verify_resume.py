@@ -50,7 +50,7 @@ SHOWN_LINES = 20
 
 
 class UsageError(Exception):
-    """The script, or what was asked for, cannot be verified."""
+    """The script cannot be verified, or not with these options."""
 
 
 class VerificationError(Exception):
@@ -170,7 +170,7 @@ class Verification:
         raise AssertionError("the last start is not interrupted")
 
     def _first_difference(self, *, ended: bool) -> Difference | None:
-        """Where the interrupted run parts from the undisturbed one; what differs between undisturbed runs is not state."""
+        """Where the interrupted run diverges from the undisturbed one; differences between undisturbed runs do not count."""
         logs = [one.logs for one in self.starts]
         found = first_difference(self.reference, logs, ended=ended, ignored=self.ignored)
         if found is not None and found.kind == "held" and not self.control.exists():
@@ -191,7 +191,7 @@ class Verification:
         return self.work / "reference"
 
     def summary(self) -> str:
-        """What to say when nothing differs."""
+        """The text when nothing differs."""
         logs = [log for _, _, log in logs_in(self.reference)]
         states = sum(len(log.entries) for log in logs)
         ranks = len({rank for _, rank, _ in logs_in(self.reference)})
@@ -202,7 +202,7 @@ class Verification:
         )
 
     def report(self, difference: Difference) -> str:
-        """What to say of a difference; runs the script undisturbed once more for it."""
+        """The text about a difference; runs the script undisturbed once more for it."""
         if not self.control.exists():
             self.script.say(f"differs at {difference.where}; running undisturbed once more to find out why")
             keep = DigestOrders(keep=difference.spot, keep_name=difference.names[0] if difference.names else "")

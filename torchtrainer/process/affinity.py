@@ -80,7 +80,7 @@ def memory_nodes(root: Path = NODES) -> list[set[int]]:
 
 
 def _cores_in(text: str) -> set[int]:
-    """What ``0-3,8`` stands for."""
+    """The cores in a list such as ``0-3,8``."""
     found: set[int] = set()
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")

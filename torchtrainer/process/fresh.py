@@ -72,7 +72,7 @@ OWN_PACKAGE = __name__.partition(".")[0]
 
 @dataclass(frozen=True, kw_only=True)
 class Fresh:
-    """What an interpreter had before it preloaded anything.
+    """The state of an interpreter before it preloaded anything.
 
     Attributes:
         modules: names in `sys.modules`.

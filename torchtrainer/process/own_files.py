@@ -92,7 +92,7 @@ def read_own(path: Path, limit_bytes: int | None) -> bytes:
 
 
 def parse_json(content: bytes) -> Any:
-    """What a file says that was written as JSON.
+    """The contents of a JSON file.
 
     Raises:
         ValueError: it is no JSON: not UTF-8, torn, or nested deeper than anything that a run writes.

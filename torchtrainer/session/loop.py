@@ -60,7 +60,7 @@ RUN_DIR = "TORCHTRAINER_RUN_DIR"
 
 
 class SessionLoop:
-    """What a rank of a script with its own loop keeps. One per process, used by the thread that trains.
+    """The session of one rank of a script with its own training loop. One per process, used by the training thread.
 
     Args:
         run_dir: directory of the run; None: that of the environment, else ``./runs/<script>``.

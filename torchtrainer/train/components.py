@@ -48,7 +48,7 @@ _RETIRED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """What an operator registered.
+    """The parts that an operator registered.
 
     Attributes:
         raw_models: the user's modules: state is taken from and loaded into these.
@@ -123,7 +123,7 @@ class Internals:
 
 
 def internals(operator: TrainingOperator) -> Internals:
-    """What the operator keeps for us."""
+    """The library's own part of an operator."""
     return operator._internals  # the one place: users see none of it among their own attributes
 
 

@@ -27,7 +27,7 @@ AS_THEY_ARE = "pass add_dist_sampler=False if every rank's loader already reads 
 
 
 class Agreement(Protocol):
-    """What loading needs of the other ranks; every rank makes the same calls in the same order."""
+    """Agreement between ranks while loading; every rank makes the same calls in the same order."""
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
@@ -40,7 +40,7 @@ class Agreement(Protocol):
 
 @dataclass(frozen=True)
 class LoaderFacts:
-    """What the ranks compare of their loaders, as JSON data.
+    """Facts about a loader that the ranks compare, as JSON data.
 
     Attributes:
         name: what the loader is for.

@@ -17,7 +17,7 @@ _END: Any = object()
 
 @dataclass(frozen=True, slots=True)
 class RankBatch:
-    """What a rank gets in one step.
+    """A rank's data of one step.
 
     Attributes:
         data: the batch, as the loader's ``collate_fn`` made it; None in a validation step without samples for this rank. In a

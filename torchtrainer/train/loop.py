@@ -34,7 +34,7 @@ _COMPARED_EARLY = (1, 4, 16)
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """How far a call goes.
+    """The extent of a call: how far it goes.
 
     Attributes:
         num_steps: batches per rank; None: to the end of the pass.

@@ -30,7 +30,7 @@ def weight_key(name: str) -> str:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What one rank's ``train`` or ``validate`` call came to.
+    """The result of one rank's ``train`` or ``validate`` call.
 
     Attributes:
         metrics: what the hook returned; a dict also holds ``num_samples``, ``batch_count``, ``epoch`` (training) and

@@ -29,7 +29,7 @@ def nothing() -> None:
 
 @dataclass(kw_only=True)
 class RankContext:
-    """What only one rank has.
+    """State that only one rank has.
 
     Attributes:
         rank: whose it is.

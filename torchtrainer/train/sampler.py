@@ -82,7 +82,7 @@ Even = Literal["", "drop", "repeat"]
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank reads in one step.
+    """The samples that one rank reads in one step.
 
     Attributes:
         position: samples of the epoch before this step, over all ranks.

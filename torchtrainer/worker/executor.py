@@ -1,4 +1,4 @@
-"""What a rank does, call by call, whoever carries it: a worker process, the driver itself, or a launcher's process."""
+"""Runs the calls of the ranks that this process carries: a worker, the driver itself, or a launcher's process."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Executor:
     # Calls
 
     def facts(self) -> dict[str, Any]:
-        """What the driver wants to know about the operator, as JSON data."""
+        """Facts about the operator for the driver, as JSON data."""
         components = internals(self.operator).components
         train = self._loader("train")
         return {

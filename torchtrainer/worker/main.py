@@ -60,7 +60,7 @@ class Latest:
 
 @dataclass(frozen=True)
 class WorkerArguments:
-    """What the host tells a worker; see `torchtrainer.control.messages.StartGroup` for units.
+    """A worker's arguments, from the host; see `torchtrainer.control.messages.StartGroup` for units.
 
     ``ranks``: those that it carries at first, none for a spare, which is built like ``rank`` with the answers of ``record``.
     ``memory``: paths of what is shared with the other workers, fields of `MemoryPaths`.

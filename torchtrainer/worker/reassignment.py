@@ -82,7 +82,7 @@ class Reassignment:
     # Where orders are looked for
 
     def on_wait(self) -> None:
-        """In an exchange, while other ranks are waited for."""
+        """Called in an exchange while this process waits for other ranks."""
         for order in self._waiting_orders(AdoptRanks, SendState):
             if isinstance(order, AdoptRanks):
                 self._carry(order, self._sync.catch_up)
