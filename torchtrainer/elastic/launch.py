@@ -263,7 +263,7 @@ class Launch:
         return handler
 
     def _patience(self) -> Callable[[], None]:
-        """A function that ends the wait for a host that accepts connections but never answers; torch would wait forever."""
+        """A function that ends the wait for a host that accepts connections but never answers, as torch would not."""
         limit_s = 2 * connect_timeout_s(self._args, self._config.rdzv_configs)
         deadline_s = time.monotonic() + limit_s
 
