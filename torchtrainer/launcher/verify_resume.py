@@ -170,7 +170,7 @@ class Verification:
         raise AssertionError("the last start is not interrupted")
 
     def _first_difference(self, *, ended: bool) -> Difference | None:
-        """Where the interrupted run diverges from the undisturbed one; what differs between undisturbed runs is no state."""
+        """Where the interrupted run diverges from the undisturbed one, except where undisturbed runs differ too."""
         logs = [one.logs for one in self.starts]
         found = first_difference(self.reference, logs, ended=ended, ignored=self.ignored)
         if found is not None and found.kind == "held" and not self.control.exists():
