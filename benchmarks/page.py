@@ -24,9 +24,9 @@ ESTIMATED_FROM = 1024
 
 INTRODUCTION = """# Benchmarks
 
-What training costs with torchtrainer and with its peers, on the same work, in one run on one machine. Only the ratios mean something: a
-quieter or larger machine gives other times. Each repetition runs every command once, in turn, so that all see the same machine; the
-tables have the median of the repetitions, and from where to where they went.
+This page compares the cost of training with torchtrainer and with its peers, on the same work, in one run on one
+machine. Only the ratios mean something: a quieter or larger machine gives other times. Each repetition runs every
+command once, in turn, so that all see the same machine; the tables show the median and the range of the repetitions.
 
 ## Run them
 
@@ -37,8 +37,8 @@ make bench BENCH_ARGS="--only mlp start"       some of it
 make bench BENCH_ARGS="--data DIR --page"      resnet on the images below DIR/train/<class>/, and this page written anew
 ```
 
-The samples of each run go to `benchmarks/results/`. A run says beforehand about how long it takes. A peer that is not installed is left out,
-and a command that fails is shown with its last lines while the others go on.
+The samples of each run go to `benchmarks/results/`. A run first says about how long it will take. It skips peers that
+are not installed, and shows the last lines of a command that fails while the others continue.
 
 ## What is measured
 

@@ -606,7 +606,7 @@ def assert_stopped_as_asked(program: Program, interruption: Interruption) -> Non
         assert sum("start the same command again" in line for line in lines) == 1, said
     elif how == "TWICE":
         assert code == EXIT_TERMINATED, said
-        assert sum("left at once" in line for line in lines) == 1, said
+        assert sum("leaving at once" in line for line in lines) == 1, said
     elif how == "KILL":
         assert code == -9, said
     elif how == "WORKERS":

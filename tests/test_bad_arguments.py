@@ -125,7 +125,7 @@ WRONG = [
     ({"checkpoint": 3}, InvalidArgumentTypeError, "checkpoint must be a CheckpointConfig"),
     ({"preemption": "SIGTERM"}, InvalidArgumentTypeError, "preemption must be a PreemptionConfig"),
     ({"resume": True}, ResumeError, "resume=True needs a run_dir"),
-    ({"engine": "ray"}, NotAvailableError, 'the Ray engine is not in this version: use engine="local"'),
+    ({"engine": "ray"}, NotAvailableError, 'the Ray engine is not supported in this version: use engine="local"'),
     (
         {"use_local": True, "wrap_ddp": False},
         InvalidArgumentError,

@@ -187,7 +187,7 @@ def test_a_setup_that_hangs() -> None:
     assert text.startswith("rank 1 (pid ")
     assert f"made no progress for {HANG_S}." in text
     assert "during the start of the workers, phase setup" in text
-    assert f"Allowed were {HANG_S} s: pass failure=FailureConfig(hang_timeout_s=...)" in text
+    assert f"The limit was {HANG_S} s: pass failure=FailureConfig(hang_timeout_s=...)" in text
     assert "in sleeps_in_setup" in text
     assert (error.rank, error.exit_code) == (1, None)
 
@@ -207,9 +207,7 @@ def goes():
     os._exit(5)
 
 
-@pytest.mark.parametrize(
-    ("do", "code", "text"), [(leaves, 4, "ended itself by sys.exit(4)"), (goes, 5, "exited with code 5")]
-)
+@pytest.mark.parametrize(("do", "code", "text"), [(leaves, 4, "called sys.exit(4)"), (goes, 5, "exited with code 5")])
 def test_a_setup_that_ends_its_process(do, code, text) -> None:
     error = failure_of(WorkerDiedError, training_operator_cls=SetupOnRank1, config={"do": do})
     assert f"{text} during the start of the workers, phase setup" in str(error)

@@ -139,8 +139,8 @@ def crashes():
 @pytest.mark.parametrize(
     ("do", "code", "text"),
     [
-        (leaves, 3, f"ended itself by sys.exit(3) {AT_37} (37 optimizer steps were completed)"),
-        (says_bye, 1, "ended itself by sys.exit('bye')"),
+        (leaves, 3, f"called sys.exit(3) {AT_37} (37 optimizer steps were completed)"),
+        (says_bye, 1, "called sys.exit('bye')"),
         (goes, 7, f"exited with code 7 {AT_37} or later (37 optimizer steps were completed)"),
         (is_killed, -9, f"was killed by SIGKILL {AT_37} or later"),
         (crashes, -11, f"was killed by SIGSEGV {AT_37} or later"),
@@ -171,7 +171,7 @@ def test_a_rank_that_hangs_in_step_37() -> None:
     text = str(error)
     assert text.startswith("rank 1 (pid ")
     assert f"{AT_37} (37 optimizer steps were completed); all workers were stopped" in text
-    assert f"Allowed were {HANG_S} s: pass failure=FailureConfig(hang_timeout_s=...)" in text
+    assert f"The limit was {HANG_S} s: pass failure=FailureConfig(hang_timeout_s=...)" in text
     assert "in sleeps" in text
     assert error.rank == 1
 
@@ -317,7 +317,7 @@ def test_a_function_that_fails_leaves_the_trainer_usable() -> None:
 
 def test_a_function_that_leaves_ends_the_trainer() -> None:
     error = failure_of(WorkerDiedError, lambda trainer: trainer.apply_all_workers(leaves))
-    assert "ended itself by sys.exit(3) in apply_all_workers(), at step 0" in str(error)
+    assert "called sys.exit(3) in apply_all_workers(), at step 0" in str(error)
 
 
 class Refusing:

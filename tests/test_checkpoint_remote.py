@@ -137,7 +137,7 @@ def test_a_copy_whose_files_are_damaged_is_refused_and_the_older_one_is_there(re
     there = local(tmp_path / "there", generation=2)
     for bad in (bytes(data), payload(2)[:-1], payload(1)):
         change(remote, f"{newest.prefix}/state.pt", bad)
-        with pytest.raises(CheckpointDamagedError, match=r"did not arrive as it was written: \['state.pt'\]"):
+        with pytest.raises(CheckpointDamagedError, match=r"was not written correctly: \['state.pt'\]"):
             remote.download(newest, there)
     remote._files.rm_file(f"{newest.prefix}/state.pt")
     with pytest.raises(CheckpointDamagedError, match=r"state\.pt is missing in"):

@@ -599,7 +599,7 @@ def test_a_damaged_one_on_a_read_only_disk_is_told_of_and_not_used(small_disk) -
     flip(write(store, 2).file("rng"), 0)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True, timeout=60)
     assert store.newest().step == 1
-    assert len(problems) == 1 and "It stays in its place: [Errno 30]" in problems[0]
+    assert len(problems) == 1 and "It stays in place: [Errno 30]" in problems[0]
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def test_this_machine_is_well(tmp_path):
     assert {"python", "torch", "processors", "memory", "import of torch", "gloo", "open files", "loopback"} <= names
     assert named(findings, "torchtrainer").value == torchtrainer.__version__
     assert "1 thread after import of torch; a forked process computes" in named(findings, "fork after import").value
-    assert "2 processes added their numbers up" in named(findings, "gloo").value
+    assert "2 processes summed their numbers" in named(findings, "gloo").value
     assert "gloo yes" in named(findings, "torch.distributed").value
     assert named(findings, "time-out timeout_s").value == "1800 s; TorchTrainer(timeout_s=...)"
     assert "time-out Timeouts.worker_connect_s" in names

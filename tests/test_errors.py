@@ -153,7 +153,7 @@ def test_what_was_tried_and_what_to_do_after_a_loss_that_ends_a_group() -> None:
     text = str(error_of(died(ranks=(1, 3)), scene))
     assert text.startswith("ranks 1, 3 (pid 101, ")
     assert "could not continue in place: no worker was left that has the state." in text
-    assert "start again with a new TorchTrainer; with a run_dir it can go on" in text
+    assert "start again with a new TorchTrainer; with a run_dir it can resume" in text
 
 
 def test_a_crash_loop_says_how_often_and_tells_the_latest_failure() -> None:
@@ -161,7 +161,7 @@ def test_a_crash_loop_says_how_often_and_tells_the_latest_failure() -> None:
     assert type(error) is errors.WorkerDiedError
     assert (error.rank, error.exit_code) == (1, 7)
     text = str(error)
-    assert text.startswith("crash loop: workers were lost 4 times in a row without a step of progress between")
+    assert text.startswith("crash loop: workers were lost 4 times in a row without a step in between")
     assert "FailureConfig.max_failures allows 3" in text
     assert "exited with code 7" in text
     assert "no such file" in text
@@ -206,7 +206,7 @@ def test_the_last_lines_of_a_worker_that_just_went() -> None:
 def test_a_worker_that_left(said, shown) -> None:
     leaving = failure(kind="exit", text=said, type_name="SystemExit", traceback="Traceback of the exit")
     text = str(error_of(died(exit_code=3, failure=leaving), SCENE))
-    assert f"ended itself by {shown} in train(), phase train, at step 36" in text
+    assert f"called {shown} in train(), phase train, at step 36" in text
     assert "return from the hook or function, or raise an exception" in text
     assert "Traceback of the exit" in text
 
@@ -225,7 +225,7 @@ def test_a_hung_worker() -> None:
     text = str(error)
     assert "rank 1 (pid 101, " in text
     assert "made no progress for 1.0 s in train(), phase train, at step 1 (1 optimizer step was completed)" in text
-    assert "Allowed were 1 s: pass failure=FailureConfig(hang_timeout_s=...)" in text
+    assert "The limit was 1 s: pass failure=FailureConfig(hang_timeout_s=...)" in text
     assert text.index("mine.py") < text.index("poll.py")
 
 

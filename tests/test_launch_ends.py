@@ -173,7 +173,7 @@ OF_RANKS = (
     ),
     Case(
         happens="a rank exits with 75: preempted, state saved",
-        says=("stopped for a preemption, state saved: start it again to go on",),
+        says=("stopped for a preemption, state saved: start it again to continue",),
         code=75,
         kept=75,
         ways="arrive exit=75",
@@ -284,7 +284,7 @@ OF_LAUNCHER = (
     ),
     Case(
         happens="SIGTERM, and ranks save their state and exit with 75",
-        says=("stopped for a preemption, state saved: start it again to go on",),
+        says=("stopped for a preemption, state saved: start it again to continue",),
         code=75,
         kept=75,
         ways="save=75",
@@ -293,7 +293,7 @@ OF_LAUNCHER = (
     ),
     Case(
         happens="the same, with a loader whose processes they still need for it",
-        says=("stopped for a preemption, state saved: start it again to go on",),
+        says=("stopped for a preemption, state saved: start it again to continue",),
         code=75,
         kept=75,
         script="ends_loader.py",

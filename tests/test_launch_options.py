@@ -360,7 +360,7 @@ def test_what_is_left_after_the_number_of_workers_is_what_torchrun_leaves():
 WORKERS = "must be a number of workers above 0 or one of auto, cpu, gpu, xpu, not "
 NODES = "must be N or MIN:MAX with 0 < MIN <= MAX, not "
 STREAMS = "must be 0 (none), 1 (stdout), 2 (stderr), 3 (both), or one of these by local rank as in 0:1,1:2, not "
-RANKS = "must be local ranks with commas between them, as in 0,1,2, not "
+RANKS = "must be local ranks separated by commas, as in 0,1,2, not "
 SETTINGS = "must be NAME=VALUE,NAME=VALUE,..., not "
 
 
@@ -398,12 +398,12 @@ SETTINGS = "must be NAME=VALUE,NAME=VALUE,..., not "
         (
             "signals-to-handle",
             "SIGTERM,SIGNOPE",
-            "must be names of signals with commas between them, as in SIGTERM,SIGUSR1; there is no 'SIGNOPE'",
+            "must be names of signals separated by commas, as in SIGTERM,SIGUSR1; there is no 'SIGNOPE'",
         ),
         (
             "signals-to-handle",
             "15",
-            "must be names of signals with commas between them, as in SIGTERM,SIGUSR1; there is no '15'",
+            "must be names of signals separated by commas, as in SIGTERM,SIGUSR1; there is no '15'",
         ),
         ("signals-to-handle", "SIGTERM, SIGKILL", "must name signals that a process can handle, not SIGKILL"),
     ],

@@ -75,7 +75,7 @@ def test_the_report_names_the_file_that_holds_stderr(tmp_path):
 def test_each_restart_is_told_and_the_last_line_counts_them(tmp_path):
     program = report(tmp_path, "always", options="--max-restarts 2", code=1)
     assert attempts(program) == 3
-    assert re.findall(r"starting all workers again \((\d) of 2 restarts left\)", program.errors) == ["1", "0"]
+    assert re.findall(r"restarting all workers \((\d) of 2 restarts left\)", program.errors) == ["1", "0"]
     assert re.findall(r"of attempt (\d)", program.errors) == ["0", "1", "2"]
     last = program.errors.splitlines()[-1]
     assert re.fullmatch(FIRST_LINE + r"failed after [\d.]+ s, 2 restarts, [\d.]+ s lost between attempts", last)

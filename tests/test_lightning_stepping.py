@@ -382,7 +382,7 @@ def test_scheduler_by_steps_with_a_metric_that_no_step_has():
             return self.step(batch)
 
     with pytest.raises(
-        InvalidArgumentError, match=r"monitors 'now', which is no metric of the latest training step.*train_loss"
+        InvalidArgumentError, match=r"monitors 'now', which is not a metric of the latest training step.*train_loss"
     ):
         rank(Misspelled).train()
 

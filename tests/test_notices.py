@@ -220,7 +220,7 @@ def test_aws_takes_a_spot_machine_back(on_cloud):
     notice = next_notice(watch)
     assert (notice.source, notice.must_stop) == ("AWS spot", True)
     assert near(notice.deadline, 120)
-    assert notice.text == f"AWS takes this spot machine back: terminate at {when}"
+    assert notice.text == f"AWS will reclaim this spot machine: terminate at {when}"
     assert fake.tokens == 1
 
 
@@ -465,7 +465,7 @@ def scontrol(tmp_path):
 
 
 def test_a_job_is_requeued(scontrol, tmp_path):
-    assert requeue(scontrol()) == "Slurm job 12 is requeued and goes on when it starts again"
+    assert requeue(scontrol()) == "Slurm job 12 is requeued and resumes when it starts again"
     assert (tmp_path / "calls").read_text() == "requeue 12\n"
 
 
@@ -487,7 +487,7 @@ def test_only_the_first_rank_requeues(scontrol, tmp_path, ranks, does_it):
     ("then", "reason"),
     [
         ("echo 'Requested operation is presently disabled' >&2; exit 1", "(Requested operation is presently disabled)"),
-        ("exit 3", "(scontrol ended with status 3)"),
+        ("exit 3", "(scontrol exited with status 3)"),
     ],
 )
 def test_a_job_that_cannot_be_requeued(scontrol, then, reason):
@@ -500,7 +500,7 @@ def test_a_scontrol_that_is_missing_or_no_program_or_outside_slurm(scontrol, tmp
     assert "(scontrol is not on PATH)" in requeue({**environ, "PATH": str(tmp_path)})
     assert "this is not a Slurm job" in requeue({"PATH": environ["PATH"]})
     (tmp_path / "bin" / "scontrol").write_bytes(b"\x7fELF")
-    assert "(scontrol does not start: " in requeue(environ)
+    assert "(scontrol could not be started: " in requeue(environ)
 
 
 # A file, and a function
@@ -906,7 +906,7 @@ def test_the_page_lists_the_settings_and_their_defaults():
 def test_a_grace_period_that_is_no_number_is_told(watching, lines, text):
     watching({"TORCHTRAINER_GRACE_S": text})
     assert lines.get_nowait() == (
-        f"TORCHTRAINER_GRACE_S={text!r} is not a number of seconds: how long a notice leaves is not known"
+        f"TORCHTRAINER_GRACE_S={text!r} is not a number of seconds: the time left after a notice is unknown"
     )
 
 

@@ -162,11 +162,11 @@ class OnlyTypos:
             [OnlyTypos()],
             r"callbacks\[0\], a OnlyTypos, .*on_checkpoint, on_run_end \(on_epoch_ends looks like on_epoch_end\)",
         ),
-        ([Recorder(), object()], r"callbacks\[1\], a object, has none of the methods"),
+        ([Recorder(), object()], r"callbacks\[1\], a object, has none of the callback methods"),
         ([SimpleNamespace(on_step=3)], r"callbacks\[0\], a SimpleNamespace, has none"),
         (Recorder(), r"write callbacks=\[...\] around a single one"),
         ("on_step", r"must be a list or tuple of objects, got 'on_step'"),
-        ([Recorder], r"callbacks\[0\] is the class Recorder; pass an object of it, such as Recorder\(\)"),
+        ([Recorder], r"callbacks\[0\] is the class Recorder; pass an instance, such as Recorder\(\)"),
     ],
 )
 def test_what_can_never_be_called_is_refused(objects: Any, text: str) -> None:

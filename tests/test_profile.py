@@ -107,17 +107,17 @@ SENTENCES = {
     "big exchange through memory": (
         alike(**COMPUTING, exchange=30),
         {"gradient_bytes": 180_000_000, "through_memory": True},
-        "50 % of the step is the exchange of 180 MB of gradients: accumulate=2 or larger batches would make it less",
+        "50 % of the step is the exchange of 180 MB of gradients: accumulate=2 or larger batches would reduce it",
     ),
     "big exchange that is compressed": (
         alike(**COMPUTING, exchange=30),
         {"gradient_bytes": 180_000_000, "comm_hook": "bf16", "accumulate": 4},
-        "gradients: accumulate=8 or larger batches would make it less",
+        "gradients: accumulate=8 or larger batches would reduce it",
     ),
     "exchange that waits in turn": (
         alike(**COMPUTING, exchange=30),
         {"gradient_bytes": 10_000},
-        "the exchange of only 10 kB of gradients: the ranks wait for each other in turn",
+        "exchanging only 10 kB of gradients: the ranks wait for each other in turn",
     ),
     "optimizer": (
         alike(**COMPUTING, optimizer=30),

@@ -91,7 +91,7 @@ def test_a_killed_script_finds_the_states_that_it_had_and_only_a_few_are_kept(tm
     resumed = start(tmp_path, kind, RANKS=ranks)
     assert resumed.process.returncode == 0, resumed.errors
     assert lines(resumed) == lines(undisturbed)
-    assert resumed.errors.count("it is trained again up to there") == again, resumed.errors
+    assert resumed.errors.count("training is repeated up to that call") == again, resumed.errors
     assert list((tmp_path / "runs").rglob("*.pt")) == list((tmp_path / "runs").rglob("checkpoints/*/state.pt")), (
         "it is done"
     )

@@ -131,7 +131,7 @@ def test_interruptions_while_it_starts_and_a_second_signal_tear_nothing(tmp_path
     assert sum("got SIGTERM" in line for line in told(first)) == 1
     second = run.once(("train", 9, "TWICE"))
     assert second.process.returncode == EXIT_TERMINATED, explained(run)
-    assert sum("left at once" in line for line in told(second)) == 1
+    assert sum("leaving at once" in line for line in told(second)) == 1
     assert run.once(("setup", 0, "KILL")).process.returncode == -9, explained(run)
     run.once()
     assert_same(run, other, redone=True)
@@ -141,7 +141,7 @@ def test_interruptions_while_it_starts_and_a_second_signal_tear_nothing(tmp_path
 def test_preempted_it_says_so_in_one_line_and_takes_no_step_again(preempted, undisturbed) -> None:
     first = preempted.programs[0]
     assert len(told(first)) == 1
-    assert "start the same command again to go on" in told(first)[0]
+    assert "start the same command again to continue" in told(first)[0]
     last = preempted.once()
     assert_same(preempted, undisturbed.get(PLAIN), redone=False)
     assert len(told(last)) == 1
@@ -255,7 +255,7 @@ def test_resume_true_names_both_values_of_what_changed(preempted) -> None:
 
 
 def test_resume_true_needs_a_run_to_go_on_with(tmp_path) -> None:
-    with pytest.raises(ResumeError, match=f"no run to go on with in {tmp_path}.*resume=False"):
+    with pytest.raises(ResumeError, match=f"no run to resume in {tmp_path}.*resume=False"):
         TorchTrainer(
             model_creator=lambda config: None,
             data_creator=lambda config: None,

@@ -70,7 +70,7 @@ def test_a_damaged_copy_is_told_and_an_older_one_used(preempted) -> None:
     (newest / "state.pt").write_bytes(state)
     resumed = start_program(preempted, SCRIPT)
     assert digest(resumed)
-    assert "did not arrive as it was written" in resumed.errors
+    assert "was not written correctly" in resumed.errors
 
 
 @pytest.mark.soak

@@ -186,7 +186,7 @@ def test_a_session_that_has_ended_is_not_gone_on_with(tmp_path) -> None:
     for number, end in ((2, "finish"), (3, "")):
         again = ends(tmp_path, "--lr", "0.1", END=end)
         assert "from 0" in again.output
-        assert f"is left as it is, as it has finished; this run goes to runs/program-{number} " in again.errors, (
+        assert f"is left as it is, because it has finished; this run goes to runs/program-{number} " in again.errors, (
             again.errors
         )
     asked = ends(tmp_path, "--lr", "0.1", RESUME="True")
@@ -271,7 +271,7 @@ def test_what_cannot_work_is_said(tmp_path, ranks) -> None:
         assert "own: InvalidArgumentTypeError save_checkpoint, rank 1" in programs[1].errors
     assert "keep: InvalidArgumentError keep must be a whole number of at least 1, got 0" in said
     assert "stop: False latest: None" in said
-    assert "late: InvalidArgumentError session.configure comes first" in said
+    assert "late: InvalidArgumentError call session.configure first" in said
     assert f"own: InvalidArgumentTypeError save_checkpoint, rank {ranks - 1}: the state holds objects" in said
     assert "step: InvalidArgumentError step must be a whole number of at least 0, got -1" in said
     assert "saved: mine/checkpoints/step-000000000005-g0001-n000001" in said

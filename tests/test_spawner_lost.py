@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("no_worker_left")
 
 SOAK = pytest.mark.soak
 EPOCHS = 2
-TOLD = "; a new one is started, and the workers go on"
+TOLD = "; a new one is started, and the workers continue"
 
 
 def children_of(pid: int) -> list[int]:

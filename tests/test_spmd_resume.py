@@ -148,7 +148,7 @@ def test_a_stop_saves_and_the_same_command_goes_on_with_the_same_bits(tmp_path, 
         assert first.process.returncode == 1
     else:
         assert first.process.returncode == EXIT_PREEMPTED, first.errors
-    assert first.errors.count("is saved: start the same command again to go on") == 1, first.errors
+    assert first.errors.count("is saved: start the same command again to continue") == 1, first.errors
     assert state_of_run(tmp_path) == "preempted"
     second = start_program(tmp_path, SCRIPT, python=python, **ENVIRON)
     second.finish()

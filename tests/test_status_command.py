@@ -354,7 +354,7 @@ def test_a_directory_that_is_no_runs(tmp_path, capsys):
         assert status.main(parsed) == status.EXIT_USAGE
         out, texts[name] = capsys.readouterr()
         assert out == "" and texts[name].count("\n") == 1
-    assert "is not a run's directory: neither lock nor history.jsonl is in it" in texts["empty"]
+    assert "is not a run directory: it has neither lock nor history.jsonl" in texts["empty"]
     assert "is not a directory" in texts["file"] and "is not a directory" in texts["nowhere"]
     assert f"such as {tmp_path / 'parent' / 'run'}" in texts["parent"]
 

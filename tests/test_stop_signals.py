@@ -141,7 +141,10 @@ def strike(program: Program, who: str, signum: signal.Signals) -> bool:
     """Sends a signal to a process as soon as there is one; False if the program ends before."""
     while program.process.poll() is None:
         if found := PROCESSES[who](program):
-            os.kill(found[-1], signum)
+            try:
+                os.kill(found[-1], signum)
+            except ProcessLookupError:  # it was on its way to become another one
+                continue
             return True
         os.sched_yield()
     return False

@@ -343,7 +343,7 @@ def test_a_lost_worker_means_the_newest_checkpoint_and_the_same_bits(strategy, o
             assert found == epochs_of(one, 2)
     told = capfd.readouterr().err
     assert f'strategy="{strategy}": a lost worker means a restart from the newest checkpoint' in told
-    assert "going on from the checkpoint of step 15" in told
+    assert "continuing from the checkpoint of step 15" in told
 
 
 # Gradients made smaller
@@ -378,7 +378,7 @@ def test_a_powersgd_run_that_is_gone_on_with_says_what_it_lacks(tmp_path, capfd)
     with Job().trainer(plan, comm_hook="powersgd", run_dir=tmp_path / "run", checkpoint=checkpoint) as one:
         one.train()
     assert not plan.missing()
-    assert capfd.readouterr().err.count("left out so far is in no checkpoint") == 1
+    assert capfd.readouterr().err.count("no checkpoint holds what the compression has left out") == 1
 
 
 # Bad input
@@ -401,7 +401,9 @@ def test_optimizers_that_cannot_be_divided_are_refused(strategy, optimizer, text
 def test_an_optimizer_of_unknown_kind_is_named(capfd) -> None:
     with trainer(optimizer="own", strategy="zero1"):
         pass
-    assert capfd.readouterr().err.count("Halved is taken to update each parameter by that parameter's gradient") == 1
+    assert (
+        capfd.readouterr().err.count("Halved is assumed to update each parameter from that parameter's gradient") == 1
+    )
 
 
 class Wrapped(TrainingOperator):

@@ -145,7 +145,7 @@ def test_weights_of_other_tools_are_loaded_and_nothing_else_changes(make, tmp_pa
         state = trainer.state_dict()
         assert torch.equal(state["models"][0]["weight"], wanted.weight), name
         assert (state["global_step"], state["epoch"]) == (3, 1)
-    assert "the weights of loss.weight are not of the model, and were left out" in capsys.readouterr().err
+    assert "the weights of loss.weight do not belong to the model and were left out" in capsys.readouterr().err
     trainer.train(num_steps=3)
     trainer.load_state_dict({f"module.{name}": torch.zeros_like(value) for name, value in wanted.state_dict().items()})
     zeros = trainer.apply_all_operators(
@@ -163,8 +163,8 @@ def test_a_file_that_is_no_state_is_refused_with_what_to_do(make, tmp_path) -> N
     (tmp_path / "noise.pt").write_bytes(b"not of torch")
     expected = {
         "whole.pt": r"class torch.nn.modules.linear.Linear.*Save model.state_dict\(\) instead",
-        "numbers.pt": r"holds a dict with acc, tensors, which is no state.*load_state_dict\(checkpoint",
-        "noise.pt": r"no file of tensors that torch.save wrote",
+        "numbers.pt": r"holds a dict with acc, tensors, which is not a state.*load_state_dict\(checkpoint",
+        "noise.pt": r"not a file of tensors written by torch.save",
         "": r"load takes a file, and .* is a directory; it has ",
     }
     for name, text in expected.items():

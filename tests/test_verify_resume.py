@@ -281,7 +281,7 @@ FAULTS = {
         COUNTER,
         "different: step 6, rank 0: models[0].weight and",
         (
-            "likely reason: a state that is not in the checkpoint: it differs right after the run went on at step 5, where "
+            "likely reason: a state that is not in the checkpoint: it differs right after the run resumed at step 5, where "
             "self.calls was 5 and is 0. Return it from Counting.state_dict"
         ),
     ),
@@ -289,14 +289,14 @@ FAULTS = {
         FILE_POINTER,
         "different: step 6, rank 0: models[0].weight and",
         (
-            "likely reason: data order or sample content: it differs right after the run went on at step 5, and its batch has "
+            "likely reason: data order or sample content: it differs right after the run resumed at step 5, and its batch has "
             "other data"
         ),
     ),
     "variable of an epoch hook": (
         LOCAL_AVERAGE,
         "different: step 6, rank 0: models[0].weight and",
-        "likely reason: Smoothed.train_epoch has variables of its own",
+        "likely reason: Smoothed.train_epoch has local variables",
     ),
 }
 

@@ -98,7 +98,7 @@ _HOMES = {
     "TrainingOperator": "torchtrainer.operator",
     "prestart": "torchtrainer.engines.local",
 }
-"""Where names live that are imported when they are first used: the operator needs torch, and a launcher none of the rest."""
+"""Module of each name that is imported on first use: the operator needs torch, and a launcher none of the rest."""
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ RETIRED = {
     "serialize_data_creation": "a file lock inside data_creator, if downloads must not happen side by side",
     "dataset": "data_creator=",
 }
-"""Arguments of RaySGD that are gone, and what does their work."""
+"""Retired arguments of RaySGD, and what replaces each."""
 
 CALLED_WITH = {
     "model_creator": ("config",),
@@ -29,13 +29,13 @@ CALLED_WITH = {
     "scheduler_creator": ("optimizer", "config"),
     "initialization_hook": (),
 }
-"""What each function of the user gets. A loss creator may take ``config`` or nothing."""
+"""Arguments of each user function. A loss creator may take ``config`` or nothing."""
 
-NOT_YET = "is not in this version"
+NOT_YET = "is not supported in this version"
 ENGINE_PARTS = ("name", "timeouts", "topology", "open_run", "start_group")
-"""What `torchtrainer.engines.base.Engine` asks for."""
+"""Attributes that `torchtrainer.engines.base.Engine` requires."""
 SEEDS = 1 << 63
-"""Seeds are below this: what torch's generators take."""
+"""Seeds are below this, as torch's generators require."""
 
 
 def refuse_unknown(given: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -66,8 +66,8 @@ def check_creators(creators: Mapping[str, Any], training_operator_cls: Any) -> N
             _check_creator(name, value)
     if training_operator_cls is not None and not isinstance(training_operator_cls, type):
         raise InvalidArgumentTypeError(
-            f"training_operator_cls must be a TrainingOperator subclass, got {training_operator_cls!r}: pass the class, "
-            "not an object of it"
+            f"training_operator_cls must be a TrainingOperator subclass, got {training_operator_cls!r}: pass the "
+            "class, not an instance"
         )
     if training_operator_cls is not None and not hasattr(training_operator_cls, "register_data"):
         raise InvalidArgumentTypeError(
@@ -135,7 +135,7 @@ def check_counts(num_workers: Any, min_workers: Any, config: Any) -> None:
 
 
 def _as_mapping(config: Any) -> str:
-    """How the values of an object are had as a dict, for those that have any."""
+    """How to get the values of an object as a dict, if it has any."""
     if is_dataclass(config) and not isinstance(config, type):
         return ": pass dataclasses.asdict(config), or {'options': config} for the object itself"
     if hasattr(config, "__dict__") and not isinstance(config, type):
@@ -338,8 +338,8 @@ def decide_threads(
         if threads * world_size <= cores:
             return threads, ""
         return threads, (
-            f"{name}={environ[name]} gives {world_size} processes {threads} threads each, for {cores} cores: unset it, and they "
-            "share the cores out, or pass num_cpus_per_worker"
+            f"{name}={environ[name]} gives {world_size} processes {threads} threads each, for {cores} cores: unset it "
+            "to divide the cores among them, or pass num_cpus_per_worker"
         )
     if not isinstance(num_cpus_per_worker, int) or isinstance(num_cpus_per_worker, bool) or num_cpus_per_worker < 1:
         raise InvalidArgumentError(

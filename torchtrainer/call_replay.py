@@ -1,4 +1,4 @@
-"""The calls of one trainer in the order of the script: replayed where they were done before, else made, and ended for a notice.
+"""The calls of one trainer in the order of the script: replayed if done before, else made; a notice ends them.
 
 Nothing here knows what a call does. The trainer asks before each one whether its result is known; if it is not, the ranks are
 first brought to where the script is.
@@ -36,7 +36,7 @@ STATE = "state.pt"
 MOVING_METHODS = STEPPING_METHODS | {"update_scheduler", "load_state_dict"}
 """Calls that change the state."""
 SETTING_METHODS = frozenset({"apply_worker", "apply_operator"})
-"""Calls that may change what is in no state, such as which parameters are trained: made again when a run is resumed."""
+"""Calls that may change what no state holds, such as which parameters are trained; repeated when a run is resumed."""
 
 
 def nothing(values: list[Any]) -> None:
@@ -61,13 +61,13 @@ class CallReplay:
 
     Args:
         journal: what was called before.
-        checkpoint: the state to go on from; None: from the beginning.
+        checkpoint: the state to continue from; None: from the beginning.
         notices: warnings of a preemption; None: nobody watches.
         timeouts: ``write_s``, ``preempt_s``.
         requeue: have Slurm start the job again.
         on_error: notes an error, `Preempted` among them, that leaves a call.
         newest: finds the newest checkpoint of this run.
-        max_failures: how often the ranks are started anew in a row, without a new step between.
+        max_failures: how often the ranks are restarted in a row, without a new step between.
         speaks: this process tells the user what all ranks do alike; under a launcher rank 0 does.
     """
 
@@ -112,7 +112,7 @@ class CallReplay:
 
         Args:
             group: the ranks.
-            on_restart: told, when they were started anew, how many steps are taken again and how many seconds it took.
+            on_restart: told, when they were restarted, how many steps are repeated and how many seconds it took.
         """
         self._group = group
         self._on_restart = on_restart
@@ -167,7 +167,7 @@ class CallReplay:
             except Exception as error:
                 if self._ended or not self._living().retryable or not self._may_go_back():
                     raise
-                warn(f"{str(error).splitlines()[0]} All ranks are started anew")
+                warn(f"{str(error).splitlines()[0]} Restarting all ranks")
                 again = True
 
     def _may_go_back(self) -> bool:
@@ -191,7 +191,7 @@ class CallReplay:
         self.catch_up()
         where = f"the checkpoint of step {reached}" if self._checkpoint is not None else "the beginning"
         redone, seconds = self._lost_steps.count(), time.monotonic() - began
-        notice(f"going on from {where} after {seconds:.1f} s: {taken_again(redone)}")
+        notice(f"continuing from {where} after {seconds:.1f} s: {taken_again(redone)}")
         if self._on_restart is not None:
             self._on_restart(redone, seconds)
 
@@ -231,7 +231,7 @@ class CallReplay:
             self._reached = len(self._made)
         lost = self.journal.add(text, result, step=step, epoch=epoch, is_state=is_state, function=function)
         if lost is not None:
-            warn(f"the result of {text} is not recorded, as {lost}. This run could not be resumed beyond it")
+            warn(f"the result of {text} is not recorded, as {lost}. This run cannot be resumed beyond it")
 
     def catch_up(self) -> None:
         """Brings the ranks to where the script is: by the checkpoint, and by the calls after it."""
@@ -273,7 +273,7 @@ class CallReplay:
                 raise ResumeError(
                     f"{why}. trainer.save(path) needs no copy; pass resume=False to start anew"
                 ) from error
-            notice(f"{why}: it is trained again up to there. trainer.save(path) needs no copy")
+            notice(f"{why}: training is repeated up to that call. trainer.save(path) needs no copy")
             self._reached = 0
         if self._from > index:
             self._checkpoint, self._from = None, 0
@@ -307,7 +307,7 @@ class CallReplay:
         if found is None:
             return
         if self._notices.urgent:
-            self._end(EXIT_TERMINATED, f"{found.source} came again: left at once")
+            self._end(EXIT_TERMINATED, f"{found.source} came again: leaving at once")
         if self._leaving:
             return
         if self._group is None:  # the ranks are being built
@@ -333,7 +333,7 @@ class CallReplay:
         if self._notices is None or found is None:
             return
         if self._notices.urgent:
-            self._end(EXIT_TERMINATED, f"{found.source} came again: left at once")
+            self._end(EXIT_TERMINATED, f"{found.source} came again: leaving at once")
         if not found.must_stop or self._group is None:
             return
         self._stopping_since = self._stopping_since or time.monotonic()
@@ -352,7 +352,7 @@ class CallReplay:
         self.saved_step = step
 
     def _agreed(self) -> Notice | None:
-        """The notice that all ranks act upon alike, whichever of their processes it came to."""
+        """The notice that all ranks act upon, whichever of their processes got it."""
         if self._notices is None or self._group is None:
             return None
         return self._group.noticed(self._notices.pending())
@@ -384,7 +384,7 @@ class CallReplay:
     def _saved(self) -> str:
         if self.saved_step is None:
             return "nothing was saved yet"
-        return f"the state after step {self.saved_step} is saved: start the same command again to go on"
+        return f"the state after step {self.saved_step} is saved: start the same command again to continue"
 
     def _seconds_left(self, found: Notice) -> float:
         if (left := found.seconds_left()) is not None:
@@ -395,6 +395,6 @@ class CallReplay:
     def _save_for(self, hint: Notice) -> None:
         if not self._hinted:
             self._hinted = True
-            notice(f"{hint.text}: a checkpoint is saved, and the run goes on")
+            notice(f"{hint.text}: a checkpoint is saved, and the run continues")
             if self._calling:
                 self._living().save()

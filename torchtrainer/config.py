@@ -26,25 +26,25 @@ SchedulerStepFreq = Literal["batch", "epoch", "manual"]
 PRECISIONS: tuple[str, ...] = ("fp32", "bf16", "fp16")
 SCHEDULER_STEP_FREQS: tuple[str, ...] = ("batch", "epoch", "manual")
 STRATEGIES: tuple[str, ...] = ("ddp", "zero1", "fsdp")
-"""How the state of the training is spread: whole on every rank; optimizer state in shares; parameters in shares as well."""
+"""How training state is spread over the ranks: a full copy on each; optimizer state sharded; parameters sharded too."""
 COMM_HOOKS: tuple[str, ...] = ("fp16", "bf16", "powersgd")
-"""How gradients are made smaller before they are exchanged."""
+"""Ways of compressing gradients before they are exchanged."""
 MEMORY_FORMATS: tuple[str, ...] = ("auto", "channels_last", "as_made")
 CLOUDS: tuple[str, ...] = ("aws", "azure", "gcp")
 DIGESTS = "TORCHTRAINER_DIGESTS"
 """Environment variable of ``torchtrainer verify-resume``: directory for the logs of this start of the script."""
 VERIFY_RUNS = "TORCHTRAINER_VERIFY_RUNS"
-"""The same: directory below which run directories and checkpoints of such a start go, instead of where the script wants them."""
+"""The same: directory for run directories and checkpoints of such a start, wherever the script wants them."""
 DRIVER_JOURNAL_BYTES = 1024**2
-"""Bytes after which the driver's journal of events goes on in a new file; the one before it is kept, and no older one."""
+"""Size in bytes at which the driver's event journal moves on to a new file; only the previous file is kept."""
 PREEMPTION_SIGNALS: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
 
 
 def check_shares(even_batches: Any, min_batch_size: Any) -> None:
-    """Checks how the end of a pass is to be dealt to the ranks.
+    """Checks the settings for dealing out the end of a pass.
 
     Raises:
-        InvalidArgumentError: a value that means nothing.
+        InvalidArgumentError: a value is invalid.
     """
     if even_batches not in (True, False, "drop", "repeat"):
         raise InvalidArgumentError(
@@ -62,11 +62,11 @@ class CheckpointConfig:
 
     Attributes:
         every_steps: optimizer steps between two checkpoints; None: by time only.
-        every_seconds: seconds between two checkpoints; "auto": as often as costs less than a hundredth of the time; None: by
-            steps only.
-        keep: how many verified checkpoints stay; at least 2 do.
-        path: directory in which each run has its own, or an fsspec URL to which checkpoints are copied; None: inside the run
-            directory.
+        every_seconds: seconds between two checkpoints; "auto": as often as possible at a cost below a hundredth of the
+            time; None: by steps only.
+        keep: number of verified checkpoints that stay; at least 2 do.
+        path: directory in which each run gets its own, or an fsspec URL to which checkpoints are copied; None: inside
+            the run directory.
         asynchronous: write in the background.
     """
 
@@ -90,15 +90,17 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FailureConfig:
-    """What a run does about processes that die or hang: see "When a worker dies" in the manual.
+    """How a run reacts to processes that die or hang: see "When a worker dies" in the manual.
 
     Attributes:
-        max_failures: failures in a row without a new step between them, after which the run stops with the latest error; 0: it
-            stops at the first one. So many replacements in a row may also fail to be built, at least one.
-        max_preemptions: preemptions in a row, without a new step between them, after which a start refuses to go on; None: any.
-        replace: build a replacement for a process that was lost; False: the others keep its ranks, where they can.
-        hang_timeout_s: seconds without progress after which a worker counts as hung; "auto": in a step 30 times the longest of
-            the latest ones, at least 15 and at most ``timeout_s``; elsewhere ``timeout_s``.
+        max_failures: failures in a row without a new step between them, that end the run with the latest error; 0: the
+            first one ends it. Building a replacement may also fail this many times in a row, at least once.
+        max_preemptions: preemptions in a row, without a new step between them, after which a start refuses to continue;
+            None: any number.
+        replace: build a replacement for a lost process; False: the others keep its ranks if they can.
+        hang_timeout_s: seconds without progress after which a worker counts as hung; "auto": within a step 30 times the
+            longest of the latest ones, at least 120 (30 for a process that sends no heartbeats) and at most
+            ``timeout_s``; elsewhere ``timeout_s``.
     """
 
     max_failures: int = 3
@@ -121,20 +123,20 @@ class FailureConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Timeouts:
-    """Deadlines of the engine itself, in seconds. Users meet them in error messages, by these names.
+    """Deadlines of the engine, in seconds. Error messages use these names.
 
     Attributes:
         engine_start_s: the host and the spawner exist and torch is imported.
         worker_connect_s: a forked worker has said hello.
         error_gather_s: after the first rank's exception, how long to wait for the same from the others.
         interrupt_s: after Ctrl-C, how long to wait for the ranks to reach a step boundary before control returns.
-        pause_s: how long a worker holds at a step boundary for the decision where to stop.
+        pause_s: how long a worker waits at a step boundary for the decision where to stop.
         shutdown_s: from asking the workers to end to killing those that did not.
-        cleanup_s: from the death of the driver to nothing left.
+        cleanup_s: from the death of the driver until nothing is left.
         heartbeat_s: between two heartbeats of a worker.
         progress_s: between two progress reports of rank 0 during a pass.
         stack_dump_s: how long to wait for the stacks of a hung worker.
-        write_s: how long the writing of a checkpoint is waited for where somebody has to.
+        write_s: how long to wait for a checkpoint that is being written, if anything depends on it.
         preempt_s: from a notice of preemption without a deadline to leaving, saved or not.
     """
 
@@ -154,34 +156,34 @@ class Timeouts:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """How a rank trains: the part of the trainer's arguments that every rank gets, alike. Pickles without torch.
+    """How a rank trains: the trainer's arguments that are the same on every rank. Pickles without torch.
 
     Attributes:
         seed: everything random derives from it.
         precision: number format of the forward pass.
         use_fp16: what the user passed as ``use_fp16``, for operators that read it.
         compile: False, True, or options of ``torch.compile``.
-        memory_format: of images and convolutions: ``channels_last``, "auto" for it where it makes convolutions faster, or
-            ``as_made`` by the user's code. Sums are in another order with channels last, so that the last bits differ; so None is
-            "auto" with half precision, whose bits are others anyway, and else ``as_made``.
-        accumulate: batches of a rank whose gradients are added up for one optimizer step.
-        fused: True: all parameters in one fused kernel, whose last bits differ; False: the user's optimizer as it is; "auto": fused with
-            ``bf16``, else in few calls where that is faster and gives the same bits.
+        memory_format: of images and convolutions: ``channels_last``, "auto" (channels last where it makes convolutions
+            faster), or ``as_made`` by the user's code. Channels last changes the order of summation and so the last
+            bits; therefore None is "auto" with half precision, whose bits differ anyway, and else ``as_made``.
+        accumulate: batches of each rank whose gradients add up to one optimizer step.
+        fused: True: all parameters in one fused kernel, whose last bits differ; False: the user's optimizer as it is;
+            "auto": fused with ``bf16``, else a few calls where that is faster and gives the same bits.
         strategy: of `STRATEGIES`.
-        comm_hook: of `COMM_HOOKS`, or None: gradients are exchanged as they are.
-        cpu_affinity: keep each process to cores of its own; "auto": to those of one memory node, where there are several.
+        comm_hook: of `COMM_HOOKS`, or None: gradients are exchanged uncompressed.
+        cpu_affinity: keep each process to its own cores; "auto": to those of one memory node, where there are several.
         wrap_ddp: wrap models in ``DistributedDataParallel`` when there are several ranks.
         ddp_args: arguments of ``DistributedDataParallel``.
         add_dist_sampler: deal each loader out to the ranks; False: use loaders as they are.
-        even_batches: give all ranks as many samples in each step, and as many steps: "repeat" or True gives some samples of the pass
-            twice, "drop" leaves some out; False: each sample once.
+        even_batches: give all ranks the same number of samples in each step and the same number of steps: "repeat" or
+            True repeats some samples of the pass, "drop" leaves some out; False: each sample once.
         min_batch_size: fewest samples of a rank in a short last step; "auto": 2 in training where a model has batch-norm layers, else 1.
         scheduler_step_freq: when the built-in loop steps the schedulers.
         use_tqdm: whether the driver shows a progress bar.
         use_gpu: whether ranks train on GPUs.
         backend: ``nccl`` or ``gloo``.
         timeout_s: longest wait for any collective, in seconds.
-        max_failures: so many loader processes in a row may die before a batch is read; see `FailureConfig`.
+        max_failures: number of loader processes that may die in a row before a batch is read; see `FailureConfig`.
     """
 
     seed: int = 0
@@ -226,7 +228,7 @@ class TrainSettings:
         self._check_compute()
 
     def deciding_bits(self) -> dict[str, Any]:
-        """The settings on which the bits of a training depend; of those that came later, the ones that are not as usual."""
+        """The settings on which the bits of a training depend; newer ones only if they differ from their defaults."""
         usual = TrainSettings()
         later = (
             *("accumulate", "memory_format", "fused", "comm_hook", "compile", "even_batches", "min_batch_size"),
@@ -268,20 +270,20 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PreemptionConfig:
-    """Where advance warnings come from that this machine or job will be taken away, and what is known about them.
+    """Sources of advance warnings that this machine or job will be taken away, and what is known about them.
 
     Attributes:
         signals: names of the signals that are such warnings; those that this system lacks are left out.
         repeat_s: the same signal again within this time is the same warning; after it, it means: leave now, without saving.
         grace_s: seconds from a signal to the end of the process; None: the environment's ``TORCHTRAINER_GRACE_S``, else unknown.
-        metadata: clouds whose metadata service is asked, of "aws", "azure" and "gcp"; "auto": the one whose machine this is;
-            () or None: none.
-        metadata_every_s: seconds between two questions to a metadata service.
+        metadata: clouds whose metadata service is polled, of "aws", "azure" and "gcp"; "auto": the one whose machine
+            this is; () or None: none.
+        metadata_every_s: seconds between two requests to a metadata service.
         metadata_timeout_s: for connecting to a metadata service (at most 2), and again for its answer.
         file: a path whose existence is a warning.
-        check: a function that is asked in a thread; returns something false, True, the seconds left, or a ``Notice``.
+        check: a function that is called in a thread; returns a false value, True, the seconds left, or a ``Notice``.
         check_every_s: seconds between two calls of ``check``.
-        slurm_lead_s: how long before the end of a Slurm job's time it is a warning if no signal came; 0: never.
+        slurm_lead_s: how long before the end of a Slurm job's time to warn if no signal came; 0: never.
         requeue: run ``scontrol requeue`` for this job after the state is saved.
     """
 
@@ -330,7 +332,7 @@ def _check_signals(names: tuple[str, ...]) -> None:
                 "PreemptionConfig.signals cannot contain SIGINT: Ctrl-C ends the call in progress"
             )
         if name in ("SIGKILL", "SIGSTOP"):
-            raise InvalidArgumentError(f"PreemptionConfig.signals cannot contain {name}: no process can see it coming")
+            raise InvalidArgumentError(f"PreemptionConfig.signals cannot contain {name}: no process can handle it")
         if name not in PREEMPTION_SIGNALS and name not in signal.Signals.__members__:
             raise InvalidArgumentError(
                 f"PreemptionConfig.signals must be names of signals such as SIGTERM; there is no {name!r}"

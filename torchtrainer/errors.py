@@ -1,8 +1,8 @@
 """Every error that torchtrainer raises, as one tree.
 
 Errors cross process boundaries, so each one pickles: ``args`` are exactly what the constructor takes. Each message says
-what happened, to which rank and process, at which step, where the log is, and what to change. An exception raised by the
-user's own code is not wrapped: it comes back as itself, with a `RemoteTraceback` as its cause.
+what happened, to which rank and process, at which step, where the log is, and what to change. An exception raised by
+the user's own code is not wrapped: it is raised as it is, with a `RemoteTraceback` as its cause.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class NotAvailableError(TorchTrainerError, NotImplementedError):
 
 
 class NotSerializableError(TorchTrainerError, TypeError):
-    """Something that has to travel between processes does not pickle; the message names the attribute."""
+    """An object that has to travel between processes does not pickle; the message names the attribute."""
 
 
 class OperatorUseError(TorchTrainerError, RuntimeError):
@@ -37,7 +37,7 @@ class UnshardableLoaderError(TorchTrainerError, ValueError):
 
 
 class TrainerClosedError(TorchTrainerError, RuntimeError):
-    """The trainer was shut down, or its run failed; a new `TorchTrainer` is needed."""
+    """The trainer was shut down, or its run failed; create a new `TorchTrainer`."""
 
 
 class TrainerBusyError(TorchTrainerError, RuntimeError):
@@ -53,14 +53,14 @@ class EngineError(TorchTrainerError, RuntimeError):
 
 
 class WorkerStartError(EngineError):
-    """A worker process did not reach the point where it could take orders."""
+    """A worker process did not become ready for orders."""
 
 
 class WorkerDiedError(EngineError):
     """A worker process ended by itself: killed by a signal, or by ``sys.exit`` in user code.
 
     Args:
-        message: the whole story, for a person.
+        message: the full report, for people.
         rank: the rank that the process carried.
         exit_code: its exit status; ``-n`` means killed by signal ``n``; None if unknown.
     """
@@ -79,7 +79,7 @@ class WorkerHungError(WorkerDiedError):
 
 
 class WorkerError(TorchTrainerError, RuntimeError):
-    """User code raised an exception that could not be brought back as itself; the message holds its traceback."""
+    """User code raised an exception that does not pickle; the message holds its traceback."""
 
 
 class RemoteTraceback(TorchTrainerError):
@@ -90,7 +90,7 @@ class RemoteTraceback(TorchTrainerError):
 
 
 class CheckpointError(TorchTrainerError, RuntimeError):
-    """Base of what can be wrong with checkpoints."""
+    """Base of all errors about checkpoints."""
 
 
 class CheckpointWriteError(CheckpointError):
@@ -98,7 +98,7 @@ class CheckpointWriteError(CheckpointError):
 
 
 class CheckpointDamagedError(CheckpointError):
-    """A checkpoint is not what was written: its manifest or a file does not match its digest."""
+    """A checkpoint is corrupt: its manifest or a file does not match its digest."""
 
 
 class CheckpointVersionError(CheckpointError):
@@ -110,7 +110,7 @@ class CheckpointFencedError(CheckpointError):
 
 
 class SnapshotError(CheckpointError):
-    """A rank's state could not be copied: there is no memory for it, or it holds what may not go into a checkpoint."""
+    """A rank's state could not be copied: memory is short, or it holds objects that a checkpoint cannot hold."""
 
 
 class ResumeError(TorchTrainerError, RuntimeError):
@@ -118,11 +118,11 @@ class ResumeError(TorchTrainerError, RuntimeError):
 
 
 class CallMismatchError(ResumeError):
-    """The script asks for another call than the run that it would go on with; the message names both."""
+    """The script makes a different call than the run that it would resume; the message names both."""
 
 
 class Preempted(SystemExit):
-    """The run was stopped because its machine or its time goes away; its state is saved, and the same command goes on.
+    """The run stopped because its machine or its time runs out; its state is saved, and the same command resumes it.
 
     Not an ``Exception``: it passes through ``except Exception`` and ends the script with exit code 75.
 

@@ -29,7 +29,7 @@ from torchtrainer.train.timers import TimerCollection
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorContext:
-    """Where an operator lives: given to it by the rank that builds it.
+    """The surroundings of an operator, given by the rank that builds it.
 
     Attributes:
         config: the rank's own copy of the trainer's ``config``.
@@ -57,7 +57,7 @@ class OperatorContext:
 class TrainingOperator:
     """One rank's training: subclass it, register everything in `setup`, and override the hooks that should differ.
 
-    Every rank has one, in the process and thread that trains. ``__init__`` is not to be overridden.
+    Every rank has one, in the process and thread that trains. Do not override ``__init__``.
 
     Attributes:
         model: what the built-in hooks train; set it in ``setup`` to what `register` returned.
@@ -90,7 +90,7 @@ class TrainingOperator:
         self.global_step = 0
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Override it: build models, optimizers and loaders, and hand them to `register` and `register_data`.
+        """Override it: build models, optimizers and loaders, and pass them to `register` and `register_data`.
 
         With creator functions everything is registered already, and this is a place for your own attributes.
 
@@ -112,7 +112,7 @@ class TrainingOperator:
         ddp_args: dict[str, Any] | None = None,
         **retired: Any,
     ) -> Any:
-        """Hands over what is trained; returns it ready for use: on the device, and wrapped to exchange gradients.
+        """Registers what is trained and returns it ready for use: on the device, and wrapped to exchange gradients.
 
         Args:
             models: a module, or several in a tuple or list.
@@ -127,7 +127,7 @@ class TrainingOperator:
 
         Raises:
             TypeError: not a module, optimizer or scheduler, or a retired argument.
-            ValueError: ``ddp_args`` is no dict, or a scheduler without ``scheduler_step_freq``.
+            ValueError: ``ddp_args`` is not a dict, or a scheduler without ``scheduler_step_freq``.
         """
         refuse_retired(retired)
         kind = type(self)
@@ -149,7 +149,7 @@ class TrainingOperator:
         return tuple(returned)
 
     def register_data(self, *, train_loader: Any = None, validation_loader: Any = None) -> None:
-        """Hands over the loaders; each rank then draws its share of their batches through the hooks' iterators.
+        """Registers the loaders; each rank then draws its share of their batches through the hooks' iterators.
 
         Args:
             train_loader: any iterable of batches; a ``DataLoader`` is dealt out to the ranks, its settings are kept.
@@ -221,8 +221,8 @@ class TrainingOperator:
     def after_step(self, batch_info: dict[str, Any]) -> None:
         """Override it for what follows every optimizer update of the built-in step, such as an average of the weights.
 
-        A process calls it once per update, for all its ranks. What it changes has to be alike on all ranks, as the parameters
-        are; return it from `state_dict`.
+        A process calls it once per update, for all its ranks. What it changes must be equal on all ranks, as the
+        parameters are; return it from `state_dict`.
 
         Args:
             batch_info: what `train_batch` got.
@@ -247,7 +247,7 @@ class TrainingOperator:
         return step.validate_batch(self, batch)
 
     def state_dict(self) -> Any:
-        """Override it to save something of your own with the trainer's state; models and the like are saved anyway."""
+        """Override it to save your own values with the trainer's state; models and the like are saved anyway."""
         return None
 
     def load_state_dict(self, state_dict: Any) -> None:
@@ -263,7 +263,7 @@ class TrainingOperator:
         scheduler_creator: Callable[..., Any] | None = None,
         serialize_data_creation: bool = True,  # noqa: ARG003  # callers of RaySGD pass it
     ) -> type[CreatorOperator]:
-        """Makes an operator class out of creator functions; it can be subclassed, ``super().setup(config)`` runs them.
+        """Makes an operator class from creator functions; in a subclass, ``super().setup(config)`` runs them.
 
         Args:
             model_creator: ``(config)`` -> a module or several.
@@ -294,7 +294,7 @@ class TrainingOperator:
     def from_ptl(
         cls, lightning_module_cls: type[Any], train_dataloader: Any = None, val_dataloader: Any = None, **more: Any
     ) -> type[TrainingOperator]:
-        """Makes an operator class out of a ``LightningModule`` class; see `torchtrainer.lightning.operator_from_lightning`."""
+        """Makes an operator class from a ``LightningModule`` class; see `torchtrainer.lightning.operator_from_lightning`."""
         from torchtrainer.lightning import operator_from_lightning
 
         made: type[TrainingOperator] = operator_from_lightning(

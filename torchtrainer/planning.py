@@ -45,7 +45,7 @@ CREATORS = (
     "initialization_hook",
 )
 COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
-"""Where torch's compiler keeps what it has compiled; a user's own choice stays."""
+"""Environment variable for the cache of torch's compiler; a user's own choice stays."""
 AS_GIVEN = (
     "seed",
     "compile",
@@ -62,7 +62,7 @@ AS_GIVEN = (
     "use_tqdm",
     "timeout_s",
 )
-"""Arguments that become settings of the ranks as they are."""
+"""Arguments that become settings of the ranks unchanged."""
 OPTIONS: dict[str, Callable[[], Any]] = {
     "config": dict,
     "failure": FailureConfig,
@@ -74,7 +74,7 @@ OPTIONS: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What a run is started from.
+    """Everything needed to start a run.
 
     Attributes:
         spec: what every rank is built from.
@@ -104,7 +104,7 @@ class RunPlan:
     def for_group(
         self, *, log_dir: str, logs_stay: bool, orders: CheckpointOrders | None, compiled: str | None
     ) -> GroupPlan:
-        """What an engine starts the ranks from.
+        """The plan from which an engine starts the ranks.
 
         Args:
             log_dir: where the ranks' output goes.
@@ -148,7 +148,7 @@ class RunPlan:
 
         Raises:
             RunDirectoryError: it cannot be used.
-            ResumeError: there is nothing to go on with that fits.
+            ResumeError: there is nothing to continue with that fits.
         """
 
         def open_here() -> OpenRun:
@@ -207,8 +207,8 @@ def plan_run(given: Mapping[str, Any]) -> RunPlan:
     """
     if WORKER_MARK in os.environ:
         raise InvalidArgumentError(
-            "a TorchTrainer was made inside a worker process of another one: a module that the workers import makes it "
-            "when it is imported. Make it in the script itself, or below if __name__ == '__main__'"
+            "a TorchTrainer was made inside a worker process of another one, by a module that the workers import. Make "
+            "it in the script itself, or below if __name__ == '__main__'"
         )
     creators = {name: given[name] for name in CREATORS}
     given = {**given, **{name: make() for name, make in OPTIONS.items() if given[name] is None}}

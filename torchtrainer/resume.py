@@ -1,4 +1,4 @@
-"""Opens the directory of a run: a fresh one, or that of a run to go on with, with all that is known of it."""
+"""Opens the directory of a run: a fresh one, or that of a run to resume, with all that is known about it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class OpenRun:
         directory: its files.
         record: what the directory says of it; None: nothing is kept, or another process keeps it.
         records: the calls that were made before.
-        checkpoint: the state to go on from.
+        checkpoint: the state to continue from.
         checkpoints: where they are kept; None: nowhere.
         generation: of this life of the run.
         remote: where copies of the checkpoints are; None: nowhere.
@@ -143,7 +143,7 @@ class OpenRun:
             self.write_record()
         except (OSError, CheckpointError) as error:
             self.tell_trouble(
-                f"{self.directory.root} cannot be written to ({error}): the run may not be found again by resume"
+                f"{self.directory.root} cannot be written to ({error}): resume may not find the run again"
             )
 
 
@@ -156,7 +156,7 @@ def open_run(
     world_size: int,
     may_change: Sequence[str] = (),
 ) -> OpenRun:
-    """Finds or makes the directory of a run, and reads what is there to go on with.
+    """Finds or makes the directory of a run, and reads what is there to continue with.
 
     Args:
         run_dir, resume, config: as `TorchTrainer` takes them.
@@ -164,7 +164,7 @@ def open_run(
 
     Raises:
         RunDirectoryError: the directory cannot be used.
-        ResumeError: ``resume=True``, and there is nothing to go on with, or something else.
+        ResumeError: ``resume=True``, and there is nothing to continue with, or something else.
     """
     check_run_dir(run_dir)
     if run_dir is None:
@@ -197,10 +197,10 @@ def open_run(
 
 
 def choose(run_dir: str | os.PathLike[str], resume: bool | str, wanted: RunRecord) -> tuple[Path, RunRecord | None]:
-    """Where the run lives, and the record of the run that it goes on with.
+    """Where the run lives, and the record of the run that it continues with.
 
     Raises:
-        ResumeError: ``resume=True``, and there is nothing to go on with, or something else.
+        ResumeError: ``resume=True``, and there is nothing to continue with, or something else.
         RunDirectoryError: what is there was made by a newer version, or is no record.
     """
     if run_dir == "auto":
@@ -226,7 +226,7 @@ def _judge(
 ) -> tuple[Path, RunRecord | None]:
     if found is None:
         if resume is True:
-            raise ResumeError(f"resume=True, but there is no run to go on with in {fresh.parent}: {FRESH}")
+            raise ResumeError(f"resume=True, but there is no run to resume in {fresh.parent}: {FRESH}")
         return fresh, None
     path, record = found
     if resume is False:
@@ -235,23 +235,24 @@ def _judge(
     if resume is True:
         if difference is not None:
             raise ResumeError(
-                f"the run in {printable(str(path))} cannot be resumed: {difference}. Put it back, name it in may_change, or {FRESH}"
+                f"the run in {printable(str(path))} cannot be resumed: {difference}. Restore it, name it in "
+                f"may_change, or {FRESH}"
             )
         return path, record
     why = _why_not(path, record, wanted, difference)
     if why is None:
         return path, record
     how = (
-        "resume=True goes on with the old one"
+        "resume=True resumes the old one"
         if difference is None
-        else "to go on with the old one, put that back, or name it in may_change"
+        else "to resume the old one, restore that, or name it in may_change"
     )
-    notice(f"{path} is left as it is, as {why}; this run goes to {fresh} ({how})")
+    notice(f"{path} is left as it is, because {why}; this run goes to {fresh} ({how})")
     return fresh, None
 
 
 def _why_not(path: Path, record: RunRecord, wanted: RunRecord, difference: str | None) -> str | None:
-    """Why ``resume="auto"`` does not go on with a run, or None."""
+    """Why ``resume="auto"`` does not continue with a run, or None."""
     if record.notebook or wanted.notebook:
         return "runs of notebooks are resumed only if you say so"
     if difference is not None:

@@ -1,4 +1,4 @@
-"""Where a run keeps what it keeps: its directory, its checkpoints on this machine, and their copies elsewhere."""
+"""The places of a run: its directory, its checkpoints on this machine, and their copies elsewhere."""
 
 from __future__ import annotations
 

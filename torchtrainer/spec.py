@@ -1,4 +1,4 @@
-"""What a run is made of: the user's code and options, as every rank gets them. Travels by cloudpickle; no torch here."""
+"""The parts of a run: the user's code and options, as every rank gets them. Travels by cloudpickle; no torch here."""
 
 from __future__ import annotations
 
@@ -81,6 +81,7 @@ def _made_anew(config: Any, size: int) -> Any:
         return type(config)({**config, BATCH_SIZE: size})
     except Exception as error:
         raise InvalidArgumentError(
-            f"config, a {type(config).__name__}, is read-only and cannot be made anew with a rank's share of config[BATCH_SIZE] "
+            f"config, a {type(config).__name__}, is read-only and cannot be copied with a rank's share of "
+            "config[BATCH_SIZE] "
             f"({error}): pass a dict, or set the batch size per rank in data_creator"
         ) from error

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 DERIVED_PORTS = range(20000, 30000)
-"""Where a Slurm or MPI job meets if MASTER_PORT is not set: TCP ports below those that systems give out themselves."""
+"""Ports where a Slurm or MPI job meets if MASTER_PORT is not set: TCP ports below those that systems hand out."""
 
 LOOPBACK = "127.0.0.1"
 WORKER_MARK = "TORCHTRAINER_WORKER"
@@ -33,7 +33,7 @@ _NOT_SRUN_STEPS = frozenset({"batch", "extern", "interactive", "4294967290", "42
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Where this process stands among the processes that a launcher started.
+    """The place of this process among those that a launcher started.
 
     Attributes:
         rank: this process, 0 to ``world_size - 1``.
@@ -78,7 +78,7 @@ class Topology:
 
 
 def current() -> Topology | None:
-    """Where this very process stands, from its environment variables; None if no launcher started it.
+    """The place of this process, from its environment variables; None if no launcher started it.
 
     Raises:
         InvalidArgumentError: a launcher did, but a variable is missing or wrong.
@@ -208,7 +208,7 @@ def _from_torchrun(environ: Mapping[str, str]) -> Topology:
         local_world_size = world_size
     else:
         local_world_size = _number(
-            environ, "LOCAL_WORLD_SIZE", f"{why} and MASTER_ADDR={master_addr} is no loopback address"
+            environ, "LOCAL_WORLD_SIZE", f"{why} and MASTER_ADDR={master_addr} is not a loopback address"
         )
     node_rank, nodes = _blocks(rank, world_size, local_world_size)
     return Topology(
@@ -331,7 +331,7 @@ def _slurm_tasks_here(environ: Mapping[str, str], node_rank: int) -> int:
         counts.extend([int(match[1])] * int(match[2] or 1))
     if node_rank >= len(counts):
         raise InvalidArgumentError(
-            f"SLURM_STEP_TASKS_PER_NODE={text!r} says nothing of machine SLURM_NODEID={node_rank}"
+            f"SLURM_STEP_TASKS_PER_NODE={text!r} says nothing about machine SLURM_NODEID={node_rank}"
         )
     return counts[node_rank]
 

@@ -55,7 +55,7 @@ class TorchTrainer:
 
     Creators (or an operator class) say what to train; they run in every worker process, not here. The trainer starts the
     workers when it is made and ends them with ``shutdown``, as a context manager, or with this process, however that ends.
-    Under torchrun, srun or mpirun the same script attaches to the processes that are there.
+    Under torchrun, srun or mpirun the same script attaches to the existing processes.
 
     All arguments are keyword-only.
 
@@ -67,45 +67,48 @@ class TorchTrainer:
         scheduler_creator: ``(optimizer, config)`` -> a scheduler, or several.
         training_operator_cls: a `TrainingOperator` subclass, alone or with creators.
         initialization_hook: run without arguments in every worker process before anything else.
-        config: a dict or another mapping, handed to every creator as it is; ``config[BATCH_SIZE]`` is a batch size over all ranks.
-        num_workers: ranks.
-        min_workers: processes below which the ranks wait for new ones instead of sharing those that are left.
+        config: a dict or another mapping, passed to every creator unchanged; ``config[BATCH_SIZE]`` is a batch size
+            over all ranks.
+        num_workers: number of ranks.
+        min_workers: with fewer processes left, the ranks wait for new ones instead of sharing those.
         num_cpus_per_worker: intra-op threads per process; "auto": ``OMP_NUM_THREADS``, if set, else cores / ``num_workers``.
         use_gpu: one GPU per rank; "auto": if there are any.
         backend: ``nccl``, ``gloo`` or "auto".
         wrap_ddp: wrap models in ``DistributedDataParallel``; ``ddp_args``: its arguments.
         timeout_s: longest wait for any collective, in seconds.
         precision: ``fp32``, ``bf16`` or ``fp16``; ``use_fp16=True`` is fp16 on GPUs and bf16 on CPUs.
-        compile: True, or options of ``torch.compile``; what is compiled is kept in the run directory.
-        memory_format: ``channels_last``, "auto" (where it makes convolutions faster) or ``as_made``; None: "auto" with half precision,
-            else as the model is made.
-        accumulate: batches of each rank whose gradients are added up for one optimizer step.
-        fused: True: torch's fused kernels for the optimizer; False: as it is; "auto": fused with ``bf16``, else what gives the same bits.
+        compile: True, or options of ``torch.compile``; compiled code is kept in the run directory.
+        memory_format: ``channels_last``, "auto" (where it makes convolutions faster) or ``as_made``; None: "auto" with
+            half precision, else ``as_made``.
+        accumulate: batches of each rank whose gradients add up to one optimizer step.
+        fused: True: torch's fused kernels for the optimizer; False: unchanged; "auto": fused with ``bf16``, else
+            whatever gives the same bits.
         strategy: ``ddp``; ``zero1``: each rank keeps a share of the optimizer's state; ``fsdp``: of the parameters as well.
-        comm_hook: make gradients smaller on their way: ``fp16``, ``bf16`` or ``powersgd``.
-        cpu_affinity: keep each process to cores of its own; "auto": to one memory node, where there are several.
+        comm_hook: compress gradients for the exchange: ``fp16``, ``bf16`` or ``powersgd``.
+        cpu_affinity: keep each process to its own cores; "auto": to one memory node, where there are several.
         use_tqdm: progress bar.
-        add_dist_sampler: deal loaders out to the ranks; False: they are used as they are.
-        even_batches: give all ranks as many samples in each step, and as many steps: True or "repeat": some samples twice; "drop":
-            without some; False: each sample once. For losses and models that exchange between ranks.
+        add_dist_sampler: deal loaders out to the ranks; False: use them as they are.
+        even_batches: give all ranks the same number of samples in each step and the same number of steps: True or
+            "repeat": some samples twice; "drop": leave some out; False: each sample once. For losses and models that
+            exchange between ranks.
         min_batch_size: fewest samples of a rank in a short last step; "auto": 2 in training with batch-norm layers, else 1.
         scheduler_step_freq: ``batch``, ``epoch`` or ``manual``; required with a scheduler.
-        use_local: this process carries the ranks, in turn, for debuggers.
+        use_local: carry all ranks in this process, in turn, for debuggers.
         seed: everything random derives from it.
         run_dir: directory of the run; "auto": ``./runs/<script>/<time>``; None: nothing is kept.
-        resume: go on with a run that was cut off: "auto", True (it must be there and fit) or False.
-        may_change: names of what may have changed in a resumed run: of arguments of the script, globals and other values,
-            and functions. A word of such a name is enough: ``epochs`` stands for ``--epochs`` and ``args.epochs``.
-        checkpoint: how often the state is saved, where, and how many states stay.
-        preemption: where warnings come from that the machine or the job will be taken away.
-        failure: what is done about processes that die or hang.
+        resume: resume an interrupted run: "auto", True (raise if there is none that fits) or False.
+        may_change: names of arguments of the script, globals, other values and functions that may have changed in a
+            resumed run. A word of such a name is enough: ``epochs`` stands for ``--epochs`` and ``args.epochs``.
+        checkpoint: how often to save the state, where, and how many states stay.
+        preemption: sources of warnings that the machine or the job will be taken away.
+        failure: how to react to processes that die or hang.
         engine: ``local``, ``spmd``, "auto", or an engine object.
-        callbacks: objects with any of the methods of `Callback`; called here, under a launcher on rank 0.
+        callbacks: objects with any of the methods of `Callback`; called in this process; under a launcher, on rank 0.
 
     Raises:
         InvalidArgumentError, InvalidArgumentTypeError: an argument that cannot work (a ``ValueError``, a ``TypeError``).
         NotSerializableError: something does not pickle; names the attribute.
-        NotAvailableError: something that this version does not have.
+        NotAvailableError: a feature that this version does not have.
         BaseException: what a creator raised, with the remote traceback as its cause.
     """
 
@@ -232,7 +235,7 @@ class TorchTrainer:
             raise
 
     def __reduce__(self) -> tuple[type[AbsentTrainer], tuple[()]]:
-        """An object that keeps its trainer travels to the workers, where the trainer is not."""
+        """Lets an object that keeps its trainer travel to the workers, which have no trainer."""
         return AbsentTrainer, ()
 
     # Training
@@ -249,8 +252,8 @@ class TorchTrainer:
     ) -> Any:
         """Trains for one pass over the data, or for ``num_steps`` batches per rank.
 
-        ``num_steps`` goes on where the last call stopped and wraps into the next pass; a call without it finishes the pass
-        in progress.
+        ``num_steps`` continues where the last call stopped and wraps into the next pass; a call without it finishes the
+        pass in progress.
 
         Args:
             num_steps: batches per rank.
@@ -259,16 +262,16 @@ class TorchTrainer:
                 step; ``rank``, ``pid``, ``host``, ``device``, ``steps``), ``wall_s``, ``samples_per_s`` (all ranks), ``slowest``,
                 ``bottleneck`` (a sentence), and ``mean_<name>_s``, means over the ranks of each measurement.
             reduce_results: one dict for all ranks; False: a list with one dict per rank.
-            max_retries: accepted as in RaySGD; what is done about lost workers is said once for all, by ``failure``.
-            info: handed to ``train_epoch`` and ``train_batch``.
-            new_pass: begin a new pass, whatever is left of the one in progress, and end with it at the latest.
+            max_retries: accepted as in RaySGD; ``failure`` of the trainer says how to react to lost workers.
+            info: passed to ``train_epoch`` and ``train_batch``.
+            new_pass: begin a new pass, whatever is left of the one in progress, and stop at its end at the latest.
 
         Returns:
             ``num_samples`` (all ranks), ``epoch`` (passes started), ``batch_count``, ``train_loss``, ``last_train_loss``, or
             what the operator's hooks return; means are weighted by samples over all ranks.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C; the pass ends at a step boundary, and the next call goes on from there.
+            KeyboardInterrupt: Ctrl-C; the pass ends at a step boundary, and the next call continues from there.
             BaseException: what user code raised.
         """
         refuse_unknown(unknown, ("num_steps", "profile", "reduce_results", "max_retries", "info", "new_pass"))
@@ -299,7 +302,7 @@ class TorchTrainer:
             would have returned.
 
         Raises:
-            InvalidArgumentError: ``n`` is no number of batches, or there is no directory to write to.
+            InvalidArgumentError: ``n`` is not a number of batches, or there is no directory to write to.
             BaseException: as for `train`.
         """
         if type(n) is not int or n < 1:
@@ -381,15 +384,15 @@ class TorchTrainer:
         return metrics
 
     def fit(self, epochs: int, validate_every: int = 1, profile: bool = False) -> History:
-        """Trains for a number of passes, with a validation after every few of them.
+        """Trains for a number of passes and validates after every ``validate_every`` of them.
 
         Args:
             epochs: passes over the training data.
             validate_every: passes between two validations; 0: none. Without validation data there is none either.
-            profile: say under ``profile`` of each pass where the time of its training went, as `train` does.
+            profile: report under ``profile`` of each pass where its training time went, as `train` does.
 
         Returns:
-            One dict per pass: what ``train()`` returned, and what ``validate()`` did less its counts.
+            One dict per pass: the results of ``train()``, and those of ``validate()`` without its counts.
         """
         if type(epochs) is not int or epochs < 0:
             raise InvalidArgumentError(f"epochs must be a whole number of at least 0, got {epochs!r}")
@@ -412,7 +415,8 @@ class TorchTrainer:
         """Runs a function without arguments in every worker process.
 
         Returns:
-            One result per rank, in rank order. With fewer processes than ranks, it stands for all ranks of its process.
+            One result per rank, in rank order. With fewer processes than ranks, a result stands for all ranks of its
+            process.
         """
         _check_function("apply_all_workers", fn)
         found: list[Any] = self._remembered(spell_function("apply_all_workers", fn), "apply_worker", list, fn=fn)
@@ -441,7 +445,7 @@ class TorchTrainer:
             to_cpu: on the CPU, whatever it was trained on.
 
         Raises:
-            NotSerializableError: the model can be had in neither way; ``state_dict()`` has its state.
+            NotSerializableError: neither way works; ``state_dict()`` has the model's state.
         """
         from torchtrainer.worker.models import ModelStates, rebuilt
 
@@ -464,16 +468,17 @@ class TorchTrainer:
         return model
 
     def get_local_operator(self) -> TrainingOperator:
-        """Returns the operator of the rank that is this process.
+        """Returns the operator of the rank in this process.
 
         Raises:
-            NotAvailableError: the ranks are other processes (everywhere but with ``use_local=True`` or under a launcher).
+            NotAvailableError: the ranks are in other processes (always, except with ``use_local=True`` or under a
+                launcher).
         """
         return self._living_group().local_operator()
 
     @property
     def local_worker(self) -> LocalWorker:
-        """The rank that is this process, by the name that Ray 0.8 had for it; raises as `get_local_operator`."""
+        """The rank in this process, under its name in Ray 0.8; raises as `get_local_operator` does."""
         return LocalWorker(training_operator=self.get_local_operator())
 
     # State
@@ -502,7 +507,7 @@ class TorchTrainer:
         Args:
             state: what `state_dict` returned; or the weights of the model alone, as any tool saves them (``model.state_dict()``,
                 with or without the prefixes of DDP and ``torch.compile``, or a dict that has them under ``state_dict``, ``model``
-                and the like): optimizers, schedulers and counters then stay as they are.
+                and the like): optimizers, schedulers and counters then stay unchanged.
 
         Raises:
             ValueError: the state belongs to other models, optimizers or schedulers; the first difference is named.
@@ -527,7 +532,7 @@ class TorchTrainer:
         """Saves `state_dict` by ``torch.save``; returns the path. Under a launcher rank 0 writes.
 
         Args:
-            path: of a file; ``~`` is the home directory, and directories that are not there are made.
+            path: of a file; ``~`` is the home directory, and missing directories are created.
 
         Raises:
             InvalidArgumentError: it is a directory.
@@ -558,7 +563,7 @@ class TorchTrainer:
         Nothing in the file is run: it is read with ``weights_only=True``.
 
         Raises:
-            ValueError: it holds something else: objects, for instance, as in a file of a whole model, or of an operator whose
+            ValueError: it holds anything else, such as objects in a file of a whole model, or of an operator whose
                 ``state_dict()`` returns them.
         """
         from torchtrainer.train.weights import read_file
@@ -569,9 +574,9 @@ class TorchTrainer:
     # Seeing and ending
 
     def status(self) -> Status:
-        """Says who carries the ranks, what they do, and what went wrong so far; also from callbacks and other threads.
+        """Returns which processes carry the ranks, what they do, and what failed; callbacks and threads may call it.
 
-        Under a launcher it is no collective call: any rank may ask, and sees all processes.
+        Under a launcher it is not a collective call: any rank may call it, and sees all processes.
         """
         views = self._group.views if self._group is not None else ()
         return Status(
@@ -583,9 +588,9 @@ class TorchTrainer:
         )
 
     def resize(self, processes: int) -> None:
-        """Has the ranks carried by so many processes, at the next step boundary; the training is the same, to the bit.
+        """Changes how many processes carry the ranks, at the next step boundary; the results stay the same, to the bit.
 
-        Between two calls it is done when this returns. From a callback it is done while the call goes on.
+        Between two calls it takes effect before this returns; from a callback, while the call continues.
 
         Args:
             processes: from ``min_workers`` to ``num_workers``.
@@ -596,7 +601,7 @@ class TorchTrainer:
         self._living_group().resize(processes)
 
     def shutdown(self, force: bool = False) -> None:
-        """Ends the workers and returns when they are gone. A trainer that was shut down stays so: calling it again does nothing.
+        """Ends the workers and returns when they are gone. Calling it again does nothing.
 
         Args:
             force: do not wait for them to clean up.
@@ -637,7 +642,7 @@ class TorchTrainer:
     def _living_group(self) -> Group:
         if self._group is None:
             raise TrainerClosedError(
-                "Trainer is not active any more, as it was shut down: create a new TorchTrainer to go on"
+                "Trainer is not active any more, because it was shut down: create a new TorchTrainer"
             )
         return self._group
 
@@ -650,7 +655,7 @@ class TorchTrainer:
             raise
 
     def _remembered(self, call: str, method: str, pick: Callable[[list[Any]], Any], **keywords: Any) -> Any:
-        """A call whose result, picked from those of the ranks, is recorded for a later start of the script."""
+        """Makes a call and records its result, picked from those of the ranks, for a later start of the script."""
         self._living_group()
         known = self._calls.recorded(call, method, **keywords)
         if known is not None:
@@ -756,7 +761,7 @@ def note_weakly(
 def spell_pass(
     method: str, num_steps: int | None, profile: bool, reduce: bool, info: dict[str, Any] | None, new_pass: bool
 ) -> str:
-    """A pass as the user would write it, without what is as it is by default."""
+    """A pass as the user would write it, without default arguments."""
     return spell(
         method,
         num_steps=num_steps,
@@ -768,7 +773,7 @@ def spell_pass(
 
 
 def reduce_results_or_list(results: list[PassResult], reduce: bool) -> Any:
-    """What a call returns: one dict for all ranks, or what each rank returned."""
+    """The result of a call: one dict for all ranks, or what each rank returned."""
     return reduce_results(results) if reduce else [result.metrics for result in results]
 
 

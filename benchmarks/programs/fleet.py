@@ -164,7 +164,7 @@ class Fleet:
             self.say(Boundary, worker=worker, call=self.call, round=message.round, boundary=self.step)
 
     def on_stop_at(self, message: StopAt) -> None:
-        for worker in self.carriers if message.hold else ():
+        for worker in self.carriers if message.pause else ():
             self.say(Paused, worker=worker, call=self.call, boundary=message.boundary)
 
     def on_send_state(self, message: SendState) -> None:

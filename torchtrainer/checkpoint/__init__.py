@@ -1,1 +1,1 @@
-"""Checkpoints: how the state of a run comes to the disk, is verified there, and is found again."""
+"""Checkpoints: write the state of a run to disk, verify it there, and find it again."""

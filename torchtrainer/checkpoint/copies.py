@@ -1,4 +1,4 @@
-"""Copies of the state that a script asked for: how many of them a run keeps, and what stands for one that it does not keep."""
+"""Copies of the state that a script asked for: how many a run keeps, and what stands in for the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchtrainer.process.paths import private_directory
 from torchtrainer.process.whole_file import replace_file
 
 DIRECTORY = "calls"
-"""In a run directory, for results that are no JSON."""
+"""Subdirectory of a run directory for results that are not JSON."""
 _ENDING = ".copy.pt"
 _DIGEST_BYTES = 16
 
@@ -39,7 +39,9 @@ class Copies:
     @property
     def rule(self) -> str:
         """Which copies are kept, for messages."""
-        return f"no copy is kept: the newest {self.keep} (CheckpointConfig.keep) are, and those that the script still holds"
+        return (
+            f"no copy is kept: only the newest {self.keep} (CheckpointConfig.keep) and those that the script holds are"
+        )
 
     def write(self, content: bytes) -> str:
         """Writes a state, unless it is there; returns its digest.
@@ -55,7 +57,7 @@ class Copies:
         return digest
 
     def path(self, digest: str) -> Path:
-        """Where a state is, if it is kept."""
+        """Path of the copy of a state, if it is kept."""
         return self._root / DIRECTORY / f"{digest}{_ENDING}"
 
     def handed_out(self, digest: str, state: Any) -> None:

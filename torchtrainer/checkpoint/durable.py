@@ -15,7 +15,7 @@ from torchtrainer.checkpoint.failpoints import failpoint
 from torchtrainer.process.own_files import open_to_read
 
 READ_BYTES: Final = 1024**2
-"""How much is read at a time to digest a file."""
+"""Bytes read at a time when a file is digested."""
 FILE_MODE: Final = 0o600
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
@@ -23,7 +23,7 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | get
 
 @dataclass(frozen=True, kw_only=True)
 class FileDigest:
-    """What a file holds.
+    """Size and digest of a file.
 
     Attributes:
         size_bytes: its length.

@@ -1,4 +1,4 @@
-"""Named places where a test makes the program die, fail or wait: at every write, fsync and rename that durability rests on.
+"""Named places where a test makes the program die, fail or wait: each write, fsync and rename that durability needs.
 
 ``TORCHTRAINER_FAILPOINT=name:action@n`` arms one of `FAILPOINTS` in a process and in those that it starts. ``action`` is
 ``kill`` (SIGKILL to this process), ``error`` (OSError ENOSPC) or ``slow`` (`SLOW_S` seconds). ``@n`` means the n-th time in
@@ -18,7 +18,7 @@ from torchtrainer.errors import InvalidArgumentError
 
 ENVIRONMENT: Final = "TORCHTRAINER_FAILPOINT"
 SLOW_S: Final = 0.5
-"""How long ``slow`` waits each time."""
+"""Duration of each wait of ``slow``."""
 ACTIONS: Final = ("kill", "error", "slow")
 FAILPOINTS: Final = (
     "checkpoint.claim",
@@ -44,7 +44,7 @@ FAILPOINTS: Final = (
     "remote.retire",
     "remote.delete",
 )
-"""Each stands right before what it is named after."""
+"""Each is reached right before the operation that it is named after."""
 
 
 def failpoint(name: str) -> None:
@@ -97,7 +97,7 @@ class _Armed:
 
 @cache
 def _armed() -> _Armed | None:
-    """What the environment asked for when this process came to its first failpoint."""
+    """The failpoint that the environment named when this process reached its first one."""
     text = os.environ.get(ENVIRONMENT)
     if not text:
         return None

@@ -21,13 +21,13 @@ from torchtrainer.process.own_files import open_own
 from torchtrainer.process.paths import private_directory
 
 CORRUPT: Final = ".corrupt"
-"""How the name of a checkpoint ends that was set aside."""
+"""Suffix of a checkpoint that was set aside."""
 
 _CLAIM = re.compile(r"generation-(\d{4,})", re.ASCII)
 
 
 def next_generation(root: Path) -> int:
-    """The generation with which a run goes on that finds these checkpoints: one more than any before; 1 if there is none.
+    """The generation of a run that resumes from these checkpoints: one more than any before; 1 if there is none.
 
     Args:
         root: of the store; it need not exist.
@@ -86,7 +86,7 @@ def check_fence(root: Path, generation: int) -> None:
     if last > generation:
         raise CheckpointFencedError(
             f"generation {generation} of this run was superseded: generation {last} owns the checkpoints in {root}. Nothing "
-            "was written; stop this process, the other one goes on."
+            "was written; stop this process; the newer one continues."
         )
 
 
@@ -110,7 +110,7 @@ def _names(root: Path) -> list[str]:
 
 
 def _identities(names: Iterable[str]) -> Iterator[Identity]:
-    """Of every checkpoint, those that were set aside included."""
+    """The identities of all checkpoints, including those set aside."""
     for name in names:
         identity = Identity.parse(name.removesuffix(CORRUPT))
         if identity is not None:

@@ -1,4 +1,4 @@
-"""The calls that a script made, with their results: what lets the same script, started again, go on where it was.
+"""The calls that a script made, with their results, so that the same script, started again, continues where it was.
 
 Each completed call is appended, so that a script that runs again gets recorded results until it asks for something that was
 not done yet. A line is JSON; a result that JSON cannot hold bit for bit is a file beside it, in the form of ``torch.save``.
@@ -96,7 +96,7 @@ class Journal:
         except ValueError as error:
             why = printable(str(error), _MAX_SHOWN)
             raise RunDirectoryError(
-                f"{_journal(root)} is not what was written ({why}): the run in {root} cannot be resumed; pass resume=False "
+                f"{_journal(root)} is corrupt ({why}): the run in {root} cannot be resumed; pass resume=False "
                 "to start anew, or another run_dir"
             ) from error
 
@@ -197,8 +197,9 @@ class Journal:
     def _compare(self, asked: str, recorded: str | None) -> None:
         if recorded is not None and asked != recorded:
             raise CallMismatchError(
-                f"the script asks for {asked} as call {self._index + 1} of this trainer, where the run that it would resume "
-                f"had {printable(recorded)}: put the script back as it was, or pass resume=False to start anew (the run is in {self._root})"
+                f"the script asks for {asked} as call {self._index + 1} of this trainer, but the run that it would "
+                f"resume had {printable(recorded)}: restore the script, or pass resume=False to start anew (the run is "
+                f"in {self._root})"
             )
 
     def _result_of(self, record: dict[str, Any]) -> Any:
@@ -220,7 +221,7 @@ class Journal:
         except Exception as error:
             why = printable(str(error).partition("\n")[0], _MAX_SHOWN)
             raise RunDirectoryError(
-                f"the run cannot be resumed: {path} is not what was written ({why}). Nothing in it was run; pass resume=False "
+                f"the run cannot be resumed: {path} is corrupt ({why}). Nothing in it was run; pass resume=False "
                 "to start anew"
             ) from error
 

@@ -37,7 +37,7 @@ from torchtrainer.version import __version__
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
 MAX_MANIFEST_BYTES: Final = 64 * 1024**2
-"""A longer file in the place of a manifest is not read."""
+"""Longest manifest that is read."""
 
 _NAME = re.compile(r"step-(?P<step>\d{12})-g(?P<generation>\d{4,})-n(?P<serial>\d{6,})", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -75,7 +75,7 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint consists of.
+    """The contents of a checkpoint.
 
     Attributes:
         identity: which checkpoint it is.
@@ -132,7 +132,7 @@ class Manifest:
         """
         head = raw[: -len(_tail(b""))]
         if raw != head + _tail(head):
-            raise CheckpointDamagedError(f"{where} is not what was written: its digest does not match")
+            raise CheckpointDamagedError(f"{where} is corrupt: its digest does not match")
         try:
             fields = json.loads(raw)
             version, writer = fields["format"], str(fields.get("torchtrainer"))
@@ -141,7 +141,7 @@ class Manifest:
         if isinstance(version, int) and version > FORMAT:
             raise CheckpointVersionError(
                 f"{where} has format {version}, written by torchtrainer {writer}; torchtrainer {__version__} reads formats "
-                f"up to {FORMAT}. Install a newer torchtrainer to go on from it, or start fresh in another directory. "
+                f"up to {FORMAT}. Install a newer torchtrainer to resume from it, or start fresh in another directory. "
                 "Nothing was changed."
             )
         try:
@@ -182,5 +182,5 @@ def check_file_name(name: str) -> str:
 
 
 def _tail(head: bytes) -> bytes:
-    """How a manifest ends that starts with these bytes; always as long."""
+    """The end of a manifest that starts with these bytes; always of the same length."""
     return f'"sha256": "{hashlib.sha256(head).hexdigest()}"\n}}\n'.encode()

@@ -37,7 +37,7 @@ from torchtrainer.errors import (
 )
 
 READ_BYTES: Final = 4 * 1024**2
-"""How much is asked for at a time."""
+"""Bytes requested at a time."""
 
 _ATTEMPT = re.compile(r"(?P<name>step-.+)-[0-9a-f]{16}", re.ASCII)
 _CREDENTIALS = re.compile(r"//[^/@]*@")
@@ -134,7 +134,7 @@ class RemoteStore:
         return list(self._published())
 
     def next_generation(self) -> int:
-        """The generation with which a run goes on that finds these copies; 1 if there is none.
+        """The generation of a run that resumes from these copies; 1 if there is none.
 
         Raises:
             CheckpointError: the store cannot be read.
@@ -181,7 +181,7 @@ class RemoteStore:
             self._files.makedirs(self._base, exist_ok=True)
             self._files.pipe_file(f"{self._base}/{name}", content)
         except Exception as error:
-            raise CheckpointWriteError(f"{name} could not be put to {self.url}: {_said(error)}") from error
+            raise CheckpointWriteError(f"{name} could not be written to {self.url}: {_said(error)}") from error
 
     def children(self) -> list[str]:
         """Names of what is below the URL, sorted.
@@ -236,7 +236,7 @@ class RemoteStore:
             raise CheckpointError(f"{path} cannot be read from {self.url}: {_said(error)}") from error
 
     def _attempts(self) -> list[tuple[Identity, str]]:
-        """What was begun to be copied, newest first."""
+        """The copies that were begun, newest first."""
         try:
             self._files.invalidate_cache()
             paths = [str(path).rstrip("/") for path in self._files.ls(self._base, detail=False)]
@@ -281,7 +281,7 @@ class RemoteStore:
         if last > identity.generation:
             raise CheckpointFencedError(
                 f"generation {identity.generation} of this run was superseded: generation {last} owns the copies in "
-                f"{self.url}. Nothing was published; stop this process, the other one goes on."
+                f"{self.url}. Nothing was published; stop this process; the newer one continues."
             )
 
     def _retire(self, mine: Identity, my_prefix: str) -> None:

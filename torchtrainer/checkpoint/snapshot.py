@@ -30,15 +30,15 @@ from torchtrainer.errors import SnapshotError
 
 _PROLOGUE = struct.Struct("<QQQ")
 ALIGNMENT_BYTES = 64
-"""Where tensors begin: a cache line, and enough for every dtype."""
+"""Alignment of tensors: a cache line, which is enough for every dtype."""
 GROWTH = 1.1
-"""How much more than needed a region is made, so that a state that grows a little fits again."""
+"""Spare room in a region, so that a state that grows a little still fits."""
 SHARED, RANK = "shared", "rank"
 METADATA = "_metadata"
-"""Where torch keeps the versions of the modules, beside the tensors of a state dict; ``load_state_dict`` reads it."""
+"""Attribute of a state dict in which torch keeps the versions of the modules; ``load_state_dict`` reads it."""
 
 Place = tuple[int, str, list[int]]
-"""Where a tensor is in a region: offset in bytes, dtype, shape."""
+"""Place of a tensor in a region: offset in bytes, dtype, shape."""
 
 
 class Region:
@@ -61,12 +61,12 @@ class Region:
         """Does everything for a snapshot but to touch the region.
 
         Args:
-            shared: alike on all ranks.
+            shared: the same on all ranks.
             mine: of this rank only.
             movable: addresses of the tensors in ``shared`` that are equal on all ranks.
 
         Raises:
-            SnapshotError: the state holds objects that may not go into a checkpoint.
+            SnapshotError: the state holds objects that a checkpoint cannot hold.
         """
         common, own = _Tree(shared, SHARED), _Tree(mine, RANK)
         signature = [(one.data_ptr(), one.dtype, one.shape) for one in common.tensors]
@@ -284,7 +284,8 @@ def _head(table: str, shared: Any, mine: Any) -> bytes:
 def refused(error: Exception) -> str:
     """Why a state cannot be kept, and what to do about it."""
     return (
-        f"the state holds objects that may not go into a checkpoint ({str(error).splitlines()[0]}): let state_dict() of the "
+        f"the state holds objects that a checkpoint cannot hold ({str(error).splitlines()[0]}): let state_dict() of "
+        "the "
         "operator, of optimizers and of schedulers return tensors, numbers, text, and lists and dicts of them"
     )
 

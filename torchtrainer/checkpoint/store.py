@@ -42,7 +42,7 @@ from torchtrainer.errors import (
 __all__ = ["Checkpoint", "CheckpointStore", "newest_in", "next_generation"]
 
 MIN_VERIFIED: Final = 2
-"""So many verified checkpoints stay, whatever ``keep`` is: the newest one may be lost to the disk tomorrow."""
+"""Number of verified checkpoints that stay, whatever ``keep`` is, in case the disk damages the newest one."""
 MAX_STEP: Final = 10**12 - 1
 TRASH: Final = ".trash-"
 
@@ -62,7 +62,7 @@ class CheckpointStore:
     Args:
         root: the directory; made if it is not there.
         keep: how many checkpoints stay, at least 2.
-        generation: of this run: `next_generation` for one that goes on; the same for all processes of the run.
+        generation: of this run: `next_generation` for one that continues; the same for all processes of the run.
         on_problem: told in a sentence or two what went wrong without stopping anything.
 
     Raises:
@@ -170,7 +170,7 @@ class CheckpointStore:
         def manifest_of(digests: dict[str, FileDigest]) -> Manifest:
             if digests != manifest.files:
                 wrong = sorted(name for name in manifest.files if digests.get(name) != manifest.files[name])
-                raise CheckpointDamagedError(f"{identity.name} did not arrive as it was written: {wrong}")
+                raise CheckpointDamagedError(f"{identity.name} was not written correctly: {wrong}")
             return manifest
 
         size_bytes = sum(digest.size_bytes for digest in manifest.files.values())
@@ -208,7 +208,7 @@ class CheckpointStore:
         failpoint("checkpoint.verify")
         checkpoint = self._verify_or_set_aside(final)
         if checkpoint is None:
-            raise OSError(errno.EIO, "what was read back is not what was written")
+            raise OSError(errno.EIO, "the bytes read back differ from those written")
         return checkpoint
 
     @contextmanager
@@ -232,7 +232,7 @@ class CheckpointStore:
         try:
             free = f"{_mib(shutil.disk_usage(self.root).free)} are free there"
         except OSError as unknown:
-            free = f"what is free there is not known ({unknown})"
+            free = f"the free space there is unknown ({unknown})"
         size = f"It needs {_mib(size_bytes)}, {free}" if size_bytes else f"Its size is not known, {free}"
         if error.errno in _FULL:
             advice = (
@@ -241,7 +241,7 @@ class CheckpointStore:
         elif error.errno in _NOT_WRITABLE:
             advice = "Make the directory writable, or pass CheckpointConfig(path=...) for another one."
         else:
-            advice = "Look after the disk (dmesg), or pass CheckpointConfig(path=...) on another one."
+            advice = "Check the disk (dmesg), or pass CheckpointConfig(path=...) on another one."
         return (
             f"the checkpoint of step {step} could not be written to {self.root}: {error}. {size}. "
             f"No older checkpoint was touched. {advice}"
@@ -270,9 +270,7 @@ class CheckpointStore:
             path.rename(aside)
             sync_directory(self.root)
         except OSError as error:
-            self._on_problem(
-                f"checkpoint {path.name} is damaged and is not used: {damage}. It stays in its place: {error}"
-            )
+            self._on_problem(f"checkpoint {path.name} is damaged and is not used: {damage}. It stays in place: {error}")
         else:
             self._on_problem(f"checkpoint {path.name} is damaged and is not used: {damage}. It was renamed to {aside}")
 

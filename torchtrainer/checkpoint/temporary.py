@@ -16,7 +16,7 @@ _NAME = re.compile(
 )
 
 _STARTED = 19
-"""Place of the time of its start among what `read_stat` says of a process."""
+"""Index of a process's start time in the result of `read_stat`."""
 
 
 @dataclass(frozen=True, kw_only=True)

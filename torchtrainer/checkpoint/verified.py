@@ -16,7 +16,7 @@ from torchtrainer.process.own_files import open_to_read
 _GONE_OR_BAD: Final = frozenset(
     {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO, errno.ENODATA}
 )
-"""What reading a damaged checkpoint ends in; other errors of the system say nothing about the checkpoint."""
+"""Errors that mean that a checkpoint is damaged; other errors of the system say nothing about the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def verify(path: Path) -> Checkpoint:
             if size_bytes != expected.size_bytes:
                 raise CheckpointDamagedError(f"{path / name} has {size_bytes} bytes instead of {expected.size_bytes}")
             if digest_file(path / name) != expected:
-                raise CheckpointDamagedError(f"{path / name} is not what was written: its digest does not match")
+                raise CheckpointDamagedError(f"{path / name} is corrupt: its digest does not match")
     except OSError as error:
         if error.errno in _GONE_OR_BAD:
             raise CheckpointDamagedError(f"{path} cannot be read: {error}") from error

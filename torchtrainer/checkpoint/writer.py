@@ -1,4 +1,4 @@
-"""The writer: a process of its own that turns one snapshot into one checkpoint, while the training goes on.
+"""The writer: a separate process that turns one snapshot into one checkpoint while training continues.
 
 Forked from the spawner, so that it starts in milliseconds, and gone when the checkpoint is on disk and verified. It reads the
 regions that the host holds, and outlives the ranks and the driver.
@@ -30,7 +30,7 @@ EXIT_WRITE_FAILED = 1
 
 @dataclass(frozen=True, kw_only=True)
 class WriterArguments:
-    """What the host tells a writer.
+    """A writer's arguments, from the host.
 
     Attributes:
         regions: of the ranks' shares, by rank.
@@ -57,7 +57,7 @@ class WriterArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What became of a snapshot.
+    """The outcome of writing a snapshot.
 
     Attributes:
         path: of the checkpoint; empty if there is none.
@@ -121,7 +121,7 @@ def write_state(
 
 
 def copy_to(url: str, checkpoint: Checkpoint, *, keep: int, on_problem: Callable[[str], None]) -> None:
-    """Copies a checkpoint to a URL; that it could not be is told, and the one that is here counts."""
+    """Copies a checkpoint to a URL; a failure is reported, and the local checkpoint counts."""
     try:
         RemoteStore(url, keep=keep, on_problem=on_problem).upload(checkpoint)
     except (CheckpointError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""What every rank says of itself at the beginning of the memory through which gradients are exchanged."""
+"""What each rank states about itself at the start of the memory through which gradients are exchanged."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torchtrainer.comm.counters import LINE_BYTES, Counters
 from torchtrainer.errors import EngineError
 
 LOOK_PARTS = 8
-"""How many sums of parameters go along with each exchange."""
+"""Number of parameter sums that travel with each exchange."""
 _WORD_BYTES = 8
 _TAG_BUFFERS = 2
 _TAG_WORDS = 1 + LOOK_PARTS
 _STANDS_FOR = 3
-"""Numbers that say what a rank's gradients stand for: the weight of a sample, the samples, and the loss."""
+"""Numbers that describe a rank's gradients: the weight of a sample, the number of samples, and the loss."""
 _STEP_BITS, _UPDATES_BITS, _LAYOUT_BITS = 24, 16, 22
 PAGE_BYTES = 4096
-"""What follows the board begins at a multiple of it, so that the memory of each layout can be given back by itself."""
+"""Alignment of what follows the board, so that the memory of each layout can be freed by itself."""
 
 
 def exchange_tag(*, step: int, updates: int, layout: int, sums: Sequence[int] = (0,) * LOOK_PARTS) -> array[int]:
@@ -37,11 +37,11 @@ def exchange_tag(*, step: int, updates: int, layout: int, sums: Sequence[int] = 
 
 
 NO_TAG = exchange_tag(step=0, updates=0, layout=0)
-"""Of ranks that have nothing to compare."""
+"""Tag of ranks that have nothing to compare."""
 
 
 class UnequalExchangeError(EngineError):
-    """The ranks do not exchange gradients alike: another step, other parameters, or a rank that does not take part at all.
+    """The ranks exchange different gradients: another step, other parameters, or a rank does not take part at all.
 
     Attributes:
         rank: the one that differs.
@@ -81,7 +81,7 @@ class Board:
 
     @staticmethod
     def size_bytes(world_size: int) -> int:
-        """What a board takes of the memory."""
+        """Bytes of memory that a board takes."""
         used = (3 * LINE_BYTES + _TAG_BUFFERS * (_TAG_WORDS + _STANDS_FOR) * _WORD_BYTES) * world_size
         return -(-used // PAGE_BYTES) * PAGE_BYTES
 
@@ -108,7 +108,7 @@ class Board:
         stands[first], stands[first + 1], stands[first + 2] = weight, samples, loss
 
     def scales(self, number: int) -> list[float] | None:
-        """What the gradients of each rank are multiplied with in their mean; None: a sample weighs the same on all ranks."""
+        """The factors of the ranks' gradients in their mean; None: a sample weighs the same on all ranks."""
         stands = self._stands[number % _TAG_BUFFERS].tolist()
         weights, samples = stands[::_STANDS_FOR], stands[1::_STANDS_FOR]
         if weights.count(weights[0]) == len(weights):

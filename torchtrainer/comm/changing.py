@@ -1,4 +1,4 @@
-"""The ranks of a run whose processes may change: what they say to each other while they are built, and what replaces it later.
+"""The ranks of a run whose processes may change: how they talk while they are built, and what replaces that later.
 
 As long as every rank has the process that it began with, this is their process group. What was said while they were built is
 written down, so that a process that comes later is built with the same answers, without the others. After that nothing is
@@ -86,7 +86,7 @@ class ChangingCollective:
     def _together(self) -> GroupCollective:
         if self._group is None:
             raise EngineError(
-                "the ranks of this run may have other processes by now, and exchange nothing beside gradients"
+                "the ranks of this run may be in other processes by now, and exchange nothing but gradients"
             )
         return self._group
 

@@ -9,7 +9,7 @@ import time
 from torchtrainer.comm import futex
 
 LINE_BYTES = 64
-"""Distance of two counters: a line of the processor's cache, so that writing one does not slow readers of another."""
+"""Spacing of counters: one cache line, so that writing one does not slow down readers of another."""
 _WORDS_PER_LINE = LINE_BYTES // 8
 
 

@@ -72,11 +72,11 @@ class Exchange(Protocol):
         """
 
     def publish(self, rank: int, number: int, tag: array[int]) -> None:
-        """Says that the rank's gradients are there.
+        """Announces that the rank's gradients are ready.
 
         Args:
             rank, number: as for `put`.
-            tag: has to be alike on all ranks; see `torchtrainer.comm.board.exchange_tag`.
+            tag: has to be the same on all ranks; see `torchtrainer.comm.board.exchange_tag`.
         """
 
     def finish(
@@ -112,7 +112,7 @@ class Exchange(Protocol):
 
         Args:
             rank: carried by this process.
-            place: grows with every step and call, alike on all ranks.
+            place: grows with every step and call, the same on all ranks.
         """
 
     def leave(self, tag: array[int]) -> None:

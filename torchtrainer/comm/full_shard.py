@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 BLOCK_PARAMETERS = 100_000
-"""Numbers in a block of a model from which on it is gathered by itself; smaller ones are gathered with what is around them."""
+"""Smallest block of a model, in elements, gathered by itself; a smaller one is gathered with its surroundings."""
 
 
 def shard_fully(model: nn.Module, device: torch.device) -> list[FSDPModule]:
-    """Divides a model's parameters between the ranks, in place; every rank calls this alike.
+    """Divides a model's parameters between the ranks, in place; a collective call, made by every rank.
 
     Args:
         model: on ``device``, and equal on all ranks.
@@ -70,7 +70,7 @@ def scatter(modules: Sequence[FSDPModule]) -> None:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor of which this rank may have a share; every rank calls this alike."""
+    """All of a tensor of which this rank may have a share; a collective call, made by every rank."""
     full: Any = getattr(tensor, "full_tensor", None)  # a DTensor has it; its class is not there before the first use
     return tensor if full is None else full()
 

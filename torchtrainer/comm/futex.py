@@ -31,7 +31,7 @@ def why_not_shared() -> str | None:
     if sys.platform != "linux":
         return f"there is no futex on {sys.platform}"
     if platform.machine() != "x86_64" or sys.maxsize < 2**32:
-        return f"{platform.machine()} may show another process a flag before what was written ahead of it"
+        return f"{platform.machine()} may show another process a flag before the data written ahead of it"
     word = ctypes.c_uint64()
     if _syscall()(_SYS_FUTEX, ctypes.addressof(word), _FUTEX_WAKE, 1, None, None, 0) != 0:
         return f"the system refuses the futex call (error {ctypes.get_errno()})"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Collective(Protocol):
-    """What the ranks of one run say to each other, next to the gradients. Every call is made by every rank."""
+    """Communication between the ranks of one run, besides gradients. Every rank makes every call."""
 
     @property
     def rank(self) -> int:
@@ -285,7 +285,7 @@ def _form(
     except RuntimeError as error:  # DistError is one; Gloo's own are plain
         raise EngineError(
             f"rank {rank} of {world_size} could not form the process group {where} with backend {backend!r}. All "
-            f"{world_size} ranks have to come within timeout_s={timeout_s:g} s; look for a rank that ended or hangs, "
+            f"{world_size} ranks must arrive within timeout_s={timeout_s:g} s; look for a rank that ended or hangs, "
             f"and for an address that this machine cannot reach. torch says: {error}"
         ) from error
     finally:

@@ -16,7 +16,7 @@ from torchtrainer.comm.board import NO_TAG, UnequalExchangeError
 from torchtrainer.comm.tags import average_through_group, open_tags
 
 _END = 1 << 62
-"""Bit of the tag with which a rank says that its call is over."""
+"""Bit of the tag that says that the rank's call is over."""
 
 
 class ProcessGroupExchange:

@@ -1,4 +1,4 @@
-"""Gradients made smaller for their way between the ranks, by torch's own hooks of ``DistributedDataParallel``."""
+"""Compresses gradients for the exchange, with torch's own hooks of ``DistributedDataParallel``."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torchtrainer.errors import InvalidArgumentError, NotAvailableError
 
 POWERSGD_RANK = 2
-"""Columns that stand for a matrix of gradients in PowerSGD: fewer send less, more lose less."""
+"""Columns that PowerSGD reduces a matrix of gradients to: fewer send less, more lose less."""
 POWERSGD_START_STEP = 100
-"""Steps of a process group with gradients as they are, before PowerSGD begins: the first ones change too much from step to step."""
+"""Steps with uncompressed gradients before PowerSGD begins: the first gradients change too much from step to step."""
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def compress(model: DistributedDataParallel, hook: str) -> None:
-    """Has a model's gradients made smaller in its exchange; every rank calls this alike, right after wrapping.
+    """Has the exchange compress a model's gradients; every rank calls this alike, right after wrapping.
 
     Args:
         model: over the ranks' process group.

@@ -62,7 +62,7 @@ class RowsPlace:
 
 
 class SlotLayout:
-    """How the gradients of one rank are laid out; alike in all processes, as it follows from the parameters alone.
+    """How the gradients of one rank are laid out; the same in all processes, as it follows from the parameters alone.
 
     Args:
         parameters: whose gradients are exchanged, in the order in which they are given.

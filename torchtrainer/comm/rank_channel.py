@@ -1,4 +1,4 @@
-"""Short messages between rank 0 and the others next to the collectives: from a thread that is not the one that trains.
+"""Short messages between rank 0 and the others beside the collectives, from a thread other than the training thread.
 
 A store carries them, so that nothing is paid while nobody has anything to say but one question per look. JSON data only.
 """
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 GATHER_CHUNK_BYTES = 64 * 1024**2
-"""How much of each rank's bytes travels at a time: with NCCL, rank 0's GPU holds so much for every rank."""
+"""Bytes of each rank that travel at a time: with NCCL, rank 0's GPU holds as many for every rank."""
 
 
 class RankChannel(Protocol):
-    """What ranks tell rank 0, and what rank 0 tells all. Of each rank one thread at a time uses it."""
+    """Messages from ranks to rank 0, and from rank 0 to all. One thread per rank uses it at a time."""
 
     def tell(self, message: dict[str, Any]) -> None:
         """Tells rank 0."""
 
     def told(self) -> list[dict[str, Any]]:
-        """What rank 0 was told since it asked last, in order."""
+        """Messages to rank 0 since its last call, in order."""
 
     def order(self, message: dict[str, Any]) -> None:
         """From rank 0: tells every rank, itself included."""
 
     def orders(self) -> list[dict[str, Any]]:
-        """What rank 0 ordered since this rank asked last, in order."""
+        """Orders of rank 0 since this rank's last call, in order."""
 
 
 class LoneChannel:
@@ -129,7 +129,7 @@ def attached() -> Collective:
     if launched is not None and launched.world_size > 1:
         raise EngineError(
             f"{launched.launcher} started {launched.world_size} ranks, but they have not formed a process group: call "
-            "torch.distributed.init_process_group before torchtrainer.session is used for more than rank and world size"
+            "torch.distributed.init_process_group before using torchtrainer.session for more than rank and world size"
         )
     return SingleCollective()
 

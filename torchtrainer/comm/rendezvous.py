@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 LOOK_S = 0.05
-"""How long a rank waits for an answer before it looks whether there is a newer offer."""
+"""How long a rank waits for an answer before it checks for a newer offer."""
 
 
 class Rendezvous:
@@ -36,7 +36,7 @@ class Rendezvous:
     still be found, and its addresses taken for new ones, by a rank that is quicker than rank 0 to form the next group.
 
     Args:
-        topology: what the launcher said, alike on all ranks but for the rank.
+        topology: what the launcher said, the same on all ranks except for the rank.
     """
 
     def __init__(self, topology: Topology) -> None:
@@ -64,7 +64,7 @@ class Rendezvous:
 
 
 def private_store(store: Store, *, rank: int, world_size: int, timeout: timedelta) -> Store:
-    """What these processes share of a store, and nobody who used it before them. Each of them calls it once.
+    """The part of a store that only these processes share, and nobody who used it before. Each of them calls this once.
 
     Rank 0 offers a name that it has drawn, the others sign below it, and rank 0 shows the signatures. A name that somebody left
     behind never shows the signature that was drawn just now, so whoever finds one waits for the next.
@@ -123,7 +123,8 @@ def _follow(meeting: Any, rank: int, timeout: timedelta) -> str:
 
 def _late(who_waited: str, timeout: timedelta) -> str:
     return (
-        f"{who_waited} to form the process group, for {timeout.total_seconds():g} s: all ranks have to come within timeout_s. "
+        f"{who_waited} to form the process group, for {timeout.total_seconds():g} s: all ranks must arrive within "
+        "timeout_s. "
         "Look for a rank that ended or hangs, and for an address that a machine cannot reach"
     )
 

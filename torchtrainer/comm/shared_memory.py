@@ -66,9 +66,9 @@ __all__ = [
 WAKE_S = 0.005
 """Longest sleep of a waiting process, after which it looks for orders."""
 SPIN_S = 0.0002
-"""How long a process with a core of its own looks for the others before it sleeps; to be woken takes about as long."""
+"""How long a process with a core of its own spins before it sleeps; waking it up takes about as long."""
 SHARES_FROM_BYTES = 512 * 1024
-"""Size of one rank's gradients from which on every rank sums a share of them."""
+"""Size of one rank's gradients at and above which every rank sums a share of them."""
 _MB = 1e6
 
 
@@ -87,7 +87,7 @@ def why_no_room(parameters: Sequence[torch.Tensor], world_size: int, by_rows: Co
     needed, available = 2 * (world_size + 1) * SlotLayout(parameters, by_rows).size_bytes, available_bytes()
     if available is None or needed <= available:
         return ""
-    return f"it takes {needed / _MB:.0f} MB of shared memory, and {available / _MB:.0f} MB are free"
+    return f"it takes {needed / _MB:.0f} MB of shared memory, but only {available / _MB:.0f} MB are free"
 
 
 class SharedMemoryExchange:
@@ -202,7 +202,7 @@ class SharedMemoryExchange:
 
         Args:
             rank: carried by this process.
-            place: grows with every step and call, alike on all ranks.
+            place: grows with every step and call, the same on all ranks.
         """
         self._board.places[rank] = place
 
@@ -235,11 +235,11 @@ class SharedMemoryExchange:
         self._board.stand_for(rank, number, weight, samples, loss)
 
     def publish(self, rank: int, number: int, tag: array[int] = NO_TAG) -> None:
-        """Says that the rank's gradients are there, and wakes who waits for them.
+        """Announces that the rank's gradients are ready, and wakes the processes that wait for them.
 
         Args:
             rank, number: as for `put`.
-            tag: has to be alike on all ranks; see `torchtrainer.comm.board.exchange_tag`.
+            tag: has to be the same on all ranks; see `torchtrainer.comm.board.exchange_tag`.
         """
         if self._board.given[rank] < number:
             self._board.tag(rank, number, tag)
@@ -339,7 +339,8 @@ class SharedMemoryExchange:
             if slept_s >= self.timeout_s:
                 raise EngineError(
                     f"ranks {missing} did not take part in exchange {number} of gradients within timeout_s="
-                    f"{self.timeout_s:g} s; the other ranks wait for them. Look for what they do in their logs, or raise timeout_s"
+                    f"{self.timeout_s:g} s; the other ranks wait for them. See in their logs what they do, or raise "
+                    "timeout_s"
                 )
             began = time.monotonic()
             counters.sleep(missing[0], number, WAKE_S)

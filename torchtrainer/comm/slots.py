@@ -15,7 +15,7 @@ _HAS_NONE = bytes([NO_ROWS])
 
 
 class GradientSlots:
-    """What all processes of a machine see of each other's gradients.
+    """The gradients of all processes of a machine, which each of them can read.
 
     Args:
         memory: that all of them map.
@@ -53,7 +53,7 @@ class GradientSlots:
 
     @staticmethod
     def size_bytes(layout: SlotLayout, world_size: int, *, buffers: int, result: bool) -> int:
-        """What the slots take of the memory."""
+        """Bytes of memory that the slots take."""
         rows = 2 * aligned(len(layout.places)) * world_size
         return rows + buffers * world_size * layout.size_bytes + (layout.dense_bytes if result else 0)
 

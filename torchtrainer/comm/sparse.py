@@ -9,11 +9,11 @@ import torch
 from torchtrainer.comm.layout import ALIGNMENT_BYTES, RowsPlace
 
 NO_ROWS, DENSE, SPARSE = 0, 1, 2
-"""What a rank has given: nothing, a dense gradient, or some rows; as it is marked in the memory."""
+"""Marks in shared memory for what a rank has given: nothing, a dense gradient, or some rows."""
 
 
 def form_of(gradient: torch.Tensor | None) -> int:
-    """How a gradient is written."""
+    """The form in which a gradient is written."""
     if gradient is None:
         return NO_ROWS
     return SPARSE if gradient.is_sparse and gradient.sparse_dim() == 1 else DENSE

@@ -10,7 +10,7 @@ import torch
 from torchtrainer.comm.layout import ALIGNMENT_BYTES
 
 BLOCK_BYTES = 256 * 1024
-"""Summed at a time: what stays in a core's cache while the ranks are added up and the sum is divided."""
+"""Size of the chunks: one stays in a core's cache while the ranks are added up and the sum is divided."""
 
 
 def share(run: torch.Tensor, part: int, parts: int) -> torch.Tensor:

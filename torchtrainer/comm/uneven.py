@@ -1,4 +1,4 @@
-"""Collectives of the user's in a step in which the ranks have unequal numbers of samples: an error that says so, at once.
+"""The user's collectives in a step with unequal numbers of samples on the ranks: an error that says so, at once.
 
 Torch's collectives need tensors of equal shapes on all ranks, and all ranks to take part. What happens else is up to the
 library: an error about a connection or a length, or a wait until the time-out.

@@ -1,4 +1,4 @@
-"""Models as hooks call them: around each is what exchanges its gradients, or what stands for it."""
+"""Models as hooks call them, each in a wrapper that exchanges its gradients, or in a stand-in for it."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import zmq
 from torchtrainer.control.wire import Message, decode, encode
 
 RECONNECT_MS = 5
-"""How often a peer that is there before the host tries again, in milliseconds."""
+"""Milliseconds between two connection attempts of a peer that starts before the host."""
 
 
 class Router:

@@ -59,7 +59,7 @@ class StopAt(ForWorker):
 
 @dataclass(frozen=True, kw_only=True)
 class SetRanks(ForWorker):
-    """Carry exactly these ranks from now on, and go on; to workers that pause at a boundary, or wait for a call.
+    """Carry exactly these ranks from now on, and continue; to workers that pause at a boundary, or wait for a call.
 
     Without ranks a worker leaves the running call, without a reply, and is a spare.
     """
@@ -115,7 +115,7 @@ class Join(ForWorker):
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotGrant(ForWorker):
-    """Whether this snapshot is to be taken; alike for all ranks."""
+    """Whether to take this snapshot; the same for all ranks."""
 
     number: int
     go: bool
@@ -540,7 +540,7 @@ class WorkerExited(FromWorker):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupFailed(Message):
-    """The processes of a group could not be started; other groups go on."""
+    """The processes of a group could not be started; other groups continue."""
 
     group: str
     text: str

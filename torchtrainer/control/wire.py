@@ -1,4 +1,4 @@
-"""How messages travel: what they have in common, and how they become frames and messages again.
+"""Message transport: what messages have in common, and their conversion to frames and back.
 
 A message is a frozen dataclass. On the wire it is one JSON frame, ``{"message": class name, fields...}``, and at most one binary
 frame, the field ``blob``. Nothing here unpickles anything.

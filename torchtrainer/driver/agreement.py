@@ -1,4 +1,4 @@
-"""Where the workers stop, save or pause: at the highest step boundary that any of them is at or on its way to. Pure.
+"""Agrees where workers stop, save or pause: at the highest step boundary that any of them is at or heading for. Pure.
 
 ask ──> workers pause at their next boundary and say which ──> decide ──> all go on to the highest, and do it there
 
@@ -81,7 +81,7 @@ def ask_newcomer(machine: Machine, worker: int) -> Result:
 
 
 def orders_for_newcomer(state: Calling) -> list[dict[str, Any]]:
-    """What the others were told, for `Join`; to pause is not for one that was not there."""
+    """The orders that the others got, for `Join`; a newcomer need not pause."""
     return [{**asdict(order), "pause": False} for order in state.orders if order.stop or order.save]
 
 

@@ -1,4 +1,4 @@
-"""Tensors and arrays as short texts; torch and NumPy are not imported for it: what is not loaded cannot be met."""
+"""Tensors and arrays as short texts, without importing torch or NumPy: their objects exist only if they are loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torchtrainer.driver.code_names import short_digest
 
 _WHOLE_BYTES = 32 * 1024**2
-"""Up to this size every byte counts; of a larger array, as many bytes that lie evenly over it."""
+"""An array up to this size is digested whole; of a larger one, as many evenly spaced bytes are."""
 
 
 def _is_a(value: Any, module: str, kind: str) -> bool:
@@ -21,7 +21,7 @@ def is_initial(value: Any) -> bool:
 
 
 def array_text(value: Any, *, whole: bool = True) -> str | None:
-    """What a tensor or an array says; None: it is neither.
+    """A text for a tensor or an array; None: it is neither.
 
     Args:
         value: anything.

@@ -20,7 +20,7 @@ from torchtrainer.driver.recovery import done, lose_newcomer, note_step
 from torchtrainer.driver.states import Calling, Idle, Machine, Result, Starting
 from torchtrainer.driver.views import WorkerTable
 
-NOT_IN_PLACE = "the ranks of this training exchange data in ways that break when one of them is gone"
+NOT_IN_PLACE = "the ranks exchange data in ways that break when one of them is lost"
 
 # What the user wants
 
@@ -33,7 +33,7 @@ def on_call_requested(machine: Machine, event: CallRequested, now: float) -> Res
 
 
 def start_pending(machine: Machine, now: float) -> Result:
-    """Starts the call that was asked for, if all ranks have a carrier and nobody is about to join."""
+    """Starts the pending call, if all ranks have a carrier and nobody is about to join."""
     call = machine.pending
     if call is None or not isinstance(machine.state, Idle) or machine.move is not None or machine.uncarried:
         return machine, ()

@@ -118,5 +118,5 @@ class LoaderDied:
 
 
 WorkerLost = WorkerDied | WorkerHung
-"""How a worker that carried ranks was lost."""
+"""Why a worker that carried ranks was lost."""
 Cause = UserCodeFailed | WorkerDied | WorkerHung | StartTimedOut | EngineLost | CrashLoop

@@ -1,4 +1,4 @@
-"""What the code of a function says: its digest without comments and line numbers, and the global names that it uses."""
+"""The digest of a function's code, without comments and line numbers, and the global names that it uses."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from torchtrainer.process.starters import interpreter
 from torchtrainer.process.streams import open_standard_descriptors
 
 POLL_S = 0.05
-"""Longest single wait; between two of them the caller looks at its deadlines."""
+"""Longest single wait; between two waits the caller checks its deadlines."""
 
 Incoming = Message | HostLost
 

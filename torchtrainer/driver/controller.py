@@ -85,7 +85,7 @@ class Listener(Protocol):
         """A worker is much slower than the others."""
 
     def on_replacing_stopped(self, stopped: ReplacingStopped) -> None:
-        """No more workers are built; the group goes on with those it has."""
+        """No more workers are built; the group continues with those it has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +152,12 @@ class Controller:
 
     @property
     def views(self) -> tuple[WorkerView, ...]:
-        """What is known of each worker that carries ranks, or did when the group was lost; by lowest rank."""
+        """What is known about each worker that carries ranks, or did when the group was lost; by lowest rank."""
         return tuple(sorted((view for view in self._machine.views if view.ranks), key=lambda view: view.rank))
 
     @property
     def retryable(self) -> bool:
-        """Whether the latest failure is one after which a new group may go on from a saved state."""
+        """Whether the latest failure is one after which a new group may continue from a saved state."""
         return self._retryable
 
     @property

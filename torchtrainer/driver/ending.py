@@ -9,7 +9,7 @@ from torchtrainer.driver.states import Closed, Killing, Machine, Result
 
 
 def kill(machine: Machine, cause: Cause | None, now: float, *, retry: bool = False, why: str = "") -> Result:
-    """Has every process of the group killed; the error is told when they are gone.
+    """Orders every process of the group killed; the error is raised when they are gone.
 
     Args:
         machine: before.

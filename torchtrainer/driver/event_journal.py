@@ -1,10 +1,10 @@
-"""The journal of the driver's machine: what it was told and what it ordered, with times, as lines of JSON that can be replayed.
+"""The journal of the driver's machine: its events and orders, with times, as lines of JSON that can be replayed.
 
     {"journal": 1, "version", "wall_s", "machine": the whole machine}      begins each group, and each file
     {"at_s", "meanwhile": what heartbeats and ticks changed since the line before, "event", "orders" or "error"}
 
 Heartbeats and ticks that lead to no order have no lines of their own, so that a run writes as much as happens to it, however long it
-trains. Times are monotonic, but for ``wall_s``. What is kept of a value says `torchtrainer.driver.journal_values`.
+trains. Times are monotonic, except for ``wall_s``. What is kept of a value says `torchtrainer.driver.journal_values`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from torchtrainer.process.whole_file import append_line
 from torchtrainer.version import __version__
 
 FORM = 1
-"""Number of the form of the lines."""
+"""Version of the format of the lines."""
 FILE_NAME = "driver.jsonl"
 OLDER_NAME = "driver.1.jsonl"
 """What was written before the last `DRIVER_JOURNAL_BYTES`."""
 MAX_RECENT = 20
-"""Events that an error about a broken invariant shows."""
+"""Number of events that an error about a broken invariant shows."""
 _QUIET = (Heartbeat, Tick)
 
 
@@ -84,7 +84,8 @@ class EventJournal:
         except OSError as error:
             path, self._path = self._path, None
             return (
-                f"the journal of the driver's decisions, {path}, cannot be written: {error}. The run goes on without it"
+                f"the journal of the driver's decisions, {path}, cannot be written: {error}. The run continues without "
+                "it"
             )
         return ""
 
@@ -105,13 +106,14 @@ class EventJournal:
         )
         told = "\n".join(f"  {at_s:.3f} s  {json.dumps(to_json(event))}" for at_s, event in self._recent)
         return (
-            f"an invariant of the driver is broken ({type(error).__name__}: {error}), which is a fault of torchtrainer's. {where}"
+            f"an invariant of the driver is broken ({type(error).__name__}: {error}), which is a bug in torchtrainer. "
+            f"{where}"
             f"{problem}{'. ' if problem else ''}The events that led to it, the latest last:\n{told}"
         )
 
 
 def ordered(actions: tuple[Action, ...]) -> list[Any]:
-    """What the machine ordered, as it is written down."""
+    """The machine's orders, as they are written down."""
     return [to_json(action) for action in actions if not isinstance(action, Straggler)]
 
 

@@ -1,4 +1,4 @@
-"""What the driver's machine is fed with beside messages, and what it asks for: events and actions. Values only."""
+"""Events that the driver's machine gets besides messages, and the actions that it asks for. Values only."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class SaveRequested:
 
 @dataclass(frozen=True, kw_only=True)
 class ResizeRequested:
-    """So many processes are to carry the ranks from now on; see `policies.why_not_resize`."""
+    """This many processes are to carry the ranks from now on; see `policies.why_not_resize`."""
 
     processes: int
 
@@ -92,7 +92,7 @@ class Raised:
     Attributes:
         cause: why.
         usable: the group still takes calls.
-        retry: a new group may go on from the newest snapshot or checkpoint.
+        retry: a new group may continue from the newest snapshot or checkpoint.
         why: it was not recovered in place; empty for what never is.
     """
 
@@ -104,7 +104,7 @@ class Raised:
 
 @dataclass(frozen=True, kw_only=True)
 class Recovered:
-    """What a lost worker, or a process of a loader, had left undone is done.
+    """The unfinished work of a lost worker, or of a loader process, is done.
 
     Attributes:
         worker, ranks: that were lost, or whose loader's process was.
@@ -134,14 +134,14 @@ class Joined:
 
 @dataclass(frozen=True, kw_only=True)
 class Resized:
-    """So many processes carry the ranks now, as was asked for or as many as could be had."""
+    """This many processes carry the ranks now: as many as requested, or as were available."""
 
     processes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplacingStopped:
-    """No more workers are built for this group, which goes on with those it has.
+    """No more workers are built for this group, which continues with those it has.
 
     Attributes:
         tries: how many in a row could not be built, or did not join.
@@ -154,5 +154,5 @@ class ReplacingStopped:
 
 
 Report = Recovered | Joined | Resized | ReplacingStopped | Straggler
-"""What is worth telling, and changes nothing for whoever waits for a call."""
+"""Events that are worth telling but change nothing for whoever waits for a call."""
 Action = Send | Returned | Raised | Report

@@ -41,18 +41,18 @@ _READABLE = (
     slice,
     re.Pattern,
 )
-"""Other types whose ``repr`` says all."""
+"""Other types that their ``repr`` describes completely."""
 _NAMESPACES = ("argparse", "types", "torchtrainer")
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque, types.MappingProxyType)
 _MAX_SHOWN = 120
-"""Longest text of a value that is kept as it is."""
+"""Longest text of a value that is kept verbatim."""
 _MAX_NAMED = 64
-"""Members of a container that are told apart by name; of larger ones, there is one digest."""
+"""Largest container whose members are compared by name; a larger one gets a single digest."""
 _MAX_DEPTH = 5
-"""The same for containers in containers."""
+"""The same for nested containers."""
 _DIGEST = re.compile(r" ?#[0-9a-f]{16}$")
 _Value = tuple[str, tuple[str, ...], str, Any]
-"""A value that is still to be looked at: its name, the names that lead to it, the module where it was found, and itself."""
+"""A value still to be examined: its name, the names that lead to it, the module where it was found, and the value."""
 
 
 class _NotComparedError(Exception):
@@ -60,7 +60,7 @@ class _NotComparedError(Exception):
 
 
 def fingerprint(roots: Mapping[str, Any]) -> dict[str, str]:
-    """What values and the code behind them say, by name, such as ``{"LR": "0.1", "ARGS.epochs": "3"}``.
+    """The fingerprints of values and of the code behind them, by name, such as ``{"LR": "0.1", "ARGS.epochs": "3"}``.
 
     Args:
         roots: the values by how the user calls them; functions and classes of the user's are followed to what they use.

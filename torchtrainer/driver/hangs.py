@@ -1,4 +1,4 @@
-"""Which worker hangs, and how long it may be quiet before it does. Pure."""
+"""Which worker hangs, and how long it may go without progress. Pure."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Collection, Iterable
 from torchtrainer.driver.views import EXCHANGING, WorkerView
 
 HANG_FLOOR_S = 120.0
-"""Shortest learnt time without progress after which a worker that is heard of counts as hung: disks have bad moments."""
+"""Lower bound of the learnt limit for a worker that still sends heartbeats: disks have bad moments."""
 MUTE_FLOOR_S = 30.0
-"""The same for one that is not heard of either: it is stopped, or code that is not Python's holds it."""
+"""The same for a worker that sends none: it was stopped, or native code blocks it."""
 MUTE_AFTER_S = 5.0
-"""How long after its last heartbeat a worker is not heard of."""
+"""A worker is mute when its last heartbeat is older than this."""
 HANG_STEPS = 30
-"""A learnt limit is the time of so many of the longest recent step."""
+"""The learnt limit is this many times the longest recent step."""
 STEP_PHASES = frozenset({"data", "forward", "step", *EXCHANGING})
-"""The phases of a step: how long they take is learnt; others (set-up, hooks around a pass, a save) take their time."""
+"""The phases of a step, whose duration is learnt; others (set-up, hooks around a pass, a save) take their time."""
 
 
 def limit_s(view: WorkerView, longest_s: float, given_s: float, *, learnt: bool, mute: bool = False) -> float:

@@ -1,4 +1,4 @@
-"""Ctrl-C at safe points only: between taking a message in and acting on it, an exception would lose the message."""
+"""Ctrl-C at safe points only: an exception between receiving a message and acting on it would lose the message."""
 
 from __future__ import annotations
 

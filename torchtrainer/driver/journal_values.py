@@ -19,9 +19,9 @@ from torchtrainer.control.wire import Message
 from torchtrainer.driver import causes, events, states, stragglers, views
 
 MAX_TEXT = 400
-"""Characters of a text, such as a method's name, that are kept."""
+"""Characters kept of a text, such as a method's name."""
 DECIDING_FACTS = frozenset({"bound", "recovers"})
-"""What of `WorkerReady.facts` the machine looks at."""
+"""Entries of `WorkerReady.facts` that the machine reads."""
 
 
 class Unsaid(bytes):
@@ -82,9 +82,9 @@ PRIVATE: Mapping[tuple[str, str], Callable[[Any], Any]] = {
     ("Machine", "record"): _empty_list,
     ("Heartbeat", "loss"): _nothing,
 }
-"""What is kept of fields that may say something of the user's data, code or machine, by class and field."""
+"""What is kept of fields that may reveal the user's data, code or machine, by class and field."""
 UNWRITTEN = frozenset({("WorkerView", "heartbeat"), ("WorkerView", "phase_times")})
-"""Fields that are left out: nobody decides by the one, and only `Straggler`, which orders nothing, comes of the other."""
+"""Fields left out: no decision depends on the first, and the second leads only to `Straggler`, which orders nothing."""
 
 _OWN = (states.Machine, Timeouts, FailureConfig)
 
@@ -156,7 +156,7 @@ def _default(item: Field[Any]) -> Any:
 
 
 def from_json(hint: Any, value: Any) -> Any:  # noqa: PLR0911  # one return per kind of type
-    """What `to_json` wrote of a value of this type.
+    """The value of this type that `to_json` wrote.
 
     Raises:
         ValueError: it is something else; the text says where.
@@ -182,7 +182,7 @@ def from_json(hint: Any, value: Any) -> Any:  # noqa: PLR0911  # one return per 
 
 
 def new_fields(kind: type, value: Any) -> dict[str, Any]:
-    """What `changed_fields` wrote of a value of this class.
+    """The fields that `changed_fields` wrote for a value of this class.
 
     Raises:
         ValueError: it is something else.

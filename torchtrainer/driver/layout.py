@@ -35,7 +35,7 @@ def dealt(world_size: int, workers: Collection[int]) -> dict[int, tuple[int, ...
 
 
 def taken(like: int, carried: Layout) -> dict[int, tuple[int, ...]]:
-    """What a newcomer takes from the others, and from whom, so that as few ranks as possible change their place.
+    """The ranks that a newcomer takes, and from whom, so that as few ranks as possible move.
 
     It takes the rank that it was built like, unless that is all that its carrier has, then one after the other from whoever
     has the most, until they are even.

@@ -1,4 +1,4 @@
-"""Which values of a script are made anew at each start: by the clock, the process, the machine or chance.
+"""Finds values of a script that differ at each start: from the clock, the process, the machine or chance.
 
 Such a value says nothing about whether the user changed something, so it is compared by how it is made. That is read from the
 source: a value counts as made anew if an expression that its name is assigned leads to one of `_SOURCES`.
@@ -38,7 +38,7 @@ _LAUNCHER = re.compile(
 """Environment variables that a launcher or a scheduler sets for one start."""
 _MADE_OF_KEYWORDS = frozenset({"dict", "SimpleNamespace", "Namespace"})
 _MOST_NAMES = 64
-"""How many names a value is followed through."""
+"""Longest chain of names to follow from a value."""
 
 
 _NOT_USERS = tuple(
@@ -50,7 +50,7 @@ _NOT_USERS = tuple(
 
 @dataclass
 class Source:
-    """What a file of the user's assigns.
+    """The assignments in one of the user's files.
 
     Attributes:
         assigned: expressions by the name, attribute, key or parameter that gets them; none for one that only has to be given.
@@ -144,7 +144,7 @@ class Source:
             self.assigned.setdefault(option, []).extend(defaults)
 
     def _read_arguments(self, node: ast.Call, called: str) -> None:
-        """What a function or class of this file, or a container, is given."""
+        """Reads the arguments given to a function or class of this file, or to a container."""
         parameters = self.functions[called][1] if called in self.functions else []
         for parameter, given in zip(parameters, node.args, strict=False):
             self._assign(parameter, given)

@@ -13,10 +13,10 @@ from torchtrainer.errors import NotSerializableError
 from torchtrainer.script import pickler
 
 MAX_DEPTH = 30
-"""How deep the search for the culprit goes."""
+"""Depth limit of the search for the culprit."""
 _OF_EVERY_CLASS = ("__dict__", "__weakref__", "__module__", "__doc__", "__mro__")
 _WRAPPED = ("__func__", "__wrapped__", "fget", "fset", "fdel")
-"""Where descriptors and decorators have the function that they were made of."""
+"""Attributes in which descriptors and decorators keep the function that they wrap."""
 
 
 def dumps(value: Any, name: str, *, in_place: bool = False) -> bytes:
@@ -69,7 +69,7 @@ def _pickles(value: Any) -> bool:
 
 
 def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """What an object is made of, each with the path that leads there."""
+    """The parts of an object, each with the path that leads there."""
     if isinstance(value, dict):
         yield from ((f"{path}[{key!r}]", item) for key, item in value.items())
     elif isinstance(value, list | tuple | set | frozenset):

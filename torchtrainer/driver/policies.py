@@ -1,4 +1,4 @@
-"""What to make of what was seen. Pure: values in, values out; the reason for a decision is part of it."""
+"""Decides how to react to what happened. Pure: values in, values out; the reason for a decision is part of it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torchtrainer.control.messages import Failure
 from torchtrainer.driver.causes import UserCodeFailed, WorkerDied, WorkerLost
 
 MIN_SAVE_EVERY_S = 10.0
-"""Shortest time between two checkpoints where it follows from what they cost."""
+"""Shortest time between two checkpoints where it depends on their cost."""
 STEPPING_METHODS = frozenset({"train", "validate"})
 """Calls that draw batches: they can be ended at a step boundary, and a rank that fails in one leaves the others waiting."""
 
 MAX_SAVING_SHARE = 0.01
-"""Largest part of the time for which training may stand still for checkpoints, where their number follows from that."""
+"""Largest share of the time that checkpoints may stop training, where their number depends on their cost."""
 
 
 def save_interval_s(stall_s: float, write_s: float) -> float:
@@ -87,7 +87,7 @@ def why_not_resize(processes: int, *, world_size: int, min_workers: int, bound: 
 
 
 class LostSteps:
-    """Counts the steps that are taken again because all ranks were started anew, perhaps after several tries."""
+    """Counts the steps that are repeated because all ranks were restarted, perhaps after several tries."""
 
     def __init__(self) -> None:
         self._reached = 0
@@ -108,11 +108,11 @@ class LostSteps:
         self._going_back, self._from = True, None
 
     def go_on_from(self, step: int) -> None:
-        """The ranks are there again, with the state of a step."""
+        """The ranks are back, with the state of a step."""
         self._from = step
 
     def count(self) -> int:
-        """How many steps are taken again: the ranks are back."""
+        """How many steps are repeated: the ranks are back."""
         found = self._in_vain + max(self._reached - (self._from or 0), 0)
         self._in_vain, self._going_back = 0, False
         return found

@@ -1,4 +1,4 @@
-"""Runs what a journal of the driver's machine tells through the machine again, and compares the orders. Pure, but for `read_lines`."""
+"""Replays a journal of the driver's machine and compares the orders. Pure, except for `read_lines`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchtrainer.process.own_files import RECORD_BYTES, parse_json, read_own
 from torchtrainer.version import __version__
 
 MAX_RANKS = 1 << 16
-"""No group has more; a file that says so would have the machine count for hours."""
+"""Largest group that is replayed; a file that claims more would keep the machine counting for hours."""
 
 
 class UnreadableJournalError(ValueError):
@@ -25,7 +25,7 @@ class UnreadableJournalError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Replayed:
-    """What became of a journal.
+    """The outcome of replaying a journal.
 
     Attributes:
         events, groups: how many there were, up to the first difference.

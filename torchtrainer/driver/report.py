@@ -41,7 +41,7 @@ CALLED_AS = {
     "facts()": "fit()",
     "start": "the start of the workers",
 }
-"""What the user called, where a worker knows it by another name."""
+"""The user's name for a method that a worker knows by another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,9 @@ class Scene:
     def what_now(self) -> list[str]:
         """Why the loss of a worker was the end, and what to do."""
         tried = [f"The training could not continue in place: {self.why}."] if self.why else []
-        saved = "the same run_dir it goes on from the latest checkpoint" if self.logs_stay else "a run_dir it can go on"
+        saved = (
+            "the same run_dir it resumes from the latest checkpoint" if self.logs_stay else "a run_dir it can resume"
+        )
         return [*tried, f"What to do: start again with a new TorchTrainer; with {saved}."]
 
     def where_log(self, rank: int) -> str:
@@ -190,7 +192,7 @@ def _died(cause: WorkerDied, scene: Scene) -> WorkerDiedError:
         said = cause.failure.text
         argument = said if said in ("", str(cause.exit_code)) else repr(said)
         story = [
-            f"{who} ended itself by sys.exit({argument}) {scene.at(cause.phase, cause.step)}.",
+            f"{who} called sys.exit({argument}) {scene.at(cause.phase, cause.step)}.",
             "A rank that leaves takes the whole run with it: return from the hook or function, or raise an exception.",
             "",
             shortened(cause.failure.traceback.rstrip()),
@@ -206,7 +208,7 @@ def _died(cause: WorkerDied, scene: Scene) -> WorkerDiedError:
 
 
 def _memory(cause: WorkerDied) -> list[str]:
-    """What is known, or may be guessed, of a lack of memory."""
+    """What is known, or can be guessed, about a lack of memory."""
     if cause.exit_code != MAY_BE_OUT_OF_MEMORY:
         return []
     peak = f"; its peak was {cause.max_rss_bytes / MIB:.0f} MiB" if cause.max_rss_bytes else ""
@@ -221,7 +223,7 @@ def _hung(cause: WorkerHung, scene: Scene) -> WorkerHungError:
     where = scene.at(cause.phase, cause.step)
     story = [
         f"{scene.who(cause.ranks, cause.pid, cause.machine)} made no progress for {cause.silent_s:.1f} s {where}; all workers were stopped.",
-        f"Allowed were {cause.limit_s:g} s: pass failure=FailureConfig(hang_timeout_s=...) if it needs more.",
+        f"The limit was {cause.limit_s:g} s: pass failure=FailureConfig(hang_timeout_s=...) if it needs more.",
     ]
     if cause.stacks:
         story += ["Its stacks (most recent call first):", *(f"  {line}" for line in main_thread_first(cause.stacks))]
@@ -245,7 +247,7 @@ def _crash_loop(cause: CrashLoop, scene: Scene) -> BaseException:
         story = f"crash loop: {cause.failures} replacements of a lost worker in a row could not be built."
     else:
         story = (
-            f"crash loop: workers were lost {cause.failures} times in a row without a step of progress between; "
+            f"crash loop: workers were lost {cause.failures} times in a row without a step in between; "
             f"FailureConfig.max_failures allows {cause.failures - 1}."
         )
     text = f"{story} The latest one:\n{last}"

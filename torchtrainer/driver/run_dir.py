@@ -38,7 +38,7 @@ _FILES = {
 }
 _DIRECTORIES = ("calls", "checkpoints", "compiled", "logs", "traces")
 _NAMES = (*_FILES, *_DIRECTORIES)
-"""What a run has in its directory: files, with the longest that each can be, and directories."""
+"""Contents of a run directory: files, each with its size limit, and directories."""
 
 
 class RunFiles:
@@ -48,12 +48,12 @@ class RunFiles:
 
     @property
     def logs(self) -> Path:
-        """Where the ranks' output goes."""
+        """Directory for the ranks' output."""
         return self.root / "logs"
 
     @property
     def shown_steps(self) -> Path:
-        """How far callbacks have seen the run."""
+        """File that records how far callbacks have seen the run."""
         return self.root / "shown"
 
     @property
@@ -62,7 +62,7 @@ class RunFiles:
         return self.root / "reached"
 
     def steps_reached(self) -> int:
-        """What `reached` says; 0: nothing, or nobody could write it."""
+        """The number in `reached`; 0: none, or nobody could write it."""
         try:
             content = read_own(self.reached, _NUMBER_BYTES)
         except OSError:
@@ -76,12 +76,12 @@ class RunFiles:
 
     @property
     def traces(self) -> Path:
-        """Where traces of steps go."""
+        """Directory for traces of steps."""
         return self.root / "traces"
 
     @property
     def compiled(self) -> Path:
-        """What ``torch.compile`` has made."""
+        """Directory for the output of ``torch.compile``."""
         return self.root / "compiled"
 
 
@@ -223,7 +223,7 @@ def telling_unusable(root: Path) -> Iterator[None]:
 
 
 def check_run_files(root: Path) -> None:
-    """Looks at all that a run goes on with or writes to in its directory, as far as it is there.
+    """Checks every file in its directory that a run resumes from or writes to, as far as it exists.
 
     What is in checkpoints is verified when one of them is used.
 

@@ -1,4 +1,4 @@
-"""What a run directory says of its run: which script and arguments made it, how it ended, and so whether to go on with it.
+"""The record of a run in its directory: its script and arguments, how it ended, and so whether to resume it.
 
 A script may make several trainers. Those of one start of the script belong together: the first trainer of a later start goes
 on with the first of theirs, and so forth. The record is JSON, replaced as a whole.
@@ -25,19 +25,19 @@ from torchtrainer.spec import BuildSpec
 from torchtrainer.version import __version__
 
 FORMAT = 2
-"""Of the record; a run with a higher one was made by a newer version, and one with a lower says less of what it depends on."""
+"""Version of the record: a higher one is from a newer torchtrainer, a lower one records fewer of the run's dependencies."""
 RECORD = "run.json"
 MAX_SHOWN = 200
-"""Of a text from a record in an error, in characters."""
+"""Longest text from a record that an error shows, in characters."""
 
 RunState = Literal["running", "finished", "interrupted", "failed", "preempted"]
 RESUMABLE: tuple[RunState, ...] = ("running", "failed", "preempted")
-"""How a run was left that ``resume="auto"`` goes on with; ``running``: its process was killed."""
+"""Ends of a run that ``resume="auto"`` resumes; ``running``: its process was killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What is known of a run.
+    """What is known about a run.
 
     Attributes:
         script_run: the start of the script that the run belongs to.
@@ -83,7 +83,7 @@ class RunRecord:
         return replace(now, preemptions=in_a_row, preempted_at=step)
 
     def after(self, previous: RunRecord) -> RunRecord:
-        """The record of a start that goes on with an earlier one."""
+        """The record of a start that continues with an earlier one."""
         return replace(
             self,
             script_run=previous.script_run,
@@ -139,7 +139,7 @@ class RunRecord:
         except (ValueError, KeyError, TypeError) as error:
             why = printable(f"{type(error).__name__}: {error}", MAX_SHOWN)
             raise RunDirectoryError(
-                f"{root}/{RECORD} is not what was written ({why}): remove the directory, or pass another run_dir"
+                f"{root}/{RECORD} is corrupt ({why}): remove the directory, or pass another run_dir"
             ) from error
 
     def difference(self, wanted: RunRecord) -> str | None:
@@ -152,7 +152,7 @@ class RunRecord:
 
 
 _NAMED = 3
-"""How many differences are named."""
+"""Number of differences that are named."""
 
 _IS: Mapping[str, Callable[[Any], bool]] = {
     "str": lambda value: type(value) is str,
@@ -163,7 +163,7 @@ _IS: Mapping[str, Callable[[Any], bool]] = {
     "list[str]": lambda value: type(value) is list and all(type(one) is str for one in value),
     "RunState": lambda value: value in get_args(RunState),
 }
-"""By the annotation of a field, whether a value of JSON is one."""
+"""Check of a JSON value, by the annotation of its field."""
 
 
 def _typed(value: Any, of: Field[Any]) -> Any:
@@ -196,7 +196,7 @@ class ScriptRun:
 
 
 _script_runs: list[ScriptRun] = []
-"""This start of the script, made when first needed: which of its trainers goes on with which is a matter of their order."""
+"""This start of the script, made on first use: its trainers resume those of the earlier start in order."""
 
 
 def this_script_run() -> ScriptRun:
@@ -241,18 +241,18 @@ _REACHES = (
     ),
     "initialization_hook",
 )
-"""Of a `BuildSpec`, what is the user's code."""
+"""Fields of a `BuildSpec` that hold the user's code."""
 
 
 def reached_by(spec: BuildSpec, callbacks: Sequence[object]) -> dict[str, Any]:
-    """What a training depends on that is built from ``spec``, by the names that the user has for it."""
+    """The dependencies of a training built from ``spec``, under the user's names for them."""
     code = {name: getattr(spec, name) for name in _REACHES if getattr(spec, name) is not None}
     told = {"callbacks": list(callbacks)} if callbacks else {}
     return {"config": spec.config, **spec.settings.deciding_bits(), **code, **told}
 
 
 def function_of_call(keywords: Mapping[str, Any]) -> dict[str, str] | None:
-    """What the function depends on that a call is given; None: it is given none."""
+    """The dependencies of the function passed to a call; None: there is none."""
     function = keywords.get("fn")
     return None if function is None else fingerprint({getattr(function, "__name__", "fn"): function})
 
@@ -266,13 +266,13 @@ def check_function(call: str, then: Mapping[str, str] | None, now: Mapping[str, 
     found = differences(then, now) if then is not None and now is not None else []
     if found:
         raise CallMismatchError(
-            f"the script asks for {call}, which it did before, but {', '.join(found[:_NAMED])}: put that back, or pass "
+            f"the script asks for {call}, which it did before, but {', '.join(found[:_NAMED])}: restore that, or pass "
             "resume=False to start anew"
         )
 
 
 def how_it_ends() -> RunState:
-    """How a script ends that said nothing: by an exception that nobody caught, or by coming to its end."""
+    """How a script ended that did not say: by an uncaught exception, or by reaching its end."""
     uncaught: type[BaseException] | None = getattr(sys, "last_type", None)
     if uncaught is None:
         return "finished"
@@ -287,7 +287,7 @@ def in_notebook() -> bool:
 def find_previous(
     runs: Path, wanted: RunRecord, *, live: Callable[[Path], bool], on_problem: Callable[[str], None]
 ) -> tuple[Path, RunRecord] | None:
-    """The run that a trainer would go on with, among those of its script: the latest one that fits, else the latest, however it ended.
+    """The run of this script that a trainer would resume: the latest that fits, else the latest, however it ended.
 
     Args:
         runs: directory with one directory per run.

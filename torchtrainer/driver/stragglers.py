@@ -10,11 +10,11 @@ from torchtrainer.control.messages import Heartbeat
 from torchtrainer.driver.views import PhaseTimes, WorkerView
 
 STRAGGLER_STEPS = 20
-"""Over so many of the latest steps workers are compared."""
+"""Number of latest steps over which workers are compared."""
 STRAGGLER_FACTOR = 2.0
-"""A worker that takes more than so many times as long as the others do is a straggler."""
+"""A worker that takes more than this many times as long as the others is a straggler."""
 WAITING_PHASES = frozenset({"exchange", "pause", "idle"})
-"""Phases in which a worker does nothing of its own."""
+"""Phases in which a worker does no work of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What is known of workers: by their messages, and by what they were told to carry. Values only."""
+"""What the driver knows about workers, from their messages and from what it told them to carry. Values only."""
 
 from __future__ import annotations
 

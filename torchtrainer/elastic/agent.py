@@ -37,7 +37,7 @@ from torchtrainer.process.paths import LaunchPaths
 WAIT_UNTOLD_S = 5.0
 """How long a launcher waits for other machines before it says so."""
 ACTIVITY_CHECK_S = 1.0
-"""How often workers are looked at for a hang."""
+"""Time between two checks for hung workers."""
 
 
 class Preempted(Exception):  # noqa: N818  # not an error: state is saved, and the launch can be started again
@@ -46,7 +46,7 @@ class Preempted(Exception):  # noqa: N818  # not an error: state is saved, and t
 
 @dataclass(frozen=True, kw_only=True)
 class AgentOptions:
-    """What the user asked for beyond what torch's ``WorkerSpec`` holds.
+    """The user's options beyond those in torch's ``WorkerSpec``.
 
     Attributes:
         program: what the workers run.
@@ -233,7 +233,7 @@ class Agent(LocalElasticAgent):
             elif self._hangs is not None and self._is_hung():
                 continue  # its workers were killed: the next look finds them failed
             elif not self._orders.closed_membership and self._do_others_wait(spec.rdzv_handler):
-                self._summary.says("a machine joined or left: all workers start again")
+                self._summary.says("a machine joined or left: restarting all workers")
                 self._restart_workers(group)
 
     def _do_others_wait(self, handler: Any) -> bool:
@@ -263,7 +263,8 @@ class Agent(LocalElasticAgent):
             return False
         self._remaining_restarts -= 1
         self._summary.says(
-            f"{report}\nstarting all workers again ({self._remaining_restarts} of {self._worker_group.spec.max_restarts} restarts left)"
+            f"{report}\nrestarting all workers ({self._remaining_restarts} of {self._worker_group.spec.max_restarts} "
+            "restarts left)"
         )
         self._summary.failed()
         self._attempt += 1
@@ -299,7 +300,7 @@ class Agent(LocalElasticAgent):
         return context
 
     def stacks(self) -> str:
-        """What every living worker of this machine is doing, as Python stacks where it can be had."""
+        """What every living worker of this machine is doing, as Python stacks if available."""
         if self._pcontext is None:
             return "no workers yet: this launcher is waiting for the rendezvous"
         ranks = {worker.local_rank: worker.global_rank for worker in self._worker_group.workers}

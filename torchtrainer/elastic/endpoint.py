@@ -71,7 +71,7 @@ def connect_timeout_s(args: argparse.Namespace, rendezvous: dict[str, Any]) -> f
 
 
 def join_limit(args: argparse.Namespace, rendezvous: dict[str, Any]) -> str:
-    """How long other machines are waited for, in words."""
+    """How long the wait for other machines lasts, in words."""
     name = "timeout" if args.rdzv_backend == "static" else "join_timeout"
     limit_s = rendezvous.get(name, DEFAULT_JOIN_TIMEOUT_S.get(args.rdzv_backend))
     if limit_s is None:  # a kind of its own
@@ -116,7 +116,8 @@ class Reach:
             host, port = self._at
             raise UnreachableError(
                 f"the rendezvous at {host}:{port} has not been reachable for {silent_s:.0f} s: the machine that hosts it is "
-                "gone, its launcher has ended, or the network between is cut. This machine cannot go on without it; start "
+                "gone, its launcher has ended, or the network between is cut. This machine cannot continue without it; "
+                "start "
                 "its launcher again when it can be reached"
             )
         family, kind, protocol, _, address = self._found[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LAUNCH_DIR = "TORCHTRAINER_LAUNCH_DIR"
-"""The one variable that torchrun does not set: a private directory, where workers that count their steps say so."""
+"""The one variable that torchrun does not set: a private directory in which workers report their step counts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ from torchtrainer.topology import LOOPBACK
 DEFAULT_MASTER_PORT = 29500
 """Where static rendezvous meets if no port is given, as torchrun has it."""
 DEFAULT_STOP_TIMEOUT_S = 30.0
-"""From asking workers to end to killing them, where neither option nor environment say otherwise."""
+"""Time from asking workers to end to killing them, unless an option or the environment says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,7 @@ class Launch:
 
     @property
     def device(self) -> str:
-        """What the workers run on, for people."""
+        """The device that the workers run on, in words."""
         if torch.cuda.is_available():
             count = torch.cuda.device_count()
             return f"{count} GPU{'s' if count != 1 else ''}"
@@ -263,7 +263,7 @@ class Launch:
         return handler
 
     def _patience(self) -> Callable[[], None]:
-        """What ends the wait for a host that takes connections and does not answer, which torch would wait for without end."""
+        """A function that ends the wait for a host that accepts connections but never answers, as torch would not."""
         limit_s = 2 * connect_timeout_s(self._args, self._config.rdzv_configs)
         deadline_s = time.monotonic() + limit_s
 

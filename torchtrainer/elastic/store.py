@@ -57,8 +57,8 @@ def static_store(
         fresh.wait(["emptied"], limit)
     except (EngineError, dist.DistStoreError):  # nothing may be wrong with the workers of those who did not come
         say(
-            f"not all of the {world_size} machines came to start again within {STATIC_MEETING_S:g} s: workers start here, and "
-            "wait for those of the others"
+            f"not all of the {world_size} machines were ready to restart within {STATIC_MEETING_S:g} s: workers start "
+            "here and wait for those of the others"
         )
         return store
     return fresh

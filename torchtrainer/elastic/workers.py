@@ -23,14 +23,14 @@ from torchtrainer.process.guard import kill_session, signal_process
 from torchtrainer.process.paths import LaunchPaths
 
 FIRST_ARGUMENT = {"script": 3, "module": 4, "run_path": 4}
-"""Where the program's own arguments begin in the command that it would be exec'd with."""
+"""Index of the program's first argument in the command that would exec it."""
 STOP_CHECK_S = 1.0
-"""How often to look while workers are waited for that were asked to end."""
+"""Polling interval while waiting for workers to end."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """What is needed to start the workers of an attempt.
+    """Everything needed to start the workers of an attempt.
 
     Attributes:
         generation: counts the starts of this launch.
@@ -111,7 +111,7 @@ class Workers(PContext):
         return {rank: pid for rank, pid in self._pids.items() if pid not in self._watch.ended}
 
     def ends(self) -> list[WorkerEnd]:
-        """How the workers ended that did, the one that failed first in front."""
+        """The ends of the workers so far, with the first failure first."""
         ends = []
         for local_rank, pid in self._pids.items():
             ended = self._watch.ended.get(pid)

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class GroupPlan:
-    """What a group is started from.
+    """Everything needed to start a group.
 
     Attributes:
         spec: creators and settings, what every rank is built from.
@@ -85,7 +85,7 @@ class Group(Protocol):
 
     @property
     def views(self) -> tuple[WorkerView, ...]:
-        """What is known of each rank."""
+        """What is known about each rank."""
 
     def call(self, method: str, **keywords: Any) -> CallResult:
         """Runs a method of `torchtrainer.worker.executor.Executor` on every rank."""
@@ -95,7 +95,7 @@ class Group(Protocol):
         """Whether the latest error of a call was a loss of processes after which `restart` may help."""
 
     def restart(self) -> None:
-        """Starts the ranks anew, as they were at first."""
+        """Starts the ranks again, as they were at first."""
 
     def resize(self, processes: int) -> None:
         """Has the ranks carried by so many processes.

@@ -21,7 +21,7 @@ from torchtrainer.topology import WORKER_MARK, gloo_interface
 WORKER_ENTRY = "torchtrainer.worker.main:main"
 WRITER_ENTRY = "torchtrainer.checkpoint.writer:main"
 WRITER = "writer"
-"""Stands in place of a rank in the name of a writer."""
+"""Stands for the rank in the name of a writer."""
 
 
 def worker_name(group: str, worker: int) -> str:
@@ -125,7 +125,7 @@ def new_group(message: StartGroup, paths: EnginePaths) -> HostGroup:
 
 
 def writer_spec(group: HostGroup, number: int, paths: EnginePaths) -> ChildSpec:
-    """What the writer of a snapshot is started with."""
+    """The specification of the process that writes a snapshot."""
     message, snapshots = group.spec, group.snapshots
     assert snapshots is not None
     return ChildSpec(
@@ -143,7 +143,7 @@ def writer_spec(group: HostGroup, number: int, paths: EnginePaths) -> ChildSpec:
 
 
 def child_spec(group: HostGroup, worker: int, paths: EnginePaths, record: list[Any] | None = None) -> ChildSpec:
-    """What a worker is started with.
+    """The specification of a worker process.
 
     Args:
         group: it belongs to.
@@ -182,7 +182,7 @@ def child_spec(group: HostGroup, worker: int, paths: EnginePaths, record: list[A
 
 
 def _worker_arguments(group: HostGroup, worker: int, paths: EnginePaths, record: list[Any] | None) -> dict[str, Any]:
-    """What a worker is told; see `torchtrainer.worker.main.WorkerArguments`."""
+    """A worker's arguments; see `torchtrainer.worker.main.WorkerArguments`."""
     message, snapshots, rank = group.spec, group.snapshots, group.like[worker]
     local_rank = message.here.index(rank)
     store = paths.store(message.group)

@@ -62,11 +62,11 @@ from torchtrainer.process.streams import open_standard_descriptors
 
 DRIVER = b"driver"
 TICK_S = 0.05
-"""How often logs are looked at, and exec'd workers for exits, while a group works."""
+"""Polling interval for logs, and for exits of exec'd workers, while a group works."""
 IDLE_TICK_S = 1.0
-"""The same while nothing goes on."""
+"""The same while the group is idle."""
 EXIT_SETTLE_S = 0.01
-"""How long after a worker's end its last messages are waited for."""
+"""How long to wait for a worker's last messages after its end."""
 
 
 class Host:
@@ -149,7 +149,7 @@ class Host:
             if message.group in self._groups:
                 ask_for_stacks(self._groups[message.group])
         else:
-            raise ValueError(f"{sender!r} sent {type(message).__name__}, which the host does not take")
+            raise ValueError(f"{sender!r} sent {type(message).__name__}, which the host does not accept")
 
     def _pass_to_workers(self, message: ForWorker) -> None:
         group = self._groups.get(message.group)
@@ -252,7 +252,7 @@ class Host:
         if isinstance(event, StarterReady):
             self._starters.on_ready(event)
         elif isinstance(event, SpawnerReplaced):
-            self._warn(f"{event.text}, and the workers go on")
+            self._warn(f"{event.text}, and the workers continue")
         elif isinstance(event, PreloadFailed):
             self._warn(event.text)
         elif isinstance(event, StarterFailed):

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from torchtrainer.comm.group import Collective
 
 LOOK_EVERY_S = 1.0
-"""How often a rank that waits for others looks whether they still live."""
+"""Time between two checks of a waiting rank that the others are alive."""
 
 
 class LaunchedMemory:
-    """What the ranks of a launch share. Making one is a collective call.
+    """Memory that the ranks of a launch share. Making one is a collective call.
 
     Args:
         collective: the ranks, all on this machine.
@@ -51,7 +51,7 @@ class LaunchedMemory:
             for rank, pid in enumerate(self._pids):
                 if not is_alive(pid):
                     raise EngineError(
-                        f"rank {rank} (pid {pid}) is gone, and this rank waited for its gradients: see its log"
+                        f"rank {rank} (pid {pid}) is gone while this rank waits for its gradients: see its log"
                     )
 
         return look

@@ -1,4 +1,4 @@
-"""Files that are nowhere but in memory, held by the host: what workers share through them outlives any of them."""
+"""Files that exist only in memory, held by the host: what workers share through them outlives each worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What workers wrote, as messages to the driver: lines of rank 0, stacks, and the last words of one that is gone; and the driver's."""
+"""Output of workers as messages to the driver: lines of rank 0, stacks, and last words of a lost worker or driver."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ def last_words_of_driver(pid: int, oom: OomWatch) -> None:
     if oom.killed():
         with contextlib.suppress(OSError):  # the terminal is gone as well
             warn(
-                f"the process of the script (pid {pid}) is gone without a word: the system was out of memory and killed what "
-                "took most of it. Use a smaller batch or fewer workers, or give the machine or container more memory"
+                f"the process of the script (pid {pid}) is gone without a word: the system was out of memory and "
+                "killed the process that used most of it. Use a smaller batch or fewer workers, or give the machine "
+                "or container more memory"
             )

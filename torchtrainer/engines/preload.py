@@ -12,7 +12,7 @@ PRELOAD = (
     "torch._dynamo",
     "torchtrainer.worker.main",
 )
-"""What every worker would import otherwise, lazily included: the first optimizer and DDP import ``torch._dynamo``."""
+"""Modules that every worker would import anyway, some lazily: the first optimizer and DDP import ``torch._dynamo``."""
 _PRELOADABLE = ("torch", "torchtrainer", "torchvision", "numpy", "PIL", "pytest", "_pytest")
 """Packages whose modules a spawner may import after seeing a worker do so: known to start no thread when imported. Workers
 import `torchtrainer` as drivers do, and pytest, with the module that an operator is defined in: half a second that each would take.

@@ -15,7 +15,9 @@ OURS = {
 }
 """As in ``pyproject.toml``. They are also here for a source checkout that is not installed, and as a look through all installed
 packages takes a good part of what a start may take; a package cannot take their names."""
-PLANNED = {"ray": 'the Ray engine is not in this version: use engine="local", or start the script with torchrun'}
+PLANNED = {
+    "ray": 'the Ray engine is not supported in this version: use engine="local", or start the script with torchrun'
+}
 
 
 def engine_called(name: str) -> Engine:

@@ -1,4 +1,4 @@
-"""The host's part in checkpoints: answers ranks that want to copy, starts writers, and tells what became of them."""
+"""The host's part in checkpoints: answers ranks that want to copy, starts writers, and reports their outcome."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Saving:
         self._answer(group, snapshots.answers(name))
 
     def on_worker_exited(self, group: HostGroup, worker: int, exit_code: int) -> None:
-        """A worker of a group is gone, while others go on; one that left as it was told to owes nobody a share."""
+        """A worker of a group is gone, while others continue; one that left as it was told to owes nobody a share."""
         if group.snapshots is None or not group.pids or exit_code == 0:
             return
         for ended in group.snapshots.give_up(group.spec.group, group.memory.step_of(worker)):

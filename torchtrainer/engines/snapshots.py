@@ -27,7 +27,7 @@ class CheckpointOrders:
         keep: how many verified ones stay.
         generation: of the run: an older one may not write any more.
         every_steps: optimizer steps between two checkpoints, or None.
-        asynchronous: training goes on while a checkpoint is written.
+        asynchronous: training continues while a checkpoint is written.
         write_s: longest time that writing one may take while somebody waits for it.
         run_dir: of the run.
         remote: URL to which checkpoints are copied; None: nowhere.

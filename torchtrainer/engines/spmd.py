@@ -176,7 +176,7 @@ class SpmdEngine:
 
 
 _attached: list[SpmdEngine] = []
-"""The engine of this launch, made when first needed: the ranks meet for a second trainer where they met for the first."""
+"""The engine of this launch, made on first use: the ranks meet for a second trainer where they met for the first."""
 
 
 def spmd_engine() -> SpmdEngine:

@@ -1,4 +1,4 @@
-"""One rank's part in agreeing where to stop or save, where no driver waits: a thread that looks a few times a second.
+"""One rank's part in agreeing where to stop or save without a driver: a thread that checks a few times a second.
 
 The thread that trains pays an attribute check per step. Its gate is that of a worker, `torchtrainer.worker.link.StepBarrier`; what
 a worker hears from the driver comes here from rank 0, whose thread decides: see `torchtrainer.engines.stop_coordinator`.
@@ -20,17 +20,17 @@ from torchtrainer.process.child import flush_output
 from torchtrainer.worker.link import StepBarrier
 
 LOOK_S = 0.1
-"""Seconds between two looks for a notice of this rank, and for what other ranks say."""
+"""Seconds between two checks for a notice of this rank and for messages of other ranks."""
 BUSY_LOOK_S = 0.005
 """The same while the ranks agree."""
 BUSY_S = 1.0
-"""For how long after the last message a rank looks so often."""
+"""How long after the last message a rank keeps checking that often."""
 JOIN_S = 1.0
-"""How long the thread gets to end: longer than a store takes to answer. One that is cut off does not, and nobody waits for it."""
+"""How long the thread gets to end: longer than a store takes to answer; nobody waits for a store that is cut off."""
 
 
 class Agreement:
-    """Where this rank stands in the agreement of all ranks. Calls are counted alike on all ranks, from 1.
+    """Where this rank stands in the agreement of all ranks. Calls are counted the same on all ranks, from 1.
 
     Args:
         channel: between the ranks.

@@ -1,4 +1,4 @@
-"""What a rank in the calling process does at every step boundary besides training: show where it is, and ask whether to go on."""
+"""The step boundary of a rank in the calling process: it shows where it is, and asks whether to continue."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class StepCounter:
 
 
 class SpmdGate:
-    """Asks another gate whether to go on, after showing where the rank is.
+    """Asks another gate whether to continue, after showing where the rank is.
 
     Args:
         progress: of the rank.

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torchtrainer.worker.executor import Executor
 
 OWN_RESULT_METHODS = frozenset({"get_model", "state_dict", "load_state_dict", "update_scheduler"})
-"""Calls whose result is alike on all ranks, or None: each process takes its own."""
+"""Calls whose result is the same on all ranks, or None: each process takes its own."""
 
 
 class SpmdGroup:
@@ -183,7 +183,7 @@ class SpmdGroup:
         return CallResult(values=self._gathered(method, value), stopped=stopped, snapshot=snapshot)
 
     def _run(self, method: str, keywords: Mapping[str, Any]) -> tuple[dict[int, Any], bool]:
-        """What the ranks of this process return, and whether they were stopped before their end."""
+        """The results of this process's ranks, and whether they were stopped early."""
         assert self._executor is not None
         if method not in STEPPING_METHODS or self._agreement is None:
             return self._executor.call(method, **keywords), False

@@ -1,4 +1,4 @@
-"""What rank 0 opens and the other ranks only learn of: the directory of a run, and what is there to go on with."""
+"""What rank 0 opens and tells the other ranks about: the directory of a run, and what is there to resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The other ranks of a launch, as this process sees them without asking them: `status()` is called by one rank alone, at any time."""
+"""The other ranks of a launch, seen without asking them: one rank alone may call `status()` at any time."""
 
 from __future__ import annotations
 

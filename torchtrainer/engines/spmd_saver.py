@@ -1,4 +1,4 @@
-"""Where the state of ranks goes that a launcher started: to rank 0, which writes a checkpoint of it in the background.
+"""Saves the state of ranks that a launcher started: rank 0 collects it and writes a checkpoint in the background.
 
 Every save is a collective call at the same step boundary. Rank 0 copies the state that is alike on all ranks, gets from the
 others what is only theirs, and writes in a thread while the training goes on. Never more than one checkpoint is under way, so
@@ -40,7 +40,7 @@ class GatheringSaver:
         stopping: whether the ranks are about to stop, so that this state may not be left out.
 
     Attributes:
-        taken: number of the latest state that was copied, alike on all ranks; 0: none.
+        taken: number of the latest state that was copied, the same on all ranks; 0: none.
         ended: what became of the latest one; on rank 0.
     """
 
@@ -92,7 +92,7 @@ class GatheringSaver:
             self.finish(self._orders.write_s)
 
     def news(self) -> list[CheckpointEnded]:
-        """What became of states since this was asked last."""
+        """Outcomes of saved states since the last call."""
         found = []
         while self._untold:
             found.append(self._untold.popleft())
@@ -179,7 +179,8 @@ def why_unsafe(state: Any) -> str | None:
         torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
     except Exception as error:
         return (
-            f"the state holds objects that may not go into a checkpoint ({str(error).splitlines()[0]}): use tensors, numbers, "
+            f"the state holds objects that a checkpoint cannot hold ({str(error).splitlines()[0]}): use tensors, "
+            "numbers, "
             "text, and lists and dicts of them, also in what state_dict() returns"
         )
     return None

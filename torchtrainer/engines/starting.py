@@ -1,4 +1,4 @@
-"""How the host starts processes: forked by a spawner where that is safe, and as new interpreters where it is not, or not any more.
+"""Starts processes for the host: forked by a spawner where that is safe, and as new interpreters where it is not.
 
 A spawner that is killed is replaced. What it had forked goes on, as children of the host, and what it was asked for and had not
 forked is asked of the new one.
@@ -27,7 +27,7 @@ from torchtrainer.process.starters import (
 )
 
 MAX_LOST = 3
-"""So many spawners in a row may be lost before one of them was ready; then processes are started without one."""
+"""Spawners that may be lost in a row before any is ready; after that, processes are started without one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Starters:
         return [*(fd for starter in self._both() for fd in starter.fds()), *self._orphans.fds()]
 
     def events(self) -> list[StarterEvent | SpawnerReplaced]:
-        """What happened since this was asked last."""
+        """Events since the last call."""
         found: list[StarterEvent | SpawnerReplaced] = []
         for starter in self._both():
             for event in starter.events():
@@ -148,7 +148,7 @@ class Starters:
             self.start(spec)
 
     def exec_from_now_on(self) -> None:
-        """No process is forked any more, and nobody wants what was asked for so far."""
+        """Stops forking and drops the requests so far."""
         self._second = self._second or ExecStarter()
         self._waiting = None
         self._asked.clear()

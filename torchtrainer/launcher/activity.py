@@ -29,7 +29,7 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What one worker had done by a moment.
+    """The activity of one worker up to one moment.
 
     Attributes:
         step: steps that it counted; 0: it counts none.

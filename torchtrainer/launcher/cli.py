@@ -16,7 +16,7 @@ COMMANDS = {
     "status": "show the state of a run",
     "doctor": "check versions, devices, fork safety, shared memory and time-outs",
     "verify-resume": "run a script with and without interruptions and compare the bits",
-    "replay-driver": "run the journal of a run's driver through it again and compare the orders",
+    "replay-driver": "replay the journal of a run's driver and compare the orders",
 }
 """What each subcommand is for; one line of the help."""
 

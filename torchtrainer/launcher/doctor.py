@@ -1,4 +1,4 @@
-"""``torchtrainer doctor``: looks at everything that training needs on this machine, and says what to do about the rest.
+"""``torchtrainer doctor``: checks everything that training needs on this machine, and says how to fix the rest.
 
 Each check runs in an interpreter of its own with a deadline, so that one that hangs or crashes is a finding as well:
 
@@ -31,9 +31,9 @@ from torchtrainer.process.signals import describe_exit
 from torchtrainer.process.starters import interpreter
 
 QUICK_DEADLINE_S = 15.0
-"""Longest time of a check that only reads what the system says; a directory on a dead network mount takes forever."""
+"""Time limit of a check that only reads from the system; a directory on a dead network mount takes forever."""
 LOOKUP_DEADLINE_S = 30.0
-"""Longest look-up of the host name; resolvers give up after 5 to 20 s."""
+"""Time limit of the lookup of the host name; resolvers give up after 5 to 20 s."""
 TORCH_DEADLINE_S = 180.0
 """Longest import of torch and what is done with it; an import from a cold network file system takes minutes."""
 STOP_GRACE_S = 1.0
@@ -65,7 +65,7 @@ class Check:
     look: Callable[[], list[Finding]]
     deadline_s: float = QUICK_DEADLINE_S
     advice: str = (
-        "run torchtrainer doctor again; if it stays so, report it with the output of torchtrainer doctor --json"
+        "run torchtrainer doctor again; if that does not help, report it with the output of torchtrainer doctor --json"
     )
     environ: Mapping[str, str] = field(default_factory=dict)
 

@@ -45,7 +45,7 @@ PACKAGES: Mapping[str, tuple[int, ...] | None] = {
     "torchvision": None,
     "numpy": None,
 }
-"""Packages and the oldest version that will do; None: not needed, but said."""
+"""Packages and the oldest version that works; None: optional, only reported."""
 
 MIN_MEMORY_BYTES = GIB
 """Less free memory than this does not hold torch in two processes and a model."""
@@ -209,7 +209,7 @@ def _limit(value: int, *, size: bool = False) -> str:
 
 def check_loopback() -> list[Finding]:
     """Whether processes of this machine can reach each other over loopback."""
-    advice = f"switch the loopback interface on (ip link set lo up), and let firewall rules pass {LOOPBACK}"
+    advice = f"bring the loopback interface up (ip link set lo up), and let firewall rules pass {LOOPBACK}"
     try:
         with socket.create_server((LOOPBACK, 0)) as server:
             server.settimeout(LOOPBACK_S)
@@ -251,7 +251,7 @@ def check_host_name(name: str | None = None) -> list[Finding]:
     kind = "loopback: known to this machine alone" if local_only else "routable"
     value = f"{host} ({full}) is {', '.join(addresses)} ({kind}), {took_s:.2f} s"
     if foreign:
-        advice = f"{', '.join(foreign)} is no address of this machine: {LOOKUP_ADVICE}"
+        advice = f"{', '.join(foreign)} is not an address of this machine: {LOOKUP_ADVICE}"
     else:
         advice = LOOKUP_ADVICE if took_s > SLOW_LOOKUP_S else ""
     return [judged("host name", value, problem=advice)]
@@ -313,7 +313,7 @@ def check_environment(environ: Mapping[str, str] | None = None) -> list[Finding]
         value = variables[name]
         findings.append(judged(f"variable {name}", repr(value[:SHOWN_CHARACTERS]), problem=advice))
     if "OMP_NUM_THREADS" not in variables:
-        findings.append(judged("variable OMP_NUM_THREADS", "not set: the cores are shared out between the ranks"))
+        findings.append(judged("variable OMP_NUM_THREADS", "not set: the cores are divided among the ranks"))
     return findings
 
 

@@ -41,7 +41,7 @@ def check_gpus() -> list[Finding]:
     with GpuMonitor(os.environ) as monitor:
         uses = [str(use) for use in monitor.sample()]
     if trouble is not None:
-        advice = "the driver is there but does not answer: run nvidia-smi, reload or reinstall the driver, or reboot"
+        advice = "the driver is installed but does not answer: run nvidia-smi, reload or reinstall it, or reboot"
         return [judged("gpus", trouble, problem=advice)]
     if not uses:
         return [judged("gpus", "none")]
@@ -149,7 +149,7 @@ def check_gloo() -> list[Finding]:
     finally:
         paths.remove()
     if not any(codes):
-        return [judged("gloo", f"{GLOO_RANKS} processes added their numbers up in {time.monotonic() - started:.2f} s")]
+        return [judged("gloo", f"{GLOO_RANKS} processes summed their numbers in {time.monotonic() - started:.2f} s")]
     ended = ", ".join(f"rank {rank} {describe_exit(code)}" for rank, code in enumerate(codes))
     advice = "set GLOO_SOCKET_IFNAME to an interface that is up (lo on one machine), and look for firewall rules"
     return [judged("gloo", " ".join([ended, *reports[:1]]), problem=advice, level="fail")]

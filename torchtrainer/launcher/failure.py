@@ -16,7 +16,7 @@ EXIT_SIGNALLED = 128
 """Shells add the number of the signal to this."""
 MAX_ERROR_FILE_BYTES = 1 << 20
 MAX_OTHERS = 8
-"""How many other failures are named in the report; the rest is counted."""
+"""Number of other failures that the report names; the rest are counted."""
 MAX_TRACEBACK_LINES = 200
 MIB = 1 << 20
 

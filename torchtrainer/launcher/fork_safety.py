@@ -23,7 +23,7 @@ from torchtrainer.process.fresh import IMPORT_TIME_PREFIXES
 
 PRELOAD = ("torch", "torch.distributed")
 PRELOAD_FOR_TRAINING = ("torch.nn.parallel", "torch.optim", "torch.utils.data", "torch._dynamo")
-"""What a program imports that trains: creating the first optimizer or DDP imports ``torch._dynamo``, lazily."""
+"""Modules that a training program imports: creating the first optimizer or DDP imports ``torch._dynamo``, lazily."""
 TRAINING_WORDS = (b"optim", b"DistributedDataParallel", b"lightning", b"accelerate", b"transformers", b"torchtrainer")
 PRELOADABLE = ("torchvision",)
 """Packages that are imported beforehand if the program names them: known to start no thread when imported."""
@@ -43,7 +43,7 @@ _ENVIRONMENT_WORDS = (b"environ", b"putenv", b"unsetenv", b"load_dotenv")
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """What every worker of a launch runs.
+    """The program that every worker of a launch runs.
 
     Attributes:
         kind: ``script``, ``module``, ``run_path``, or ``command`` for anything that is not Python of this interpreter.
@@ -154,7 +154,7 @@ def _environment_reason(directory: str, path: str, source: bytes, module_name: s
             seen.add(os.path.realpath(module))
             own = _read(module)
             if own is None or len(seen) > MAX_OWN_MODULES:
-                return f"{module} is not read beforehand: it is no plain source, or one of too many"
+                return f"{module} is not read beforehand: it is not plain source, or one of too many"
             waiting.append((module, own))
             if reason is None and any(word in own for word in _ENVIRONMENT_WORDS):
                 reason = _source_reason(own, f"{module} ")

@@ -139,7 +139,7 @@ def _local_ranks(text: str) -> str | None:
         for part in text.split(","):
             int(part)
     except ValueError:
-        return f"must be local ranks with commas between them, as in 0,1,2, not {text!r}"
+        return f"must be local ranks separated by commas, as in 0,1,2, not {text!r}"
     return None
 
 
@@ -148,7 +148,7 @@ def _signal_names(text: str) -> str | None:
         if name in UNHANDLED_SIGNALS:
             return f"must name signals that a process can handle, not {name}"
         if name not in signal.Signals.__members__:
-            return f"must be names of signals with commas between them, as in SIGTERM,SIGUSR1; there is no {name!r}"
+            return f"must be names of signals separated by commas, as in SIGTERM,SIGUSR1; there is no {name!r}"
     return None
 
 
@@ -184,7 +184,7 @@ WORKER_OPTIONS = (
         metavar="N|MIN:MAX",
         default="1:1",
         check=_node_range,
-        meaning="number of nodes, or the range it may be in",
+        meaning="number of nodes, or the range that it may be in",
     ),
     Option(
         name="nproc-per-node",
@@ -200,7 +200,7 @@ WORKER_OPTIONS = (
         reads=int,
         default=0,
         check=_zero_or_more,
-        meaning="how often failed workers are restarted",
+        meaning="maximum number of restarts of failed workers",
     ),
     Option(
         name="monitor-interval",
@@ -208,28 +208,27 @@ WORKER_OPTIONS = (
         reads=float,
         default=0.1,
         check=_seconds,
-        meaning="how often the workers are looked at; a number of seconds",
+        meaning="seconds between two checks on the workers",
     ),
     Option(
         name="start-method",
         choices=("spawn", "fork", "forkserver"),
         default="spawn",
-        meaning="how processes are made for --run-path",
+        meaning="how to start processes for --run-path",
     ),
     Option(
         name="shutdown-timeout",
         metavar="SECONDS",
         reads=int,
         check=_zero_or_more,
-        meaning="how long workers may take to end before they are killed; without it, "
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT or 30",
+        meaning="seconds before workers are killed that do not end (default: TORCH_ELASTIC_SHUTDOWN_TIMEOUT or 30)",
     ),
     Option(
         name="signals-to-handle",
         metavar="NAMES",
         default="SIGTERM,SIGINT,SIGHUP,SIGQUIT",
         check=_signal_names,
-        meaning="signals that are passed on to the workers, with commas between them",
+        meaning="signals to pass on to the workers, separated by commas",
     ),
     Option(
         name="numa-binding",
@@ -241,15 +240,13 @@ WORKER_OPTIONS = (
         name="virtual-local-rank",
         reads=read_flag,
         default=False,
-        meaning="every worker sees one GPU only and has LOCAL_RANK 0",
+        meaning="give every worker one visible GPU and LOCAL_RANK 0",
     ),
-    Option(
-        name="event-log-handler", metavar="NAME", default="null", meaning="where torch's launch events are recorded"
-    ),
+    Option(name="event-log-handler", metavar="NAME", default="null", meaning="where to record torch's launch events"),
 )
 
 RENDEZVOUS_OPTIONS = (
-    Option(name="standalone", reads=read_flag, default=False, meaning="one node only, on a free port of its own"),
+    Option(name="standalone", reads=read_flag, default=False, meaning="run on one node only, on a free port"),
     Option(
         name="rdzv-backend",
         metavar="NAME",
@@ -281,7 +278,7 @@ RENDEZVOUS_OPTIONS = (
         check=_port,
         meaning="port on node 0, 29500 if several nodes meet there; static rendezvous only",
     ),
-    Option(name="local-addr", metavar="HOST", meaning="address of this node; without it, it is looked up"),
+    Option(name="local-addr", metavar="HOST", meaning="address of this node (default: looked up)"),
 )
 
 SCRIPT_OPTIONS = (
@@ -296,7 +293,7 @@ SCRIPT_OPTIONS = (
 )
 
 LOG_OPTIONS = (
-    Option(name="log-dir", metavar="DIR", meaning="where log files go: a new directory for each run is made in it"),
+    Option(name="log-dir", metavar="DIR", meaning="directory for log files; each run makes a new one in it"),
     Option(
         name="redirects",
         short="-r",
@@ -324,14 +321,14 @@ LOG_OPTIONS = (
         metavar="RANKS",
         default="",
         check=_local_ranks,
-        meaning="the only local ranks that the console shows, with commas between them",
+        meaning="local ranks to show on the console, separated by commas",
     ),
     Option(
         name="duplicate-stdout-filters",
         metavar="TEXTS",
         reads=read_list,
         default=(),
-        meaning="copy lines of stdout that contain one of these texts to one file; commas between them, ,, for a comma",
+        meaning="copy lines of stdout that contain one of these texts to one file; separated by commas, ,, for a comma",
     ),
     Option(
         name="duplicate-stderr-filters",

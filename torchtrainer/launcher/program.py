@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 ENTRY = str(Path(__file__).with_name("entry.py"))
-"""The file that our interpreters are started with."""
+"""The file that our interpreters run."""
 SPAWNER = "spawner"
 """Stands in place of a form where `entry` is to be a spawner."""
 ASSUMED_THREADS = 1
@@ -178,7 +178,7 @@ def _launch(
 
 def _exit_code(outcome: Outcome, summary: Summary, *, keep: bool) -> int:
     if outcome.preempted:
-        summary.ended("stopped for a preemption, state saved: start it again to go on;")
+        summary.ended("stopped for a preemption, state saved: start it again to continue;")
         return EXIT_PREEMPTED
     if outcome.failure is None:
         summary.ended("done")

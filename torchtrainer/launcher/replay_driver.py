@@ -14,7 +14,7 @@ from torchtrainer.process.own_files import printable
 EXIT_DIFFERENT = 1
 EXIT_UNREADABLE = 2
 MAX_SHOWN = 2000
-"""Characters of an event, or of what it led to, that are shown."""
+"""Characters shown of an event and of what it led to."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

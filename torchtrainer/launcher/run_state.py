@@ -28,11 +28,11 @@ State = Literal["running", "ended", "unknown"]
 SEARCH_DEPTH = 2
 """Run directories are ``runs/<script>/<time>``, or ``runs/<name>`` if the user named them."""
 MAX_READ_BYTES = 16 * 1024**2
-"""Of a longer file, the end is read."""
+"""Of a longer file, only the end is read."""
 MAX_LINE = 200
 """Longest line of a text from a file, in characters."""
 INITIAL_PID_NAMESPACE = "pid:[4026531836]"
-"""How Linux names the namespace in which every process of the machine is visible."""
+"""Linux's name for the namespace in which every process of the machine is visible."""
 
 
 class NotARunDirectoryError(ValueError):
@@ -73,7 +73,7 @@ class RankError:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """What is known about a run.
+    """Everything known about a run.
 
     Attributes:
         run_dir: its directory.
@@ -136,7 +136,7 @@ def read_status(run_dir: Path) -> RunStatus:
         below = find_runs(run_dir)
         hint = f"; there are run directories below it, such as {below[-1]}" if below else ""
         raise NotARunDirectoryError(
-            f"{run_dir} is not a run's directory: neither lock nor history.jsonl is in it, or they cannot be read{hint}"
+            f"{run_dir} is not a run directory: it has neither lock nor history.jsonl, or they cannot be read{hint}"
         )
     files = BorrowedRunDirectory(str(run_dir))
     liveness = read_liveness(run_dir / "lock")

@@ -33,12 +33,12 @@ COMMAND_NOT_FOUND = 127
 COMMAND_NOT_EXECUTABLE = 126
 """Exit codes of a process whose program could not be executed, as shells use them."""
 STACKS_FD = 200
-"""Descriptors from here on hold the file for stacks: a program sees the low numbers free, as after an exec."""
+"""Lowest descriptor of the file for stacks: a program finds the low numbers free, as after an exec."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class ProgramSpec(TypedDict):
-    """What a worker of a launcher is started with; JSON.
+    """The specification of a launcher's worker; JSON.
 
     Attributes:
         key: name by which the starter reports the process.
@@ -268,7 +268,7 @@ def _apply_late_changes(changed: dict[str, str | None]) -> None:
     if changed and threading.current_thread() is threading.main_thread():
         names = ", ".join(sorted(changed))
         print(
-            f"torchtrainer run: {names} changed before torch was imported, but torch was loaded already and has not seen it: "
-            "set it outside of the program, or use --start-fresh",
+            f"torchtrainer run: {names} changed before torch was imported, but torch was already loaded and did not "
+            "see it: set it outside the program, or use --start-fresh",
             file=sys.stderr,
         )

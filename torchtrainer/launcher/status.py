@@ -30,10 +30,10 @@ EXIT_USAGE = 2
 MAX_CELL = 40
 """Longest text of a cell of a table, in characters."""
 MAX_LISTED = 8
-"""Most errors and logs that are listed."""
+"""Maximum number of errors and logs listed."""
 LAST_RESULTS = 5
 CURVE_WIDTH = 60
-"""Most characters of a curve; more values than that are averaged in groups."""
+"""Maximum number of characters of a curve; more values than that are averaged in groups."""
 BARS = "▁▂▃▄▅▆▇█"
 PLAIN_BARS = ".:-=+*%#"
 """For terminals that cannot show the others."""

@@ -14,7 +14,7 @@ from torchtrainer.observe.digest_log import DigestFile, Entry, Place, Spot, diff
 
 Kind = Literal["state", "held", "batch", "call", "more steps", "fewer steps"]
 MAX_NAMED_ATTRIBUTES = 3
-"""Most attributes that an explanation names."""
+"""Maximum number of attributes that an explanation names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ def _first_in(
 
 
 class _Held:
-    """What the operator of a run holds, beside that of the reference. To be asked entry by entry.
+    """Compares what the operator of a run holds with that of the reference, entry by entry.
 
     A checkpoint need not have all of it: much is made anew before it is used, such as the output of the latest batch. So a
     value is compared from when the run has done again what changes it in the reference, be it a training step, a step of a
@@ -241,17 +241,17 @@ def explain(difference: Difference, control: Difference | None, runs: Runs) -> s
         return (
             f"an unseeded source of randomness: two undisturbed runs differ as well, first at {control.where}{batch} in "
             f"{control.names[0] if control.names else 'the number of steps'}. Look for seeds from the time or the system, "
-            "generators of your own without a seed, the order of sets, and threads"
+            "unseeded generators of your own, the order of sets, and threads"
         )
     if difference.kind == "call":
         return "the script made other calls when it was started again"
     if difference.kind in ("more steps", "fewer steps"):
-        return "a different number of steps: what the script or an epoch hook ends by is not the same after an interruption"
+        return "a different number of steps: the script or an epoch hook ends differently after an interruption"
     if difference.kind == "held":
         return _explain_held(difference, runs)
     if difference.start == 0:
         return (
-            "arithmetic that is not the same each time: it differs before the first interruption, though another "
+            "arithmetic that is not reproducible: it differs before the first interruption, though another "
             "undisturbed run did not; look for threads, time-outs and operations that torch.use_deterministic_algorithms names"
         )
     return _explain_state(difference, runs)
@@ -263,7 +263,8 @@ def _explain_held(difference: Difference, runs: Runs) -> str:
     shown = ", ".join(names[:MAX_NAMED_ATTRIBUTES]) + (" and more" if len(names) > MAX_NAMED_ATTRIBUTES else "")
     return (
         f"a state that is not in the checkpoint: {operator} holds {shown}, which training changes and {operator}.state_dict does "
-        f"not return. It differs {_steps_after(log, difference)} the run went on at step {log.entries[0].step}. Return it from "
+        f"not return. It differs {_steps_after(log, difference)} the run resumed at step {log.entries[0].step}. Return "
+        "it from "
         f"{operator}.state_dict and put it back in {operator}.load_state_dict"
     )
 
@@ -271,7 +272,7 @@ def _explain_held(difference: Difference, runs: Runs) -> str:
 def _explain_state(difference: Difference, runs: Runs) -> str:
     log = DigestFile(log_path(runs.starts[difference.start], difference.spot.trainer, difference.rank))
     first = log.entries[0]
-    after = f"it differs {_steps_after(log, difference)} the run went on at step {first.step}"
+    after = f"it differs {_steps_after(log, difference)} the run resumed at step {first.step}"
     lost = _lost_attributes(log, difference, runs)
     operator = log.facts["operator"]
     if difference.kind == "batch":
@@ -282,7 +283,8 @@ def _explain_state(difference: Difference, runs: Runs) -> str:
         )
     if difference.here is not None and difference.here.place == first.place:
         return (
-            f"a state that is saved but not put back: {difference.names[0]} differs right where the run went on. See what "
+            f"a state that is saved but not put back: {difference.names[0]} differs right where the run resumed. See "
+            "what "
             f"{operator}.load_state_dict does with what {operator}.state_dict returned"
         )
     if lost:
@@ -292,7 +294,7 @@ def _explain_state(difference: Difference, runs: Runs) -> str:
         )
     if "train_epoch" in log.facts["own_hooks"] and difference.call == first.call:
         return (
-            f"{operator}.train_epoch has variables of its own, which begin anew when it is called again: {after}. Keep them "
+            f"{operator}.train_epoch has local variables, which start over when it is called again: {after}. Keep them "
             "in attributes that state_dict returns and load_state_dict puts back"
         )
     return (

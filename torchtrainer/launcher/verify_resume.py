@@ -43,14 +43,14 @@ EXIT_INTERRUPTED = 130
 """Ended with Ctrl-C."""
 INTERRUPTIONS = 3
 TIMEOUT_S = 3600.0
-"""How long one start may take, by default."""
+"""Default time limit of one start."""
 SIGNALS: tuple[Signal, ...] = ("SIGTERM", "SIGKILL")
 SHOWN_LINES = 20
 """How much of the output of a start that failed is shown."""
 
 
 class UsageError(Exception):
-    """The script, or what was asked for, cannot be verified."""
+    """The script cannot be verified, or not with these options."""
 
 
 class VerificationError(Exception):
@@ -73,12 +73,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         type=_count,
         default=INTERRUPTIONS,
-        help="how many, SIGTERM and SIGKILL in turn (%(default)s)",
+        help="number of interruptions, SIGTERM and SIGKILL in turn (%(default)s)",
     )
-    where.add_argument("--at", metavar="STEP,...", type=_steps, help="interrupt after these steps, instead of a choice")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the choice of steps (%(default)s)")
+    where.add_argument("--at", metavar="STEP,...", type=_steps, help="interrupt after these steps")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed for choosing the steps (%(default)s)")
     parser.add_argument(
-        "--timeout", metavar="SECONDS", type=_seconds, default=TIMEOUT_S, help="longest for one start (%(default)g)"
+        "--timeout", metavar="SECONDS", type=_seconds, default=TIMEOUT_S, help="time limit of one start (%(default)g)"
     )
     parser.add_argument("script", metavar="SCRIPT", help="Python script that makes a TorchTrainer")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
@@ -170,13 +170,11 @@ class Verification:
         raise AssertionError("the last start is not interrupted")
 
     def _first_difference(self, *, ended: bool) -> Difference | None:
-        """Where the interrupted run parts from the undisturbed one; what differs between undisturbed runs is not state."""
+        """Where the interrupted run diverges from the undisturbed one, except where undisturbed runs differ too."""
         logs = [one.logs for one in self.starts]
         found = first_difference(self.reference, logs, ended=ended, ignored=self.ignored)
         if found is not None and found.kind == "held" and not self.control.exists():
-            self.script.say(
-                f"differs at {found.where}; running undisturbed once more to see what is the same each time"
-            )
+            self.script.say(f"differs at {found.where}; running undisturbed once more to see what is reproducible")
             self._undisturbed("second undisturbed run", self.control.name, DigestOrders())
             self.ignored = changing_anyway(self.reference, self.control)
             found = first_difference(self.reference, logs, ended=ended, ignored=self.ignored)
@@ -193,7 +191,7 @@ class Verification:
         return self.work / "reference"
 
     def summary(self) -> str:
-        """What to say when nothing differs."""
+        """The text when nothing differs."""
         logs = [log for _, _, log in logs_in(self.reference)]
         states = sum(len(log.entries) for log in logs)
         ranks = len({rank for _, rank, _ in logs_in(self.reference)})
@@ -204,7 +202,7 @@ class Verification:
         )
 
     def report(self, difference: Difference) -> str:
-        """What to say of a difference; runs the script undisturbed once more for it."""
+        """The text about a difference; runs the script undisturbed once more for it."""
         if not self.control.exists():
             self.script.say(f"differs at {difference.where}; running undisturbed once more to find out why")
             keep = DigestOrders(keep=difference.spot, keep_name=difference.names[0] if difference.names else "")

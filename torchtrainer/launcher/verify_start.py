@@ -18,13 +18,13 @@ from torchtrainer.process.guard import be_killed_with_parent
 
 Signal = Literal["SIGTERM", "SIGKILL"]
 POLL_S = 0.01
-"""How often a start is looked at."""
+"""Time between two checks on a start."""
 FIRST_REPORT_S, LONGEST_REPORT_S = 2.0, 60.0
-"""A start that takes long is reported after the first of them, and then ever more seldom."""
+"""A long start is reported after the first of these, and then less and less often."""
 GIVE_WAY_S = 5.0
 """How long after a SIGTERM ranks still hold: long enough for the notice to reach them."""
 SLURM_JOB = ("SLURM_JOB_ID", "SLURM_JOBID")
-"""Variables that a start does not get: a script with ``requeue=True`` would have the job started again."""
+"""Variables that a start does not get: a script with ``requeue=True`` would restart the job."""
 
 
 class StartTimeoutError(TorchTrainerError):
@@ -32,7 +32,7 @@ class StartTimeoutError(TorchTrainerError):
 
 
 class NothingKeptError(TorchTrainerError):
-    """The script keeps no run directory, so that there is nothing to go on with."""
+    """The script keeps no run directory, so that there is nothing to continue with."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,9 +28,9 @@ from torchtrainer.process.starters import (
 
 T = TypeVar("T")
 POLL_S = 0.05
-"""How often exec'd workers are asked for their ends where the system cannot tell by itself."""
+"""Polling interval for exits of exec'd workers where the system does not report them."""
 RUN_CHECK_S = 1.0
-"""How often a blocking call is looked at, should its last byte be lost."""
+"""Time between two checks on a blocking call, in case its last byte is lost."""
 START_TIMEOUT_S = 120.0
 """How long workers may take to exist; a spawner that is an interpreter of its own imports torch first."""
 
@@ -78,7 +78,7 @@ class ProcessWatch:
     Args:
         starter: starts the workers and tells of their ends.
         signals: those that end the launch; `on_signal` is called with them, from `wait` and `run`.
-        reports: signals that ask for something, each with what to call; the launch goes on.
+        reports: signals that ask for something, each with what to call; the launch continues.
         on_signal: raises.
 
     Attributes:

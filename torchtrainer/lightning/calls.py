@@ -100,7 +100,7 @@ def _advice_on_logger(error: AttributeError) -> str | None:
     if error.obj is not None or error.name is None or code is None or "logger" not in code.co_names:
         return None
     return (
-        f"{code.co_name} uses .{error.name} of self.logger, which is None: no Lightning logger takes part in a training by "
-        "torchtrainer. Log numbers with self.log, which are in the results of train() and validate(), and write others where "
+        f"{code.co_name} uses .{error.name} of self.logger, which is None: torchtrainer uses no Lightning logger. Log "
+        "numbers with self.log, which puts them into the results of train() and validate(), and log others only where "
         "self.logger is not None"
     )

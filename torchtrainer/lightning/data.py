@@ -86,7 +86,7 @@ class ModuleData:
         members = list(loader.values()) if isinstance(loader, dict) else list(loader)
         if len(members) > 1:
             raise NotAvailableError(
-                f"{hook} of {type(owner).__name__} gives {len(members)} loaders; only one is available here. Join the data "
-                f"sets, with torch.utils.data.ConcatDataset for instance"
+                f"{hook} of {type(owner).__name__} gives {len(members)} loaders; only one is supported here. Join the "
+                "data sets, for instance with torch.utils.data.ConcatDataset"
             )
         return members[0] if members else None

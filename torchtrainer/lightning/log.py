@@ -218,7 +218,8 @@ class LoggedMetrics:
             if module is metric:
                 return str(path)
         raise InvalidArgumentError(
-            f"self.log({name!r}, {type(metric).__name__}()): the metric is no attribute of {type(self._module).__name__}; "
+            f"self.log({name!r}, {type(metric).__name__}()): the metric is not an attribute of "
+            f"{type(self._module).__name__}; "
             f"make it in __init__ as self.<name>, so that every rank finds it when the pass is over"
         )
 

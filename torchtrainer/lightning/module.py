@@ -1,4 +1,4 @@
-"""Reads a Lightning module: its class, step signatures, losses and metrics; and says what of it cannot be used here."""
+"""Reads a Lightning module: its class, step signatures, losses and metrics; and says what cannot be used here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchtrainer.train.step import reading
 
 _POSITIONS = (BATCH_COUNT, "epoch", "profile")
 RESULT_KEYS = (NUM_SAMPLES, *_POSITIONS)
-"""Names under which the results have something of their own."""
+"""Names that the results reserve for their own entries."""
 _NEVER_CALLED = ("on_train_end", "on_fit_end", "teardown", "configure_callbacks")
 _REMOVED = ("training_epoch_end", "validation_epoch_end")
 
@@ -50,7 +50,7 @@ def check_module(module: Any, base: Any, *, warn: bool) -> None:
     for step in ("training_step", "validation_step"):
         if "dataloader_iter" in inspect.signature(getattr(module, step)).parameters:
             raise NotAvailableError(
-                f"{step} of {name} takes dataloader_iter, which is not available here; take a batch"
+                f"{step} of {name} takes dataloader_iter, which is not supported here; take a batch"
             )
     for hook in _REMOVED:
         if overrides(module, base, hook):

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from torchtrainer.train.loop import StepIterator
 
 _END_PASS = -1
-"""What Lightning lets ``on_train_batch_start`` return to leave out the rest of a pass."""
+"""What ``on_train_batch_start`` may return in Lightning to skip the rest of a pass."""
 
 
 def operator_from_lightning(
@@ -166,8 +166,8 @@ class LightningOperator(TrainingOperator):
             batch = self.data.to_device(batch, self.device)
             if module.on_train_batch_start(batch, index) == _END_PASS:
                 raise NotAvailableError(
-                    f"on_train_batch_start of {type(module).__name__} returned -1 to leave out the rest of the pass, which is "
-                    f"not available here; limit the call with train(num_steps=...)"
+                    f"on_train_batch_start of {type(module).__name__} returned -1 to skip the rest of the pass, which "
+                    "is not supported here; limit the call with train(num_steps=...)"
                 )
             metrics, outputs = self.stepping.run(batch, index)
             if position.stepped:
@@ -254,8 +254,8 @@ class LightningOperator(TrainingOperator):
         settings = inside.context.settings
         if settings.strategy != "ddp" or settings.comm_hook is not None:
             raise NotAvailableError(
-                f"strategy={settings.strategy!r} and comm_hook={settings.comm_hook!r} are not there for LightningModules in this "
-                'version: use strategy="ddp" and comm_hook=None, or write the training as a TrainingOperator'
+                f"strategy={settings.strategy!r} and comm_hook={settings.comm_hook!r} are not supported for "
+                'LightningModules in this version: use strategy="ddp" and comm_hook=None, or write the training as a TrainingOperator'
             )
         frequency, automatic = settings.scheduler_step_freq, module.automatic_optimization
         optimizers, schedules = read_optimizers(

@@ -98,7 +98,7 @@ def _read_schedule(given: dict[str, Any], who: str, default_interval: Interval) 
     where = f"the scheduler that configure_optimizers of {who} returns"
     unknown = [key for key in given if key not in _KEYS]
     if unknown:
-        warnings.warn(f"{where} has entries that nothing reads: {unknown}; known are {', '.join(_KEYS)}", stacklevel=2)
+        warnings.warn(f"{where} has unknown entries: {unknown}; known are {', '.join(_KEYS)}", stacklevel=2)
     check_schedulers(given.get("scheduler"), where)
     known = {key: value for key, value in given.items() if key in _KEYS}
     known.setdefault("interval", default_interval)
@@ -208,7 +208,7 @@ class Schedules:
         for one in self.members:
             if one.waiting and one.strict:
                 raise InvalidArgumentError(
-                    f"{type(one.scheduler).__name__} monitors {one.monitor!r}, which is no metric of {where}; there is "
-                    f"{', '.join(sorted(metrics)) or 'nothing'}. Log it with self.log, "
+                    f"{type(one.scheduler).__name__} monitors {one.monitor!r}, which is not a metric of {where}; there "
+                    f"is {', '.join(sorted(metrics)) or 'nothing'}. Log it with self.log, "
                     f'or change "monitor"'
                 )

@@ -82,12 +82,12 @@ class TrainerView:
 
     def __getattr__(self, name: str) -> Any:
         advice = _ADVICE.get(
-            name, "it is not available here; override a hook of the operator that from_ptl returns instead"
+            name, "it is not supported here; override a hook of the operator that from_ptl returns instead"
         )
         raise TrainerAttributeError(f"self.trainer.{name}: the module is trained by torchtrainer. {advice}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        advice = _ADVICE.get(name, "what self.trainer shows cannot be changed by the module")
+        advice = _ADVICE.get(name, "the module cannot change what self.trainer shows")
         raise TrainerAttributeError(f"self.trainer.{name} = {value!r}: the module is trained by torchtrainer. {advice}")
 
     def print(self, *arguments: Any, **options: Any) -> None:

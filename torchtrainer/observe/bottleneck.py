@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from statistics import fmean, median_low
 
 PHASES = ("data", "copy", "forward", "backward", "exchange", "optimizer", "snapshot", "other")
-"""Parts of a step; together they are all of it."""
+"""Parts of a step, which add up to the whole."""
 AVOIDABLE = ("data", "copy", "exchange", "optimizer", "snapshot")
-"""Those that can often be made less without changing the model."""
+"""Those that can often be reduced without changing the model."""
 WORTH_NAMING = 0.15
-"""Share of the step from which on something is called the bottleneck that is not the computing."""
+"""Share of the step at and above which something other than computing is called the bottleneck."""
 OPTIMIZER_WORTH_NAMING = 0.3
 """The same for the optimizer, which is computing too."""
 ON_TIME = 0.25
-"""Who waits for less than this share of what the longest-waiting process waits is one of those that come late."""
+"""A process that waits less than this share of the longest wait is one of those that come late."""
 SLOWEST_EXCHANGE_BYTES_PER_S = 20e6
-"""An exchange of gradients that is slower than this, over any network, is ranks that wait for each other in turn."""
+"""An exchange of gradients slower than this, over any network, means that ranks wait for each other in turn."""
 EXCHANGE_LATENCY_S = 0.005
-"""What an exchange may take however little there is to exchange."""
+"""Time that an exchange may take however small it is."""
 MOST_TIMES = 100.0
-"""How many times as long is said as a ratio; beyond it, both times are."""
+"""Largest ratio of times that is shown as a ratio; beyond it, both times are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,12 +241,10 @@ def _about_part(phase: str, percent: str, exchange_s: float, facts: TrainingFact
         return _about_exchange(percent, exchange_s, facts)
     if phase == "optimizer":
         advice = ["larger batches"] if facts.fused else ["fused=True", "larger batches"]
-        return f"{percent} of the step is the optimizer: {_any_of(advice)} would make it less"
+        return f"{percent} of the step is the optimizer: {_any_of(advice)} would reduce it"
     if phase == "snapshot":
         return f"{percent} of the step is copying state for checkpoints: save less often, by CheckpointConfig"
-    advice_on_copy = (
-        "smaller types make less of it" if facts.pinned else "pin_memory=True in the loader makes it faster"
-    )
+    advice_on_copy = "smaller types reduce it" if facts.pinned else "pin_memory=True in the loader makes it faster"
     return f"{percent} of the step is copying batches to the device: {advice_on_copy}"
 
 
@@ -260,13 +258,13 @@ def _about_exchange(percent: str, exchange_s: float, facts: TrainingFacts) -> st
     size = _size(facts.gradient_bytes)
     if exchange_s > EXCHANGE_LATENCY_S and facts.gradient_bytes < SLOWEST_EXCHANGE_BYTES_PER_S * exchange_s:
         return (
-            f"{percent} of the step goes by in the exchange of only {size} of gradients: the ranks wait for each other in "
-            "turn, because of batches of unequal length, or of other work on their cores"
+            f"{percent} of the step is spent exchanging only {size} of gradients: the ranks wait for each other in "
+            "turn, because of batches of unequal length or other work on their cores"
         )
     advice = [f"accumulate={2 * facts.accumulate}", "larger batches"]
     if facts.comm_hook is None and not facts.through_memory:
         advice.append('comm_hook="bf16"')
-    return f"{percent} of the step is the exchange of {size} of gradients: {_any_of(advice)} would make it less"
+    return f"{percent} of the step is the exchange of {size} of gradients: {_any_of(advice)} would reduce it"
 
 
 def _about_other(percent: str, facts: TrainingFacts) -> str:
@@ -275,9 +273,7 @@ def _about_other(percent: str, facts: TrainingFacts) -> str:
             f"{percent} of the step is in parts of the operator's own {' and '.join(facts.own_hooks)} that are not measured: "
             'with self.timers.record("fwd"), "grad" and "apply" around them they are'
         )
-    return (
-        f"{percent} of the step is the loop around a model that takes little time itself: larger batches make it less"
-    )
+    return f"{percent} of the step is the loop around a model that takes little time itself: larger batches reduce it"
 
 
 def _about_computing(percent: str, facts: TrainingFacts) -> str:

@@ -258,7 +258,7 @@ def _methods_of(objects: Iterable[object]) -> dict[str, list[Callable[[Any], obj
     for position, candidate in enumerate(objects):
         if isinstance(candidate, type):
             raise InvalidArgumentTypeError(
-                f"callbacks[{position}] is the class {candidate.__name__}; pass an object of it, such as "
+                f"callbacks[{position}] is the class {candidate.__name__}; pass an instance, such as "
                 f"{candidate.__name__}()"
             )
         found = [name for name in CALLBACK_METHODS if callable(getattr(candidate, name, None))]
@@ -275,6 +275,6 @@ def _no_method(position: int, candidate: object) -> str:
     near = {name: difflib.get_close_matches(name, CALLBACK_METHODS, n=1) for name in names}
     hints = [f"{name} looks like {match[0]}" for name, match in near.items() if match]
     return (
-        f"callbacks[{position}], a {type(candidate).__name__}, has none of the methods that are called: "
-        f"{', '.join(CALLBACK_METHODS)}" + (f" ({'; '.join(hints)})" if hints else "")
+        f"callbacks[{position}], a {type(candidate).__name__}, has none of the callback methods: {', '.join(CALLBACK_METHODS)}"
+        + (f" ({'; '.join(hints)})" if hints else "")
     )

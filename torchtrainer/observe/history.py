@@ -30,7 +30,7 @@ NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """Strict JSON has no such numbers: they are written as these texts and read back as numbers."""
 
 FAILURE = "failure"
-"""Kind of a line that tells of a failure, and has no metrics."""
+"""Kind of a line that reports a failure and has no metrics."""
 
 
 class History(list[dict[str, Any]]):

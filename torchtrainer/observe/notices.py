@@ -22,7 +22,7 @@ from torchtrainer.topology import current as current_topology
 
 LOGGER = "torchtrainer"
 NOTICE_EVERY_S = 1.0
-"""Seconds between two lines about what may happen many times in a row."""
+"""Seconds between two lines about events that may come many times in a row."""
 
 
 class TextSink(Protocol):

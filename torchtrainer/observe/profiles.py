@@ -11,7 +11,7 @@ from torchtrainer.train.metrics import PassResult
 
 PROFILE = "profile"
 MEASURED = ("times", "facts", "samples")
-"""What a rank has measured for the whole call's profile."""
+"""Measurements of a rank for the profile of the whole call."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from torchtrainer.observe.table import html_table, text_table
 
 PROCESS_COLUMNS = ("ranks", "pid", "machine", "device", "step", "phase", "use")
 NO_RANKS = "none yet"
-"""What is shown for a process that is being built, or is held ready, to take ranks over."""
+"""Shown for a process that is being built, or held ready, to take over ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)

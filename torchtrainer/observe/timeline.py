@@ -25,7 +25,7 @@ HOW_NAMES = {
     "carried": "taken over by others",
     "replaced": "taken over by a replacement",
     "refetched": "fetched again by new loader processes",
-    "restarted": "all ranks started anew",
+    "restarted": "all ranks restarted",
     "": "not recovered",
 }
 NO_RANK = "all"

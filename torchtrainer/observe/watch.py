@@ -166,7 +166,7 @@ class RunObserver:
                 self._told.add(problem)
                 self._say(f"checkpoint of step {ended.step}: {problem}")
         if ended.error and not self._failing:
-            self._say(f"no checkpoint of step {ended.step}, and training goes on: {ended.error}")
+            self._say(f"no checkpoint of step {ended.step}, and training continues: {ended.error}")
         self._failing = bool(ended.error)
         if not ended.error:
             self._on_saved(ended.step)
@@ -243,7 +243,7 @@ class RunObserver:
         """No more workers are built; the group goes on with those it has."""
         why = stopped.why or (short_cause(stopped.cause) if stopped.cause is not None else "")
         tries = "one that failed" if stopped.tries == 1 else f"{stopped.tries} that failed"
-        self._say(f"no more replacements are built after {tries}; training goes on with fewer processes ({why})")
+        self._say(f"giving up on replacements after {tries}; training continues with fewer processes ({why})")
 
     # Parts
 

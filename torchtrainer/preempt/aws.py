@@ -14,9 +14,9 @@ from torchtrainer.preempt.metadata import MetadataError, MetadataServer, Reply
 from torchtrainer.preempt.notice import Notice, monotonic_at
 
 TOKEN_TTL_S = 21600
-"""How long a session token is asked for: the longest that the service grants."""
+"""Requested lifetime of a session token: the longest that the service grants."""
 TOKEN_SPARE_S = 60
-"""A token is renewed this long before it ends."""
+"""A token is renewed this long before it expires."""
 SPOT_ACTIONS = ("terminate", "stop", "hibernate")
 
 
@@ -84,7 +84,7 @@ def _spot_notice(reply: Reply) -> Notice:
         source="AWS spot",
         deadline=_deadline(when),
         must_stop=True,
-        text=f"AWS takes this spot machine back: {action} at {when}",
+        text=f"AWS will reclaim this spot machine: {action} at {when}",
     )
 
 
@@ -94,7 +94,7 @@ def _rebalance_hint(reply: Reply) -> Notice:
         source="AWS rebalance",
         deadline=None,
         must_stop=False,
-        text=f"AWS sees a higher risk of taking this spot machine back (since {since})",
+        text=f"AWS sees a higher risk of reclaiming this spot machine (since {since})",
     )
 
 

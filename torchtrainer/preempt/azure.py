@@ -1,4 +1,4 @@
-"""Azure: scheduled events that concern this machine, and telling Azure that it need not wait for us any longer.
+"""Azure: scheduled events that concern this machine, and their acknowledgement once Azure need not wait for us.
 
 Described in the Azure documentation under "Scheduled Events for Linux VMs".
 """

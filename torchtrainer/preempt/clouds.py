@@ -1,4 +1,4 @@
-"""Which cloud's machine this is, from what its firmware says, and whom to ask there."""
+"""Detects from the firmware which cloud this machine belongs to, and which service to poll there."""
 
 from __future__ import annotations
 

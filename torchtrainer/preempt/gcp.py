@@ -14,9 +14,9 @@ from torchtrainer.preempt.metadata import MetadataError, MetadataServer
 from torchtrainer.preempt.notice import Notice
 
 HOLD_S = 60
-"""How long the service is asked to hold an answer back while a value stays as it is."""
+"""How long the service is asked to delay an answer while a value does not change."""
 PREEMPTION_LEAD_S = 30.0
-"""From the preemption of a spot machine to its end, at most."""
+"""Longest time from the preemption of a spot machine to its end."""
 _ANY_VERSION = "0"
 
 
@@ -70,7 +70,7 @@ def read_preempted(value: str) -> Notice | None:
         source="GCP",
         deadline=time.monotonic() + PREEMPTION_LEAD_S,
         must_stop=True,
-        text=f"Google Cloud takes this spot machine back within {PREEMPTION_LEAD_S:.0f} s",
+        text=f"Google Cloud will reclaim this spot machine within {PREEMPTION_LEAD_S:.0f} s",
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from torchtrainer.preempt.notice import Notice
 
 FILE_EVERY_S = 1.0
-"""How often a file is looked for."""
+"""Time between two checks for a file."""
 
 
 class FileSource:
@@ -62,7 +62,7 @@ class CheckSource:
         except Exception as error:
             if not self._told:
                 self._told = True
-                self._say(f"PreemptionConfig.check failed and is called again: {type(error).__name__}: {error}")
+                self._say(f"PreemptionConfig.check failed and will be called again: {type(error).__name__}: {error}")
             return
         if notice is not None and notice != self._last:
             self._last = notice

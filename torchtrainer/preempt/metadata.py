@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from torchtrainer.preempt.wake import Wake
 
 CONNECT_TIMEOUT_S = 2.0
-"""Longest attempt to connect, which nothing can end early; the service is on the same host."""
+"""Time limit of a connection attempt, which nothing can end early; the service is on the same host."""
 MAX_BODY_BYTES = 65536
 """Longest answer that is read; notices are a few hundred bytes."""
 

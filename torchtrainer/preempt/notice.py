@@ -13,7 +13,7 @@ class Notice:
     Attributes:
         source: where it comes from: "SIGTERM", "Slurm time limit", "AWS spot", "file"...
         deadline: when everything here is gone, in seconds of `time.monotonic`; None: unknown.
-        must_stop: False: only a hint, so save a checkpoint and go on.
+        must_stop: False: only a hint, so save a checkpoint and continue.
         text: one line for people.
     """
 

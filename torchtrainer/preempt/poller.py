@@ -13,7 +13,7 @@ from torchtrainer.preempt.wake import Wake
 FAILURES_TO_TELL = 4
 """Failures in a row after which the user is told, once."""
 SLOWEST = 12
-"""After failures the pause doubles, up to so many times the usual one (with 5 seconds: a minute)."""
+"""After failures the pause doubles, up to this many times the usual one (with 5 seconds: a minute)."""
 JITTER = 0.5
 """A pause after a failure is shortened by up to this part, so that machines that failed together do not ask together."""
 
@@ -80,7 +80,7 @@ class Poller:
         if self._failures == FAILURES_TO_TELL and not self._told and not self._stop.wait(0.0):
             self._told = True
             self._say(
-                f"{self.source.name}: failed {self._failures} times in a row ({error}); asked less often from now on"
+                f"{self.source.name}: failed {self._failures} times in a row ({error}); polling less often from now on"
             )
         factor = min(2.0**self._failures, SLOWEST)
         return self.source.interval_s * factor * (1.0 - JITTER * random.random())  # noqa: S311 - spreads load, keeps no secret

@@ -152,5 +152,5 @@ def grace_from(environ: Mapping[str, str], *, say: Callable[[str], None]) -> flo
         grace_s = math.nan
     if 0 <= grace_s < math.inf:
         return grace_s
-    say(f"{GRACE_VARIABLE}={text!r} is not a number of seconds: how long a notice leaves is not known")
+    say(f"{GRACE_VARIABLE}={text!r} is not a number of seconds: the time left after a notice is unknown")
     return None

@@ -12,7 +12,7 @@ from torchtrainer.preempt.notice import Notice, monotonic_at
 REQUEUE_TIMEOUT_S = 10.0
 """For ``scontrol requeue``."""
 NEAR_THE_LIMIT_S = 3600.0
-"""A user signal that comes earlier than this before the end of the job's time is taken for a preemption, whose time is unknown."""
+"""A user signal that comes longer than this before the end of the job's time counts as a preemption at an unknown time."""
 _LONGEST_PAUSE_S = 30.0
 """The wall clock may be set meanwhile."""
 
@@ -88,14 +88,17 @@ def requeue(environ: Mapping[str, str]) -> str | None:
     job = environ.get("SLURM_JOB_ID")
     if job is None:
         return (
-            "this is not a Slurm job (no SLURM_JOB_ID), so nothing was requeued: start the same command again to go on"
+            "this is not a Slurm job (no SLURM_JOB_ID), so nothing was requeued: start the same command again to "
+            "continue"
         )
     if "SLURM_ARRAY_JOB_ID" in environ:  # of a task, the number alone can mean the whole array
         job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ.get('SLURM_ARRAY_TASK_ID', '')}"
     reason = _scontrol_requeue(job, environ)
     if reason is None:
-        return f"Slurm job {job} is requeued and goes on when it starts again"
-    return f"Slurm job {job} was not requeued ({reason}): submit it again to go on, unless Slurm requeues it by itself"
+        return f"Slurm job {job} is requeued and resumes when it starts again"
+    return (
+        f"Slurm job {job} was not requeued ({reason}): submit it again to continue, unless Slurm requeues it by itself"
+    )
 
 
 def _scontrol_requeue(job: str, environ: Mapping[str, str]) -> str | None:
@@ -117,7 +120,7 @@ def _scontrol_requeue(job: str, environ: Mapping[str, str]) -> str | None:
     except subprocess.TimeoutExpired:
         return f"scontrol did not answer within {REQUEUE_TIMEOUT_S:.0f} s"
     except OSError as error:
-        return f"scontrol does not start: {error}"
+        return f"scontrol could not be started: {error}"
     if done.returncode == 0:
         return None
-    return " ".join(done.stderr.split()) or f"scontrol ended with status {done.returncode}"
+    return " ".join(done.stderr.split()) or f"scontrol exited with status {done.returncode}"

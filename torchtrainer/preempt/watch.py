@@ -1,4 +1,4 @@
-"""All sources of notices of one process behind one cheap question."""
+"""All sources of notices of one process behind one cheap check."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchtrainer.preempt.slurm import TimeLimitSource, job_end
 from torchtrainer.preempt.wake import Wake
 
 CLOSE_TIMEOUT_S = 3.0
-"""How long `NoticeWatch.close` waits for its threads: longer than an attempt to connect, which is all that they cannot leave."""
+"""How long `NoticeWatch.close` waits for its threads: longer than a connection attempt, the only thing that they cannot abort."""
 
 
 class NoticeWatch:

@@ -42,7 +42,7 @@ def bind(place: int, processes: int, threads: int, wanted: bool | Literal["auto"
     allowed = os.sched_getaffinity(0)
     if wanted is True and processes * threads > len(allowed):
         needed = f"{processes} processes with {threads} threads each need {processes * threads} cores"
-        return Binding(shared_by=processes, refused=f"{needed}, and {len(allowed)} are there")
+        return Binding(shared_by=processes, refused=f"{needed}, but only {len(allowed)} are available")
     nodes = [node for node in (sorted(one & allowed) for one in memory_nodes()) if node] or [sorted(allowed)]
     alike = [cores_for(one, processes, threads, nodes, own=wanted is True) for one in range(processes)]
     chosen = alike[place]
@@ -80,7 +80,7 @@ def memory_nodes(root: Path = NODES) -> list[set[int]]:
 
 
 def _cores_in(text: str) -> set[int]:
-    """What ``0-3,8`` stands for."""
+    """The cores in a list such as ``0-3,8``."""
     found: set[int] = set()
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")

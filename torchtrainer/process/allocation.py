@@ -1,4 +1,4 @@
-"""How this process keeps memory that was freed. Only with the GNU C library; elsewhere nothing changes."""
+"""Makes this process keep freed memory. Only with the GNU C library; elsewhere nothing changes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import ctypes
 import os
 
 MMAP_THRESHOLD_BYTES = 32 * 1024 * 1024
-"""Blocks from this size on are taken from the system and given back to it one by one; the largest value that the library takes."""
+"""Blocks of at least this size are allocated and freed by the system one by one; the largest value that the library takes."""
 KEPT_BYTES = 1 << 30
 """Freed memory at the end of the heap that is kept for the next block."""
 GROWTH_BYTES = 64 * 1024 * 1024
-"""By how much more than was asked for the heap grows."""
+"""Extra memory requested whenever the heap grows."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _CHOSEN_BY = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")

@@ -1,4 +1,4 @@
-"""What the control groups of this process allow it, of both kinds, and how many cores that leaves. Linux; elsewhere no limit.
+"""Limits of this process's control groups, of both versions, and the cores that they leave. Linux; elsewhere no limit.
 
 What is read below ``/proc`` and ``/sys`` is taken from a root that tests can give.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NO_LIMIT = 1 << 60
-"""The older kind of control group writes a number of this size where there is no limit."""
+"""Version 1 of control groups shows a number of this size where there is no limit."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ _INHERITED_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGCHLD", "SIGU
 
 
 class ChildSpec(TypedDict):
-    """What a worker process is started with; JSON.
+    """The specification of a worker process; JSON.
 
     Attributes:
         key: name by which the starter reports the process.

@@ -1,4 +1,4 @@
-"""Where a process crashed: the stack of the thread that did, in a file that nothing else writes to.
+"""Records where a process crashed: the stack of the crashing thread, in a file that nothing else writes to.
 
 User code may redirect or close its standard error. Of many threads Python dumps a hundred, the latest ones: so it dumps one.
 """

@@ -64,7 +64,7 @@ IMPORT_TIME_PREFIXES = (
     "UNSAFE_SKIP_",
     "VECLIB_",
 )
-"""Beginnings of the names of environment variables that torch, and what it imports, read when they are imported."""
+"""Prefixes of environment variables that torch and its imports read when they are imported."""
 MAIN_ALIAS = "__mp_main__"
 """What multiprocessing also calls the main module."""
 OWN_PACKAGE = __name__.partition(".")[0]
@@ -72,7 +72,7 @@ OWN_PACKAGE = __name__.partition(".")[0]
 
 @dataclass(frozen=True, kw_only=True)
 class Fresh:
-    """What an interpreter had before it preloaded anything.
+    """The state of an interpreter before it preloaded anything.
 
     Attributes:
         modules: names in `sys.modules`.

@@ -1,4 +1,4 @@
-"""How a process learns that another one is gone, and how it takes its own children with it."""
+"""Tells a process that another one is gone, and ends its own children with it."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def settle_signals() -> dict[int, Any]:
 
 
 def restore_signals(before: Mapping[int, Any]) -> None:
-    """Undoes `settle_signals`, but for the mask."""
+    """Undoes `settle_signals`, except for the mask."""
     for signum, handler in before.items():
         signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 

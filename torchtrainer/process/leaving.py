@@ -1,4 +1,4 @@
-"""Ending with one exit code for certain, although a launcher or torch's own end may get in between."""
+"""Ends a process with a certain exit code, even if a launcher or torch's own shutdown interferes."""
 
 from __future__ import annotations
 

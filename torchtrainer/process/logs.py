@@ -1,4 +1,4 @@
-"""Reading the logs that workers write: what is new since the last look, and the last lines."""
+"""Reads the logs that workers write: what is new since the last read, and the last lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchtrainer.process.own_files import UnsafeFileError, open_own, open_to_re
 STDERR_TAIL_BYTES = 16000
 _READ_BYTES = 1 << 16
 MAX_CHUNKS = 16
-"""How many chunks of that size are read at once, so that a flood of output holds nobody up."""
+"""Number of such chunks read at once, so that a flood of output holds nobody up."""
 
 
 class LogTail:

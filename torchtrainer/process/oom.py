@@ -1,4 +1,4 @@
-"""Whether the system has killed processes for memory, and which ones it is to kill first."""
+"""Tells whether the system killed processes for memory, and says which ones it should kill first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torchtrainer.process.cgroups import cgroup_values
 from torchtrainer.process.signals import MAY_BE_OUT_OF_MEMORY
 
 SPAWNER_MORE, WORKER_MORE = 150, 300
-"""How much more likely than others they are to be killed for memory, in thousandths of the memory that there is."""
+"""How much likelier than others they are to be killed for memory, in thousandths of the machine's memory."""
 _MOST = 1000
 
 

@@ -1,4 +1,4 @@
-"""What a process waits for that it did not start: children that were left to it when their parent ended."""
+"""Children that a process inherits when their parent ends, and has to wait for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torchtrainer.process.guard import kill_process_group, open_pidfd
 from torchtrainer.process.starters import RSS_UNIT_BYTES, ChildExited
 
 EXIT_UNKNOWN = 255
-"""In place of an exit code that only a process knew which is gone."""
+"""Stands for an exit code that only a process knew that is gone."""
 
 
 class Orphans:

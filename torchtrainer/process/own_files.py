@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 RECORD_BYTES: Final = 16 * 1024**2
-"""No record, such as ``run.json``, is longer."""
+"""Size limit of a record such as ``run.json``."""
 LINES_BYTES: Final = 512 * 1024**2
-"""No file of lines, such as ``calls.jsonl``, is longer."""
+"""Size limit of a file of lines such as ``calls.jsonl``."""
 
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 _SAFELY: Final = (
@@ -34,7 +34,7 @@ _SAFELY: Final = (
     | getattr(os, "O_BINARY", 0)
 )
 _OF_ANOTHER_KIND: Final = frozenset({errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EMLINK})
-"""How it fails to open a link, a pipe or socket, a directory as if it were a file; the error is to say that it is one."""
+"""Errors of opening a link, a pipe, a socket or a directory as a file; the message then says what it is."""
 
 
 class UnsafeFileError(OSError):
@@ -92,7 +92,7 @@ def read_own(path: Path, limit_bytes: int | None) -> bytes:
 
 
 def parse_json(content: bytes) -> Any:
-    """What a file says that was written as JSON.
+    """The contents of a JSON file.
 
     Raises:
         ValueError: it is no JSON: not UTF-8, torn, or nested deeper than anything that a run writes.
@@ -183,7 +183,7 @@ def _check(path: Path, found: os.stat_result, *, writing: bool) -> None:
         raise UnsafeFileError(f"{path} belongs to user id {found.st_uid}, not to you: remove it")
     if writing and found.st_nlink > 1:
         raise UnsafeFileError(
-            f"{path} has another name elsewhere (a hard link), where it would be changed too: put a copy in its place"
+            f"{path} has another name elsewhere (a hard link), which would show any change too: replace it by a copy"
         )
 
 

@@ -8,10 +8,10 @@ STACK_DUMP_SIGNAL: int | None = getattr(signal, "SIGRTMIN", getattr(signal, "SIG
 """Makes a worker write its stacks; a real-time signal where there are some, so that user code keeps SIGUSR1 and SIGUSR2."""
 
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
-"""By which people, terminals and schedulers say that it is over, some of them to every process there is."""
+"""Signals with which people, terminals and schedulers end programs, some of them sent to every process."""
 
 EXIT_PREEMPTED = 75
-"""Stopped with the state saved: start the same command again."""
+"""Exit code: stopped with the state saved; start the same command again."""
 MAY_BE_OUT_OF_MEMORY = -int(getattr(signal, "SIGKILL", 9))
 
 

@@ -172,7 +172,7 @@ def _preload(link: FrameSocket, modules: list[str]) -> None:
         try:
             importlib.import_module(name)
         except Exception as error:
-            link.send({"unloaded": {"text": f"preload of {name} left out: {error}"}})
+            link.send({"unloaded": {"text": f"cannot preload {name}: {error}"}})
     gc.freeze()
     report_ready(link)
 

@@ -21,7 +21,7 @@ from torchtrainer.process.oom import OomWatch
 from torchtrainer.process.signals import describe_exit
 
 RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
-"""Of the peak memory that the system tells of a process that has ended."""
+"""Unit of the peak memory that the system reports of a process that has ended."""
 PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
 
@@ -92,7 +92,7 @@ class Starter(Protocol):
         """Has later processes find these modules imported, where that is possible."""
 
     def events(self) -> list[StarterEvent]:
-        """What happened since the last call."""
+        """Events since the last call."""
 
     def close(self) -> None:
         """Ends the starter itself, not the processes it started."""
@@ -160,7 +160,7 @@ class SpawnerStarter:
             self._link.send(request)
 
     def events(self) -> list[StarterEvent]:
-        """What the spawner said since the last call."""
+        """The spawner's messages since the last call."""
         events: list[StarterEvent] = []
         for value in self._link.receive_available():
             ((kind, body),) = value.items()
@@ -288,7 +288,7 @@ class ExecStarter:
         """Nothing: a new interpreter imports for itself."""
 
     def events(self) -> list[StarterEvent]:
-        """What happened since the last call."""
+        """Events since the last call."""
         events, self._events = self._events, []
         for process in list(self._processes):
             code = process.poll()

@@ -1,4 +1,4 @@
-"""Small files that are there whole or not at all, and files of lines of which each is."""
+"""Small files that exist whole or not at all, and files of lines of which each does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from torchtrainer.process.own_files import open_own
 
 TORN_BYTES = 64 * 1024**2
-"""No line is longer, whole or torn."""
+"""Length limit of a line, whole or torn."""
 _LOOK_BYTES = 1024**2
 
 
@@ -73,7 +73,7 @@ def _remove_torn_line(file: RawIOBase) -> int:
         if found:
             break
         if size - end > TORN_BYTES:
-            raise OSError(f"the last {size - end} bytes have no end of a line, so that it is not what a run writes")
+            raise OSError(f"the last {size - end} bytes have no line end, so no run wrote them")
     if end < size:
         file.truncate(end)
     return file.seek(end)

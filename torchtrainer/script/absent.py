@@ -1,4 +1,4 @@
-"""What stands for a trainer in the workers, where user code may refer to the one that its object keeps."""
+"""The placeholder for a trainer in the workers, where user code may refer to the one that its object keeps."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class AbsentTrainer:
 
 def _refuse(name: str) -> NoReturn:
     raise OperatorUseError(
-        f"trainer.{name} was used in a worker process: the trainer stays in the script's own, and this only stands for it. "
+        f"trainer.{name} was used in a worker process: the trainer exists only in the script's own process, and this "
+        "is a placeholder. "
         "Creators, hooks and functions for apply_all_workers get what they need from their arguments, config and the operator"
     )

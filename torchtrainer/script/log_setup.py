@@ -1,4 +1,4 @@
-"""How a script has set up `logging` and `warnings`, for its workers."""
+"""Carries a script's setup of `logging` and `warnings` to its workers."""
 
 from __future__ import annotations
 

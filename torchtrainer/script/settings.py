@@ -1,4 +1,4 @@
-"""Global settings of Python, torch, numpy and PIL that a script makes at its top, and that workers are to have too."""
+"""Global settings of Python, torch, numpy and PIL that a script makes at its top and that workers share."""
 
 from __future__ import annotations
 

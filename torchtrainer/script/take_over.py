@@ -32,7 +32,7 @@ _OF_MAIN = ("__file__", "__package__", "__doc__")
 
 @dataclass(frozen=True, kw_only=True)
 class ScriptState:
-    """What a worker takes over besides the code.
+    """The state that a worker takes over besides code.
 
     Attributes:
         argv: the command line.

@@ -1,7 +1,8 @@
-"""For scripts with a training loop of their own, under any launcher: who am I, when to stop, and where to go on.
+"""For scripts with their own training loop, under any launcher: which rank this is, when to stop, and where to resume.
 
-Importing this module and asking for rank and world size do not import torch. The rest does, and needs the process group that
-the script has formed, if there are several ranks. See the page on scripts with their own loop.
+Importing this module and calling `rank` and `world_size` does not import torch. The other functions do, and with
+several ranks they need the process group that the script has formed. See the page on scripts with their own training
+loop.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from torchtrainer.session.loop import SessionLoop
 
 EXIT_PREEMPTED = 75
-"""What a script ends with that was stopped and has saved its state: start the same command again."""
+"""Exit code of a script that was stopped and has saved its state: start the same command again."""
 KEEP = 3
-"""How many checkpoints stay."""
+"""Number of checkpoints that stay."""
 
 _settings: dict[str, Any] = {
     "run_dir": None,
@@ -33,7 +34,7 @@ _settings: dict[str, Any] = {
     "may_change": (),
 }
 _loops: list[SessionLoop] = []
-"""The loop of this process, made when it is first needed."""
+"""The loop of this process, made on first use."""
 
 
 def rank() -> int:
@@ -64,22 +65,24 @@ def configure(
     resume: bool | str = "auto",
     may_change: Iterable[str] = (),
 ) -> None:
-    """Says where checkpoints go and what counts as a warning; before anything below is used, alike on all ranks.
+    """Sets where checkpoints go and what counts as a warning. Call it first, with the same arguments on all ranks.
 
     Args:
-        run_dir: directory of the run; None: ``TORCHTRAINER_RUN_DIR`` of the environment, else ``./runs/<script>``. With ranks
-            on several machines it has to be on a file system that they share.
+        run_dir: directory of the run; None: ``TORCHTRAINER_RUN_DIR`` of the environment, else ``./runs/<script>``. With
+            ranks on several machines, it must be on a file system that they share.
         keep: how many checkpoints stay.
-        preemption: where warnings come from that the machine or the job will be taken away.
-        resume: "auto": go on with a session that was cut off, if the script's arguments and settings are what they were; True: also with
-            one that has finished, and it has to be there and fit; False: start anew. A new session goes to a directory beside the old one.
-        may_change: names of arguments and settings that need not be what they were: ``epochs`` stands for ``--epochs`` and ``args.epochs``.
+        preemption: sources of warnings that the machine or the job will be taken away.
+        resume: "auto": resume an interrupted session if the script's arguments and settings are unchanged; True: also a
+            finished one, and raise if there is none that fits; False: start anew. A new session gets a directory beside
+            the old one.
+        may_change: names of arguments and settings that may differ: ``epochs`` stands for ``--epochs`` and
+            ``args.epochs``.
 
     Raises:
-        InvalidArgumentError: ``keep`` is below 1, ``resume`` is something else, or the session is in use already.
+        InvalidArgumentError: ``keep`` is below 1, ``resume`` is invalid, or the session is already in use.
     """
     if _loops:
-        raise InvalidArgumentError("session.configure comes first: the session of this script is in use already")
+        raise InvalidArgumentError("call session.configure first: the session of this script is already in use")
     if type(keep) is not int or keep < 1:
         raise InvalidArgumentError(f"keep must be a whole number of at least 1, got {keep!r}")
     if run_dir is not None and not isinstance(run_dir, str | os.PathLike):
@@ -97,15 +100,15 @@ def configure(
 
 
 def should_stop() -> bool:
-    """Whether to save and end now, because the machine or the job will be taken away. Ask once per step.
+    """Whether to save and exit now, because the machine or the job will be taken away. Call it once per step.
 
-    All ranks get True at the same step, whichever of them the warning came to; so every rank must call it the same number of times. Costs next to
-    nothing until there is a warning: no exchange between the ranks. Once True, it stays True.
+    All ranks get True at the same step, whichever of them got the warning, so every rank must call it the same number
+    of times. It costs next to nothing until there is a warning: the ranks exchange nothing. Once True, it stays True.
 
     Raises:
         EngineError: the ranks have formed no process group yet, or this is a worker of a trainer.
         RunDirectoryError: the run directory cannot be used.
-        TimeoutError: the other ranks did not ask.
+        TimeoutError: the other ranks did not call it.
     """
     return _loop().should_stop()
 
@@ -113,8 +116,8 @@ def should_stop() -> bool:
 def save_checkpoint(state: Any, step: int) -> str:
     """Saves the state of the loop after ``step`` optimizer steps, and returns when it is on disk and verified.
 
-    A collective call. Where the loaders of `loader` stand, and the random streams of this process, are saved with it. Rank 0
-    writes; what is alike on all ranks is written once.
+    A collective call. It also saves the positions of the loaders of `loader` and the random streams of this process.
+    Rank 0 writes; what is equal on all ranks is written once.
 
     Args:
         state: of this rank: tensors, numbers, text, and lists and dicts of them.
@@ -132,10 +135,10 @@ def save_checkpoint(state: Any, step: int) -> str:
 
 
 def latest_checkpoint() -> Any:
-    """The state of this rank that was saved last and verifies; None if there is none. A collective call.
+    """The newest state of this rank whose checkpoint verifies; None if there is none. A collective call.
 
-    Loaders of `loader` go to where they stood, those made later included, and so do the random streams of this process: call
-    it when the model is built, right before the loop.
+    Restores the positions of the loaders of `loader`, including those made later, and the random streams of this
+    process: call it after building the model, right before the loop.
 
     Raises:
         ResumeError: it was saved by another number of ranks with states that differ, or by a trainer.
@@ -153,9 +156,9 @@ def loader(
     even_batches: bool | str = False,
     min_batch_size: int = 1,
 ) -> SessionLoader:
-    """A loader that gives each sample once per pass over all ranks, and goes on where a resumed run stopped.
+    """A loader that gives each sample once per pass over all ranks, and continues where a resumed run stopped.
 
-    A collective call; the loaders of a script are told apart by the order in which they are made.
+    A collective call; the order in which a script makes its loaders identifies them.
 
     Args:
         loader: a ``DataLoader`` as for one rank; its ``batch_size`` is that of each rank.
@@ -165,7 +168,7 @@ def loader(
         min_batch_size: fewest samples of a rank in a short last step: 2 for models with batch-norm layers.
 
     Raises:
-        InvalidArgumentError: ``even_batches`` or ``min_batch_size`` means nothing.
+        InvalidArgumentError: ``even_batches`` or ``min_batch_size`` is invalid.
         UnshardableLoaderError: it cannot be dealt out; the message says why.
         EngineError, RunDirectoryError: as for `should_stop`.
     """
@@ -175,10 +178,10 @@ def loader(
 
 
 def finish() -> None:
-    """Says that the work of this script is done: when it is started again, it begins a new session.
+    """Marks the work of this script as done: when it is started again, it begins a new session.
 
-    A script that comes to its end without an exception need not call it; one that goes on with other things should. Every rank calls
-    it. After a stop it changes nothing: the session is resumed.
+    A script that ends without an exception need not call it; one that does other things afterwards should. Every rank
+    calls it. After a stop it changes nothing: the session will be resumed.
     """
     if _loops:
         _loops[0].finish()

@@ -1,4 +1,4 @@
-"""A loader for a script's own loop: dealt out to the ranks, and resumable in the middle of a pass."""
+"""A loader for a script with its own training loop: dealt out to the ranks, and resumable in the middle of a pass."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class SessionLoader:
 
     @property
     def weight(self) -> float:
-        """What the loss of the present batch is to be multiplied by where ranks have unequal numbers of samples.
+        """Factor for the loss of the current batch, where ranks have unequal numbers of samples.
 
         1 but for the last batch of a pass. DDP averages gradients over ranks; with it, the average is over samples. A rank for
         which no sample is left gets borrowed ones with weight 0.

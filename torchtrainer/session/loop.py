@@ -56,11 +56,11 @@ from torchtrainer.train.state import detached
 from torchtrainer.worker.checkpointer import Collected
 
 RUN_DIR = "TORCHTRAINER_RUN_DIR"
-"""Environment variable: where checkpoints of a script's own loop live, unless the script says so itself."""
+"""Environment variable: where a session keeps its checkpoints, unless the script says otherwise."""
 
 
 class SessionLoop:
-    """What a rank of a script with its own loop keeps. One per process, used by the thread that trains.
+    """The session of one rank of a script with its own training loop. One per process, used by the training thread.
 
     Args:
         run_dir: directory of the run; None: that of the environment, else ``./runs/<script>``.
@@ -69,7 +69,7 @@ class SessionLoop:
         resume, may_change: which session is resumed.
 
     Raises:
-        ResumeError: ``resume=True``, and there is nothing to go on with, or something else.
+        ResumeError: ``resume=True``, and there is nothing to continue with, or something else.
         RunDirectoryError: the directory cannot be used.
         EngineError: the ranks have formed no process group, or this is a worker of a trainer.
     """
@@ -85,8 +85,8 @@ class SessionLoop:
     ) -> None:
         if WORKER_MARK in os.environ:
             raise EngineError(
-                "torchtrainer.session saves and stops scripts with a loop of their own; this is a worker of a TorchTrainer, "
-                "which does so by itself: leave the call out"
+                "torchtrainer.session saves and stops scripts that have their own training loop; this is a worker of a "
+                "TorchTrainer, which does so by itself: remove the call"
             )
         self._collective = attached()
         self._first = self._collective.rank == 0
@@ -138,7 +138,7 @@ class SessionLoop:
         self._agreement.begin()
 
     def _open(self, root: Path, keep: int, resume: bool | str, may_change: Sequence[str]) -> dict[str, Any]:
-        """On rank 0: takes the directory, and finds what is there to go on with. JSON data."""
+        """On rank 0: takes the directory, and finds what is there to continue with. JSON data."""
         wanted = wanted_run(settings_of_script(), world_size=self._collective.world_size, may_change=may_change)
         wanted = replace(wanted, asked=root.name, script_run=_launch_of(os.environ) or wanted.script_run)
         found = find_beside(kept_below(root), wanted, notice_once)
@@ -179,7 +179,7 @@ class SessionLoop:
         if found is None or not found.must_stop:
             return
         if self._notices.urgent:
-            notice(f"{found.source} came again: left at once")
+            notice(f"{found.source} came again: leaving at once")
             raise Preempted(EXIT_TERMINATED, found.text)
         if not self._agreement.gate.stopped:
             self._agreement.wish(stop=True)
@@ -224,14 +224,12 @@ class SessionLoop:
         return ended.path
 
     def latest(self) -> Any:
-        """The state to go on from; see `torchtrainer.session.latest_checkpoint`."""
+        """The state to continue from; see `torchtrainer.session.latest_checkpoint`."""
         if self._checkpoint is None:
             return None
         checkpoint, rank = self._checkpoint, self._collective.rank
         if checkpoint.meta.get("loop") != "own":
-            raise ResumeError(
-                f"{checkpoint.path} was saved by a TorchTrainer: use a run_dir of its own for this script"
-            )
+            raise ResumeError(f"{checkpoint.path} was saved by a TorchTrainer: give this script a run_dir of its own")
         saved = read_state(checkpoint.file(STATE))
         ranks = saved["ranks"]
         self._check_ranks(ranks)
@@ -280,8 +278,9 @@ class SessionLoop:
         loader, position = self._loaders[number].of_rank, self._positions[number]
         if self._positions_ranks != self._collective.world_size and position["samples"] and not loader.any_world_size:
             raise ResumeError(
-                f"loader {number + 1} is a stream that was left in the middle of a pass, which only {self._positions_ranks} "
-                "ranks can go on with: start as many, or pass another run_dir to session.configure"
+                f"loader {number + 1} is a stream that was left in the middle of a pass, which only "
+                f"{self._positions_ranks} ranks can continue: start as many, or pass another run_dir to "
+                "session.configure"
             )
         loader.load_state_dict(dict(position))
         order = self._orders[number] if number < len(self._orders) else None

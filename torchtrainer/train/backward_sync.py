@@ -93,7 +93,7 @@ class BackwardSync(OneRank):
             self.at_boundary(reply)
 
     def at_boundary(self, reply: tuple[Any, ...] | None = None) -> None:
-        """A step is complete, or a call with its reply: a replacement would go on from here."""
+        """A step is complete, or a call with its reply: a replacement would continue from here."""
         steps = internals(self._operator).steps
         self._follow_changes()
         self._boundary = self.exchange.number
@@ -133,7 +133,7 @@ class BackwardSync(OneRank):
     unlike = ""
 
     def why_not_shared(self, ranks: Sequence[int]) -> str:
-        """Why these ranks cannot go on from the state of this process; empty if they can.
+        """Why these ranks cannot continue from the state of this process; empty if they can.
 
         Their records are of step boundaries. A rank that was lost after it had given its gradients, and before the boundary, has
         none for what comes next; and this process must not have updated anything since its own boundary.
@@ -233,7 +233,7 @@ class BackwardSync(OneRank):
             self.exchange.begin(self.updates.tag())
 
     def _on_backward_end(self, touched: Mapping[int, int]) -> None:
-        """Exchanges the gradients of what a backward pass went through, but for models under ``no_sync``."""
+        """Exchanges the gradients of what a backward pass went through, except for models under ``no_sync``."""
         self._follow_changes()
         models = self._models()
         kept_back = {unit for unit in touched if unit in models and not _syncs(models[unit])}

@@ -14,7 +14,7 @@ from torchtrainer.comm.wrapping import unwrap
 from torchtrainer.errors import InvalidArgumentTypeError
 
 TARGET_KEYS = ("target", "targets", "label", "labels", "y")
-"""Where the built-in step looks for the target in a batch that is a dict, in this order."""
+"""Keys under which the built-in step looks for the target in a batch that is a dict, in this order."""
 
 ANY_NAME = "**"
 """Among the names of what a model takes: it takes others, too."""

@@ -87,8 +87,8 @@ def check_accumulation(operator: TrainingOperator) -> None:
     ]
     if batches > 1 and own:
         raise InvalidArgumentError(
-            f"accumulate={batches} is done by the built-in step, and {kind.__name__} has its own {own[0]}: call the optimizer "
-            f"there after every {batches} batches, and leave accumulate at 1"
+            f"accumulate={batches} is done by the built-in step, and {kind.__name__} has its own {own[0]}: step the "
+            f"optimizer there after every {batches} batches, and leave accumulate at 1"
         )
 
 
@@ -125,6 +125,6 @@ def check_samples(operator: TrainingOperator) -> None:
     ranks, train = operator.world_size, internals(operator).loaders.get("train")
     if train is not None and train.samples_per_pass is not None and 0 < train.samples_per_pass < ranks:
         raise InvalidArgumentError(
-            f"the train loader has {train.samples_per_pass} samples for num_workers={ranks} ranks, so that some would "
+            f"the train loader has {train.samples_per_pass} samples for num_workers={ranks} ranks, so some ranks would "
             f"never train: use num_workers={train.samples_per_pass} or fewer, or more data"
         )

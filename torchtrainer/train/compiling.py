@@ -1,4 +1,4 @@
-"""Compiles models with ``torch.compile``, so that what cannot be compiled runs as it is, and results do not depend on the past."""
+"""Compiles models with ``torch.compile``: the rest runs as it is, and results do not depend on the past."""
 
 from __future__ import annotations
 

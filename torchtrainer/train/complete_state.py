@@ -1,4 +1,4 @@
-"""Everything that a rank would need to go on with the very bits it would have had: taken at a step boundary, and put back.
+"""Everything that a rank needs to continue with the same bits: captured at a step boundary, and restored.
 
 A complete state has two parts. ``shared`` is the trainer's state dict, alike on all ranks. ``rank`` is what only this rank has:
 its random streams, the place of its loaders, the means of the pass in progress, module modes, and whatever state the ranks do
@@ -29,7 +29,7 @@ OWN_LOOP_HOOKS = ("train_epoch", "train_batch")
 
 
 def shared_state(operator: TrainingOperator) -> dict[str, Any]:
-    """The state that is alike on all ranks, as the trainer's state dict; its tensors are those of the training.
+    """The state that is the same on all ranks, as the trainer's state dict; its tensors are those of the training.
 
     With it go the orders of running passes that samplers of the user's have drawn.
     """
@@ -150,8 +150,8 @@ def put_loaders_back(operator: TrainingOperator, mine: Mapping[str, Any], *, sam
             continue
         if not same_ranks and position["samples"] and not loader.any_world_size:
             raise InvalidArgumentError(
-                f"the {name} loader is a stream that was left in the middle of a pass, which only the same number of ranks "
-                "can go on with: use the same num_workers, or resume=False to start anew"
+                f"the {name} loader is a stream that was left in the middle of a pass, which only the same number of "
+                "ranks can continue: use the same num_workers, or resume=False to start anew"
             )
         loader.load_state_dict(position)
 

@@ -48,7 +48,7 @@ _RETIRED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """What an operator registered.
+    """The parts that an operator registered.
 
     Attributes:
         raw_models: the user's modules: state is taken from and loaded into these.
@@ -123,7 +123,7 @@ class Internals:
 
 
 def internals(operator: TrainingOperator) -> Internals:
-    """What the operator keeps for us."""
+    """The library's own part of an operator."""
     return operator._internals  # the one place: users see none of it among their own attributes
 
 
@@ -175,7 +175,7 @@ def check_models(value: Any, who: str) -> list[nn.Module]:
         if lazy:
             raise InvalidArgumentError(
                 f"{who} must have parameters with shapes, but {some(lazy)} of {type(model).__name__} are of lazy modules and have "
-                "none yet. Call the model once on an example of a batch where it is made, before the optimizer is: "
+                "none yet. Call the model once on an example batch where you make it, before you make the optimizer: "
                 "model(torch.zeros(2, ...))"
             )
     return found
@@ -225,7 +225,7 @@ def place(
     context: OperatorContext,
     stock: bool,
 ) -> Components:
-    """Checks everything, then puts it on the device, compiles and wraps it. Every rank calls this alike.
+    """Checks everything, then puts it on the device, compiles and wraps it. A collective call, made by every rank.
 
     Optimizers keep working: moving a module keeps its parameters the same objects. ``stock``: only the built-in step handles
     gradients, which may then lie in the memory that is exchanged.
@@ -278,7 +278,7 @@ def _placed(model: nn.Module, context: OperatorContext, *, compiled: bool) -> bo
 
 
 def _wrapped(plain: Components, ddp_args: dict[str, Any], context: OperatorContext) -> Components:
-    """The same with its models wrapped, but for those that the user has wrapped."""
+    """The same with its models wrapped, except for those that the user has wrapped."""
     wanted = context.collective.world_size > 1 and context.settings.wrap_ddp
     ours = [wanted and (ddp_of(given) is None or isinstance(given, Exchanging)) for given in plain.models]
     if wanted and context.settings.strategy == "fsdp":

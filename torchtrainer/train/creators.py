@@ -47,7 +47,7 @@ class Creators:
 
 @dataclass(frozen=True, kw_only=True)
 class Created:
-    """What the creators returned, in the shapes in which they returned it."""
+    """The results of the creators, in the shapes in which they returned them."""
 
     models: Any
     optimizers: Any

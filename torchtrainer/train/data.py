@@ -158,7 +158,7 @@ class RankLoader:
 
         Returns:
             None if the running pass turns out to have ended, or the new one is empty. Right after a last batch that is
-            known as such (always, but for streams that were resumed at their very end) no pass is running any more.
+            known as such (always, except for streams that were resumed at their very end) no pass is running any more.
 
         Raises:
             UnshardableLoaderError: the sampler gives the ranks different orders, a loader that can be iterated only
@@ -249,14 +249,14 @@ class RankLoader:
         """
         passes, samples, batches = (int(state.get(key, 0)) for key in ("passes_started", "samples", "batches"))
         if min(passes, samples, batches) < 0 or (samples > 0 and passes == 0):
-            raise InvalidArgumentError(f"the state of the {self._name} loader makes no sense: {dict(state)!r}")
+            raise InvalidArgumentError(f"the state of the {self._name} loader is invalid: {dict(state)!r}")
         self.give_up()
         self.passes_started = passes
         self._resume = {"samples": samples, "batches": batches} if samples or batches else None
         self._order = int(state.get("order", 0))
 
     def close(self) -> None:
-        """Ends loader workers. The loader may be used again; a running pass goes on where it was."""
+        """Ends loader workers. The loader may be used again; a running pass continues where it was."""
         if self._pass is not None:
             self._resume = {"samples": self._pass.samples, "batches": self._pass.batches}
             self._pass = None

@@ -1,4 +1,4 @@
-"""The orders that a sampler of the user's gives, pass by pass: drawn alike in every process, whatever the sampler remembers.
+"""The orders that the user's sampler gives, pass by pass: the same in every process, whatever the sampler remembers.
 
 Samplers keep all kinds of state: generators of their own, counts of epochs, lists that they shuffle in place. The order of pass
 ``e`` is what a sampler gives when it is drawn from for the ``e + 1``-th time, with all generators seeded by ``(seed, e)``. So a

@@ -27,7 +27,7 @@ AS_THEY_ARE = "pass add_dist_sampler=False if every rank's loader already reads 
 
 
 class Agreement(Protocol):
-    """What loading needs of the other ranks; every rank makes the same calls in the same order."""
+    """Agreement between ranks while loading; every rank makes the same calls in the same order."""
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
@@ -40,7 +40,7 @@ class Agreement(Protocol):
 
 @dataclass(frozen=True)
 class LoaderFacts:
-    """What the ranks compare of their loaders, as JSON data.
+    """Facts about a loader that the ranks compare, as JSON data.
 
     Attributes:
         name: what the loader is for.
@@ -224,8 +224,8 @@ def check_undivided(facts: LoaderFacts, sampler: str, samples: int, names: Seque
     if ranks and (facts.samples is None or samples < facts.samples):
         raise UnshardableLoaderError(
             f"the {facts.name} loader's sampler {sampler} gives {samples} samples of a data set of {facts.samples}, and "
-            f"{ranks[0]} is the number of the rank: it divides the data set itself, and to deal out its part would lose the "
-            f"rest; use a sampler that gives all, for every rank alike; or {AS_THEY_ARE}"
+            f"{ranks[0]} is the number of the rank: it divides the data set itself, and dealing out its part would "
+            f"lose the rest; use a sampler that gives every rank all samples; or {AS_THEY_ARE}"
         )
 
 
@@ -247,9 +247,10 @@ def check_streams(name: str, firsts: Sequence[Sequence[int] | None]) -> None:
         if len(found) > 1:
             ranks = " and ".join(str(one) for one in sorted(found.values()))
             raise UnshardableLoaderError(
-                f"the {name} loader's data set gives ranks {ranks} different streams (their first elements differ), so to take "
-                "every so many-th element of each would lose samples: a stream that divides itself by rank, or shuffles by "
-                f"random numbers of its own, is not to be dealt out; let all ranks iterate the same; or {AS_THEY_ARE}"
+                f"the {name} loader's data set gives ranks {ranks} different streams (their first elements differ), so "
+                "dividing them once more would lose samples: a stream that divides itself by rank, or shuffles by "
+                "random numbers of its own, cannot be dealt out; let all ranks iterate over the same stream; or "
+                f"{AS_THEY_ARE}"
             )
 
 

@@ -1,4 +1,4 @@
-"""The random generators of a loader and its samplers: found wherever they are kept, seeded for a draw, and put back."""
+"""The random generators of a loader and its samplers: found wherever they are, seeded for a draw, and restored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 MOST_PARTS = 100_000
-"""Objects of a sampler that are looked at."""
+"""Maximum number of a sampler's objects that are examined."""
 _MARSHAL_WITHOUT_REFERENCES = 2
 """Later formats depend on who else refers to an object."""
 _WORD = 2**32
@@ -69,7 +69,7 @@ def generator_states(loader: Any) -> list[tuple[Any, Any]]:
 
 
 def put_generator_states(states: Sequence[tuple[Any, Any]]) -> None:
-    """Makes generators go on from what `generator_states` found."""
+    """Makes generators continue from what `generator_states` found."""
     for one, state in states:
         _put_state(one, state)
 

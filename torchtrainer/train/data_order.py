@@ -28,7 +28,7 @@ class Dealing:
         batch_shares: parts of the batch size of all ranks, by rank, where one process has the loaders of all: a loader with
             this rank's part stands for loaders with theirs.
         even: what is done so that all ranks have as many samples in each step.
-        smallest: gives the fewest samples of a rank in a step; asked when a pass starts, and alike on all ranks.
+        smallest: gives the fewest samples of a rank in a step; asked when a pass starts, and the same on all ranks.
     """
 
     shard: bool = True

@@ -17,7 +17,7 @@ _END: Any = object()
 
 @dataclass(frozen=True, slots=True)
 class RankBatch:
-    """What a rank gets in one step.
+    """A rank's data of one step.
 
     Attributes:
         data: the batch, as the loader's ``collate_fn`` made it; None in a validation step without samples for this rank. In a
@@ -192,7 +192,7 @@ class StreamPass:
         if data is _END:
             raise UnshardableLoaderError(
                 f"the {self._name} loader ended after {self.batches} batches, but its len() promised {self.count}, on "
-                f"which all ranks rely; let len() tell the truth, or leave __len__ out"
+                f"which all ranks rely; return the right number from __len__, or remove it"
             )
         self.ended = self.batches + 1 == self.count
         return self._weighed(data)

@@ -153,7 +153,7 @@ class WorkerReader:
         self._asked.requests = requests
 
     def take(self, number: int, share: Share) -> Any:
-        """The batch with a number. After an error the workers are started anew at the batch that is asked for.
+        """The batch with a number. After an error the workers are restarted at the batch that is asked for.
 
         Raises:
             WorkerDiedError: too many workers in a row died.

@@ -214,7 +214,7 @@ def isolated(streams: OwnStreams, start: Callable[[], Iterator[Any]], on_empty: 
     """The elements of an iterator, each of them drawn under random streams apart from the training's.
 
     Args:
-        streams: go on from element to element.
+        streams: continue from element to element.
         start: gives the iterator; called under the streams too.
         on_empty: called if there is no element at all.
     """

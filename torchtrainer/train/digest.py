@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 MAX_DEPTH = 8
-"""How deep containers and objects are looked into."""
+"""Depth to which containers and objects are examined."""
 SAMPLED_FROM_ELEMENTS, SAMPLE_EVERY = 64 * 1024, 61
 """Where a sample is enough: of larger tensors every 61st element; a prime, so that all columns are hit."""
 

@@ -1,4 +1,4 @@
-"""Whether the processes of a run have equal parameters: they have to, as each makes the same update to its own."""
+"""Checks that the processes of a run have equal parameters, because each makes the same update to its own."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def held(operator: TrainingOperator) -> Iterator[tuple[str, Any]]:
 
 
 def _whole_parameters(operator: TrainingOperator) -> list[nn.Parameter]:
-    """The known parameters but for those of FSDP, which have no memory between two steps."""
+    """The known parameters except for those of FSDP, which have no memory between two steps."""
     components = internals(operator).components
     known = list(known_parameters(operator))
     if components is None or not components.sharding.in_step:
@@ -72,7 +72,7 @@ def _whole_parameters(operator: TrainingOperator) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def checksums(operator: TrainingOperator, *, sampled: bool) -> list[int]:
-    """One number for each thing `held` that differs, but for rare accidents, if any of its bits does.
+    """One number for each thing `held` that differs, except for rare accidents, if any of its bits does.
 
     Args:
         operator: of this process.
@@ -271,10 +271,10 @@ def _difference(operator: TrainingOperator, mine: list[int], theirs: list[int], 
 
 
 def unequal(operator: TrainingOperator, name: str, rank: int) -> str:
-    """What to tell the user of something that a rank does not hold as this one does."""
+    """The message about a value that differs between a rank and this one."""
     here = internals(operator).context.collective.rank
     return (
-        f"the ranks have different models: {name} of rank {here} is not that of rank {rank}, seen in step "
+        f"the ranks have different models: ranks {here} and {rank} differ in {name} in step "
         f"{operator.global_step}. All ranks train one model, so change it on all of them alike (in apply_all_operators, for "
         "instance), or load one state by load_state_dict"
     )

@@ -1,4 +1,4 @@
-"""The state of an operator's own, which its ``state_dict`` returns, told apart: what all ranks share, and what each rank has.
+"""An operator's own state, which its ``state_dict`` returns, divided into what all ranks share and what each has.
 
 The rule is when an entry changes. What changes in the update of a step, from the exchange of gradients to `after_step`, belongs to
 all ranks, as the parameters do: every process makes the update once, however many ranks it carries. Such are averages of the
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
 
 SHARED_EXTRAS = "shared_extras"
-"""Where `Extras.shared` is in the state that a worker shares with one that joins."""
+"""Key of `Extras.shared` in the state that a worker sends to one that joins."""
 Path = tuple[Any, ...]
 """Keys that lead to an entry."""
 Entries = dict[Path, Any]
@@ -131,8 +131,9 @@ class Extras:
         )
         if context.say is not None:
             context.say(
-                f"{self.unlike}: nobody else could go on with it, so that a lost worker means a restart from the newest checkpoint. "
-                "Make it from what is alike on all ranks, or change it in the forward pass or the loss"
+                f"{self.unlike}: no other rank could continue with it, so a lost worker means a restart from the "
+                "newest checkpoint. Make it from values that are equal on all ranks, or change it in the forward pass "
+                "or the loss"
             )
 
     def _live(self) -> Iterator[tuple[Path, Any]]:

@@ -1,4 +1,4 @@
-"""How a batch is read: in this process or in loader workers, always under random streams that belong to the batch.
+"""Reads a batch, in this process or in loader workers, always under random streams that belong to the batch.
 
 User code that makes a batch (``dataset[i]`` or ``__getitems__``, then ``collate_fn``) runs under python's, numpy's and
 torch's CPU generators seeded for this batch. So augmentation depends neither on how many loader workers there are nor
@@ -46,7 +46,7 @@ class HostStreams(NamedTuple):
         return cls(random.getstate(), state, torch.default_generator.get_state())
 
     def put_back(self) -> None:
-        """Makes the generators go on from this state."""
+        """Makes the generators continue from this state."""
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
@@ -78,7 +78,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class OwnStreams:
-    """Random streams that go on from block to block, apart from those of the training.
+    """Random streams that continue from block to block, apart from those of the training.
 
     Args:
         seed: where they start.

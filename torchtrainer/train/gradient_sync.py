@@ -1,4 +1,4 @@
-"""How the ranks of a process come by the gradients of all ranks: what the executor asks of it, and the way that does nothing."""
+"""How the ranks of a process get the gradients of all ranks: the executor's interface, and one that does nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class GradientSync(Protocol):
         step: makes a step of all ranks here, which the executor's loop calls; None: the operator's own hooks make the steps.
         clocked: gradients are exchanged inside backward, by what does not measure it.
         averages_over: how many ranks backward averages over, so that uneven shares are weighed before it; 1: none.
-        call: number of the call that is running, or was the latest; alike in all processes.
+        call: number of the call that is running, or was the latest; the same in all processes.
         epoch_idx: of the running pass hook.
     """
 
@@ -59,7 +59,7 @@ class GradientSync(Protocol):
         """A call of ``train`` begins.
 
         Args:
-            anew: it goes on with no call that was interrupted.
+            anew: it continues with no call that was interrupted.
             new_pass: it begins a new pass.
         """
 
@@ -108,7 +108,7 @@ class RecoverableSync(GradientSync, Protocol):
         """Why nobody could take a rank over, as it has turned out; empty: nothing."""
 
     def why_not_shared(self, ranks: Sequence[int]) -> str:
-        """Why these ranks cannot go on from the state of this process; empty if they can."""
+        """Why these ranks cannot continue from the state of this process; empty if they can."""
 
     def shared_state(self) -> dict[str, Any]:
         """What a process that joins needs beside the operator's state."""
@@ -117,7 +117,7 @@ class RecoverableSync(GradientSync, Protocol):
         """Where this process stands, as plain data for one that joins."""
 
     def join(self, shared: Mapping[str, Any], ranks: Sequence[int], at: Mapping[str, Any]) -> Resumed | None:
-        """Takes ranks over with a state that another process shared; returns the interrupted call that goes on here.
+        """Takes ranks over with a state that another process shared; returns the interrupted call that continues here.
 
         Args:
             shared: the state.

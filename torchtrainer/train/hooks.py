@@ -1,4 +1,4 @@
-"""Calling the user's hooks, whose signatures differ: each gets of what is offered what it takes."""
+"""Calls the user's hooks, whose signatures differ: each gets the arguments that it takes."""
 
 from __future__ import annotations
 

@@ -24,9 +24,9 @@ from torchtrainer.process.oom import OomWatch
 from torchtrainer.process.signals import MAY_BE_OUT_OF_MEMORY
 
 SETTLE_S = 1.0
-"""How long a process whose connection broke gets to be seen dead: its files are closed a moment before it is gone."""
+"""How long to wait for the end of a process whose connection broke: its files are closed a moment before it is gone."""
 GONE_S = 5.0
-"""How long processes that were killed are waited for."""
+"""How long to wait for processes that were killed."""
 
 
 class LoaderDiedError(RuntimeError):

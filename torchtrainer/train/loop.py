@@ -34,7 +34,7 @@ _COMPARED_EARLY = (1, 4, 16)
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """How far a call goes.
+    """The extent of a call: how far it goes.
 
     Attributes:
         num_steps: batches per rank; None: to the end of the pass.
@@ -70,19 +70,19 @@ class StepIterator:
         missing: what to say then.
         extent: how far the call goes; a pass that it gives up was given up before.
         progress: where the position is shown.
-        gate: asked at every step boundary whether to go on.
+        gate: asked at every step boundary whether to continue.
         timers: measures the wait for data.
         share: weighs the gradients of steps with unequal shares; None: a validation, in which no steps are counted.
         on_step: called when a training step is complete.
         keeper: saves the state at boundaries; None: nobody does.
-        resumed: where the call that this one goes on with was interrupted.
+        resumed: where the call that this one continues with was interrupted.
 
     Attributes:
         batches: steps that were completed in this call, those of a validation without samples for this rank included.
         samples: samples of this rank in them; a borrowed batch has none.
         passes_completed: passes that ended in this call.
         passes_scheduled: those of them after which the schedulers were stepped.
-        first_batch: number of the first batch that is still to come, where an interrupted call goes on.
+        first_batch: number of the first batch that is still to come, where an interrupted call continues.
         current: the batch being worked on.
         uneven: watches the collectives of the user's; None: nobody does.
     """
@@ -272,7 +272,7 @@ class StepIterator:
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed:
-    """An interrupted call that a `StepIterator` goes on with.
+    """An interrupted call that a `StepIterator` continues with.
 
     Attributes:
         steps: where it stood, from `StepIterator.state_dict`.

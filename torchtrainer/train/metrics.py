@@ -17,7 +17,7 @@ from torchtrainer.errors import InvalidArgumentTypeError
 LAST = "last_"
 _NUMBERS = (int, float, complex)  # a tuple, which isinstance goes through faster than a union
 SINGLE_BYTES = 4
-"""Size of a number of single precision."""
+"""Size of a single-precision number."""
 SHOWN_RANKS = 4
 SHOWN_CHARACTERS = 80
 """How much an error shows: of how many ranks, and of each one's value."""
@@ -30,7 +30,7 @@ def weight_key(name: str) -> str:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What one rank's ``train`` or ``validate`` call came to.
+    """The result of one rank's ``train`` or ``validate`` call.
 
     Attributes:
         metrics: what the hook returned; a dict also holds ``num_samples``, ``batch_count``, ``epoch`` (training) and
@@ -256,7 +256,7 @@ def reduce_results(results: Sequence[PassResult]) -> dict[str, Any]:
 
     ``num_samples`` is the sum, ``epoch`` and ``batch_count`` are whole numbers, numbers in ``profile`` are means over the ranks,
     every other number or array is the mean over the ranks that have it, weighted by the samples behind it there. A NaN on any
-    of them shows. Anything else has to be alike on all ranks that have it.
+    of them shows. Anything else has to be the same on all ranks that have it.
 
     Args:
         results: one per rank, in rank order; each with a dict of metrics.
@@ -331,8 +331,8 @@ def _no_mean(name: str, by_rank: Mapping[int, Any]) -> str:
         shown.append(f"rank {rank} {text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + ' ...'}")
     return (
         f"the metric {name!r} differs between the ranks and has no mean over them: {'; '.join(shown[:SHOWN_RANKS])}. Return a "
-        "number, an array of the same shape on all ranks, or something that is alike on all of them; or pass "
-        "reduce_results=False, which gives what each rank returned"
+        "number, an array of the same shape on all ranks, or a value that is equal on all of them; or pass "
+        "reduce_results=False to get what each rank returned"
     )
 
 

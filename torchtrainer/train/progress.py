@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 _STEP = struct.Struct("<q")
 LATEST_STEPS = 100
-"""How many steps count as the latest ones."""
+"""Number of steps that count as the latest ones."""
 ENOUGH_STEPS = 10
-"""How many are needed to tell how long a step takes."""
+"""Number of steps needed to tell how long one takes."""
 
 
 class Progress:
@@ -158,7 +158,7 @@ class StepMark:
 
 
 class StepGate(Protocol):
-    """Asked at every step boundary whether the pass goes on; the way in which a pass is stopped from outside."""
+    """Asked at every step boundary whether the pass continues; the way in which a pass is stopped from outside."""
 
     def stop_requested(self, boundary: int) -> bool:
         """Says whether to stop here.
@@ -179,7 +179,7 @@ class StateSaver(Protocol):
         """Whether the state is to be saved here, because of the number of steps."""
 
     def save(self, *, must: bool) -> None:
-        """Saves it; training goes on when the state is copied.
+        """Saves it; training continues when the state is copied.
 
         Args:
             must: also if an earlier state is still being written; else this one is left out then.

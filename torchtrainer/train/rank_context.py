@@ -29,7 +29,7 @@ def nothing() -> None:
 
 @dataclass(kw_only=True)
 class RankContext:
-    """What only one rank has.
+    """State that only one rank has.
 
     Attributes:
         rank: whose it is.
@@ -156,7 +156,7 @@ def bound_reason(operator: TrainingOperator) -> str:
             return f"{type(optimizer).__name__} evaluates the loss several times in a step"
     for name, loader in inside.loaders.items():
         if not loader.any_world_size:
-            return f"the {name} loader is a stream, or used as it is: only its own rank can go on with it"
+            return f"the {name} loader is a stream, or used as it is: only its own rank can continue it"
     for model in inside.components.raw_models if inside.components else []:
         for part in model.modules():
             if isinstance(part, nn.SyncBatchNorm):

@@ -1,4 +1,4 @@
-"""What is done when a process of a loader dies: its batches are fetched again by new processes, a limited number of times."""
+"""Reacts to the death of a loader process: new processes fetch its batches again, a limited number of times."""
 
 from __future__ import annotations
 

@@ -77,12 +77,12 @@ def is_even_split(sizes: Sequence[int]) -> bool:
 
 
 Even = Literal["", "drop", "repeat"]
-"""What is done so that all ranks have as many samples in each step: nothing, leave samples out, or give some twice."""
+"""How ranks get equal numbers of samples in each step: not at all, by leaving samples out, or by giving some twice."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank reads in one step.
+    """The samples that one rank reads in one step.
 
     Attributes:
         position: samples of the epoch before this step, over all ranks.

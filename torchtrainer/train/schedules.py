@@ -86,7 +86,8 @@ class SchedulerSteps:
     def _step(self, scheduler: Any) -> None:
         if isinstance(scheduler, ReduceLROnPlateau):
             raise InvalidArgumentTypeError(
-                f"ReduceLROnPlateau steps by a metric, which scheduler_step_freq={self._frequency!r} does not have; use "
+                f"ReduceLROnPlateau steps by a metric, which scheduler_step_freq={self._frequency!r} does not provide; "
+                "use "
                 f'scheduler_step_freq="manual" and call update_scheduler(metric) on the trainer'
             )
         scheduler.step()

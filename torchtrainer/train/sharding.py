@@ -37,7 +37,7 @@ class Unsharded:
         """This rank's part of a whole tensor.
 
         Args:
-            tensor: whole, and alike on all ranks.
+            tensor: whole, and the same on all ranks.
             parameter: of the model; what fits it is divided as it is.
         """
         return tensor

@@ -274,7 +274,7 @@ class SharedStep:
         return self._extras.unlike
 
     def why_not_shared(self, ranks: Sequence[int]) -> str:
-        """Why ranks cannot go on from the state of this process; empty if they can."""
+        """Why ranks cannot continue from the state of this process; empty if they can."""
         return self._extras.unlike
 
     def shared_state(self) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def restore_weights(operator: TrainingOperator, weights: Sequence[Mapping[str, A
     _load_models(components, [mine for mine, _ in found])
     others, say = [name for _, names in found for name in names], internals(operator).context.say
     if others and say is not None:
-        say(f"the weights of {some(others)} are not of the model, and were left out")
+        say(f"the weights of {some(others)} do not belong to the model and were left out")
 
 
 def shape_buffers(model: nn.Module, state: Mapping[str, Any]) -> None:

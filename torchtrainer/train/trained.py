@@ -1,4 +1,4 @@
-"""Which parameters the ranks average the gradients of: all that the optimizers update, and all that is trained in what is registered.
+"""The parameters whose gradients the ranks average: all that the optimizers update, and all trained registered ones.
 
 They are looked up anew at every step boundary, since layers are unfrozen, added, and given to optimizers while a run is going on.
 """
@@ -22,7 +22,7 @@ LOOSE = -1
 
 
 class TrainedParameters:
-    """The parameters that were trained at some time, in an order that is alike on all ranks.
+    """The parameters that were trained at some time, in an order that is the same on all ranks.
 
     A parameter stays among them when it is frozen again: what alternates between two models freezes one of them in every step.
 
@@ -83,8 +83,9 @@ class TrainedParameters:
         known = list(known_parameters(self._operator))
         if len(known) != len(state[0]):
             raise OperatorUseError(
-                f"the other ranks train a model of {len(state[0])} parameters, and this process built one of {len(known)}: what "
-                "was added while the run was going on is not made by setup or the creators, so that no process can take it over"
+                f"the other ranks train a model of {len(state[0])} parameters, and this process built one of "
+                f"{len(known)}: neither setup nor the creators make what was added during the run, so no process can "
+                "take it over"
             )
         for parameter, trained, ever in zip(known, *state, strict=True):
             if parameter.requires_grad != trained:
@@ -124,7 +125,7 @@ class TrainedParameters:
 
 
 def known_parameters(operator: TrainingOperator) -> Iterator[nn.Parameter]:
-    """Every parameter of the optimizers, the models and the criterion, once, trained or not, alike on all ranks."""
+    """Every parameter of the optimizers, the models and the criterion, once, trained or not, the same on all ranks."""
     seen: set[int] = set()
     for one in _all_parameters(operator):
         if id(one) not in seen and isinstance(one, torch.Tensor):

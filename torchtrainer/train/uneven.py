@@ -1,4 +1,4 @@
-"""Steps in which the ranks have unequal numbers of samples: how gradients are weighed, and what the user's collectives meet."""
+"""Steps with unequal numbers of samples on the ranks: weights of gradients, and errors of the user's collectives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sees to it that every update of an optimizer follows an exchange of gradients in which all ranks took part alike.
+"""Ensures that every update of an optimizer follows an exchange of gradients in which all ranks took part.
 
 Ranks whose updates differ train different models, and nothing else tells: losses look well, and checkpoints hold one of them.
 So exchanges and updates are counted, and the counts go along with every exchange. In the thread that trains.
@@ -38,7 +38,7 @@ class Updates:
 
     Attributes:
         trained: as given.
-        count: updates so far; alike on all ranks.
+        count: updates so far; the same on all ranks.
         kept_back: units whose latest gradients were computed under ``no_sync``.
         training: a ``train`` call is running: updates are counted.
         call: number of the ``train`` call that is running, or was the latest.
@@ -89,7 +89,7 @@ class Updates:
 
     @property
     def place(self) -> int:
-        """Grows with every step and call, alike on all ranks."""
+        """Grows with every step and call, the same on all ranks."""
         return (2 * self.call + (not self.training)) << 40 | self._operator.global_step
 
     def follow_changes(self, *, begins: bool = False) -> bool:
@@ -105,7 +105,7 @@ class Updates:
         return changed
 
     def tag(self) -> array[int]:
-        """What has to be alike on all ranks in an exchange."""
+        """What has to be the same on all ranks in an exchange."""
         step, layout = self._operator.global_step, self._exchange.layout
         return exchange_tag(step=step, updates=self.count, layout=layout, sums=self._sums)
 
@@ -164,7 +164,7 @@ class Updates:
         self.kept_back.difference_update(units)
 
     def _explained(self, error: UnequalExchangeError) -> OperatorUseError:
-        """What to tell the user of a rank that did not take part in an exchange as this one does."""
+        """The message about a rank that took part in an exchange differently from this one."""
         step, rank = self._operator.global_step, internals(self._operator).context.collective.rank
         names = self.trained.names(list(range(len(self.trained.parameters))))
         of_what = _few(names)

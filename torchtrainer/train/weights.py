@@ -14,7 +14,7 @@ import torch
 from torchtrainer.errors import InvalidArgumentError
 
 WEIGHTS = "weights"
-"""Key of a state that holds the weights of models alone: a list, by model."""
+"""Key of a state that holds only the weights of models: a list, by model."""
 KEYS_OF_WEIGHTS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module")
 """Where checkpoints of other tools keep a model's weights, in this order; ``state_dict`` is Lightning's."""
 WRAPPERS = ("module.", "_orig_mod.")
@@ -55,8 +55,10 @@ def _reason(file: Path, error: Exception) -> str:
             "containers of them), and load that file. What you read from a file of your own goes to load_state_dict"
         )
     if file.suffix == ".safetensors":
-        return "it is no file of torch.save: pass what safetensors.torch.load_file(path) returns to load_state_dict"
-    return f"it is no file of tensors that torch.save wrote, or it is damaged ({_first_words(error)})"
+        return (
+            "it was not written by torch.save: pass what safetensors.torch.load_file(path) returns to load_state_dict"
+        )
+    return f"it is not a file of tensors written by torch.save, or it is damaged ({_first_words(error)})"
 
 
 def _first_words(error: Exception) -> str:
@@ -89,7 +91,8 @@ def as_state(given: Any, what: str) -> dict[str, Any]:
         else f"{type(given).__module__}.{type(given).__qualname__}"
     )
     raise InvalidArgumentError(
-        f"{what} {shown}, which is no state: load and load_state_dict take what state_dict() of a trainer returned, the "
+        f"{what} {shown}, which is not a state: load and load_state_dict take what state_dict() of a trainer returned, "
+        "the "
         "state_dict() of a model, or a dict that has one under "
         f"{', '.join(KEYS_OF_WEIGHTS)}. For other forms pass the weights themselves: load_state_dict(checkpoint[...])"
     )

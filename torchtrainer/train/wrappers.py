@@ -1,4 +1,4 @@
-"""What torch's wrappers around an operator's models exchange, and whether a backward pass really went through them."""
+"""Tracks what torch's wrappers around the models exchange, and whether a backward pass really went through them."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class Wrappers:
         if unit not in self._called:
             raise OperatorUseError(
                 f"{where}, the gradients of {members[0][0]} and {len(members) - 1} more come from a model that was not called "
-                f"through what register returned, so that the ranks do not exchange them: call self.model(...) itself, and put "
-                "what else the loss needs into its forward"
+                "through what register returned, so that the ranks do not exchange them: call self.model(...) itself, "
+                "and compute what else the loss needs in its forward"
             )
         if count < len(members) and not (wrapper.find_unused_parameters or wrapper.static_graph):
             unused = next((name for name, one in members if one.grad is None), members[0][0])

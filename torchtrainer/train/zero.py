@@ -20,7 +20,7 @@ class ShardedOptimizers(Unsharded):
     """The optimizers' states are divided between the ranks, each as `OptimizerShare` has it.
 
     Args:
-        optimizers: the user's; they stay the same objects, and hold all parameters but for the moment of their step.
+        optimizers: the user's; they stay the same objects, and hold all parameters except for the moment of their step.
         collective: the ranks.
 
     Raises:
@@ -89,7 +89,7 @@ class OptimizerShare:
         return self._owners.get(parameter, self._collective.rank) == self._collective.rank
 
     def _deal(self) -> None:
-        """Gives each parameter that has none yet an owner, the largest first, so that all own about as much; alike on all ranks."""
+        """Gives each parameter without an owner one, largest first, to balance them; the same on all ranks."""
         parameters = [one for group in self._optimizer.param_groups for one in group["params"]]
         for parameter in sorted((one for one in parameters if one not in self._owners), key=lambda one: -one.numel()):
             rank = min(range(len(self._loads)), key=self._loads.__getitem__)

@@ -180,7 +180,9 @@ def _say_what_a_loss_means(operator: TrainingOperator) -> None:
         asked = f'strategy="{settings.strategy}"'
         notice(f"{asked}: a lost worker means a restart from the newest checkpoint")
         for kind in unknown_kinds(components.optimizers):
-            notice(f"{asked}: {kind} is taken to update each parameter by that parameter's gradient and state alone")
+            notice(
+                f"{asked}: {kind} is assumed to update each parameter from that parameter's gradient and state alone"
+            )
     elif settings.comm_hook is not None:
         notice(
             f'comm_hook="{settings.comm_hook}": gradients do not go through shared memory, and a lost worker means a restart '
@@ -193,7 +195,8 @@ def _goes_through_memory(operator: TrainingOperator, *, tells: bool) -> bool:
     components = internals(operator).components
     if components is not None and components.no_room and tells:
         warn(
-            f"gradients go through Gloo, more slowly, and lost workers cannot be recovered in place: {components.no_room}"
+            "gradients go through Gloo, which is slower, and lost workers cannot be recovered in place: "
+            f"{components.no_room}"
         )
     return components is not None and components.ours and not components.no_room
 

@@ -40,10 +40,10 @@ class Collected:
     """A rank's complete state at a step boundary.
 
     Attributes:
-        shared: alike on all ranks; its tensors are those of the training.
+        shared: the same on all ranks; its tensors are those of the training.
         mine: of single ranks only: of each that this process carries.
         movable: addresses of tensors in ``shared`` that are equal on all ranks.
-        meta: JSON data for the manifest; alike on all ranks.
+        meta: JSON data for the manifest; the same on all ranks.
     """
 
     shared: dict[str, Any]
@@ -56,7 +56,7 @@ class Saver(Protocol):
     """Takes the state of this rank, together with the other ranks, to where it is durable. Collective."""
 
     def save(self, collect: Callable[[], Collected], *, must: bool) -> None:
-        """Copies the state; returns when training may go on.
+        """Copies the state; returns when training may continue.
 
         Args:
             collect: gives the state, if it is wanted.
@@ -74,7 +74,7 @@ class RankCheckpointer:
         every_steps: optimizer steps between two checkpoints; None: only when somebody asks.
 
     Attributes:
-        mark: which call of the user's script is running, alike on all ranks; goes into the manifest.
+        mark: which call of the user's script is running, the same on all ranks; goes into the manifest.
         modes: of the modules before a validation, while it runs.
     """
 
@@ -133,7 +133,7 @@ class RankCheckpointer:
         return {**state, "epoch_idx": self._sync.epoch_idx}
 
     def restore(self, path: str) -> None:
-        """Puts everything to where a checkpoint has it; a call that was interrupted goes on when it is called next.
+        """Puts everything to where a checkpoint has it; a call that was interrupted continues when it is called next.
 
         Args:
             path: of the state's file, in a checkpoint that verified.
@@ -175,16 +175,16 @@ class RankCheckpointer:
             )
 
     def resume_with(self, resumed: Resumed) -> None:
-        """The next call goes on with an interrupted one."""
+        """The next call continues with an interrupted one."""
         self._resumed = resumed
 
     @property
     def resuming(self) -> bool:
-        """Whether the next call goes on with an interrupted one."""
+        """Whether the next call continues with an interrupted one."""
         return self._resumed is not None
 
     def take_resumed(self) -> Resumed | None:
-        """What the call that begins now goes on with; None if it begins at its beginning."""
+        """What the call that begins now continues with; None if it begins at its beginning."""
         resumed, self._resumed = self._resumed, None
         return resumed
 
@@ -213,8 +213,8 @@ def _say_what_begins_anew(operator: TrainingOperator) -> None:
     context = internals(operator).context
     if context.settings.comm_hook == "powersgd" and context.collective.world_size > 1 and context.collective.rank == 0:
         notice(
-            'comm_hook="powersgd": what the compression left out so far is in no checkpoint, so the numbers differ slightly from '
-            "those of a run that was not interrupted"
+            'comm_hook="powersgd": no checkpoint holds what the compression has left out so far, so the numbers differ '
+            "slightly from those of an uninterrupted run"
         )
 
 

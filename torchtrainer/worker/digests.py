@@ -1,4 +1,4 @@
-"""Writes down what a rank's state is at every step boundary, for ``torchtrainer verify-resume``; not there in other runs.
+"""Records digests of a rank's state at every step boundary, only under ``torchtrainer verify-resume``.
 
 Everything here runs in the thread that trains.
 """
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from torchtrainer.operator import TrainingOperator
 
 HOLD_S = 60.0
-"""Longest that a rank holds where it was told to: then whoever told it is gone, and the rank goes on."""
+"""Longest time that a rank holds where it was told to: after that, whoever told it is gone, and the rank continues."""
 HOLD_POLL_S = 0.005
 MAX_ATTRIBUTE_ITEMS, MAX_ATTRIBUTE_CHARACTERS = 16, 80
 """Attributes that are larger are left out: they are for people to read."""

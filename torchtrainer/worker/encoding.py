@@ -1,4 +1,4 @@
-"""How the result of a call travels: as data where it is data, as an object only where the user's call returns one.
+"""Encodes the result of a call: as data if it is data, as an object only if the user's call returns one.
 
 The driver reads results with `torchtrainer.driver.decoding`; the forms are named in `torchtrainer.control.messages.Reply`.
 """

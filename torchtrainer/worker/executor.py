@@ -1,4 +1,4 @@
-"""What a rank does, call by call, whoever carries it: a worker process, the driver itself, or a launcher's process."""
+"""Runs the calls of the ranks that this process carries: a worker, the driver itself, or a launcher's process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Executor:
 
     Args:
         operator: the user's, built.
-        gate: asked at every step boundary whether to go on.
+        gate: asked at every step boundary whether to continue.
         sync: the ranks, and how they come by the gradients of all ranks; None: one rank, which exchanges nothing.
         saver: takes the ranks' state to where it is durable; None: nothing is kept.
         every_steps: optimizer steps between two checkpoints; None: only when somebody asks.
@@ -102,7 +102,7 @@ class Executor:
     # Calls
 
     def facts(self) -> dict[str, Any]:
-        """What the driver wants to know about the operator, as JSON data."""
+        """Facts about the operator for the driver, as JSON data."""
         components = internals(self.operator).components
         train = self._loader("train")
         return {
@@ -242,7 +242,7 @@ class Executor:
         step_by_metric(self.operator, metric)
 
     def get_model(self, to_cpu: bool = True) -> Any:
-        """A copy of the model, or a list of copies, without any wrapper. Training goes on with the original.
+        """A copy of the model, or a list of copies, without any wrapper. Training continues with the original.
 
         Args:
             to_cpu: put the copy on the CPU; else it is on this rank's device.

@@ -1,4 +1,4 @@
-"""What an operator holds besides what is registered: tensors and numbers that can be reached from its attributes.
+"""Finds what an operator holds besides registered parts: tensors and numbers reachable from its attributes.
 
 A checkpoint has of it what the operator's ``state_dict`` returns. ``torchtrainer verify-resume`` compares all of it, so that
 what was forgotten there is seen.

@@ -1,4 +1,4 @@
-"""A worker's side of the control channel: one thread that receives orders and sends what the training thread has to say.
+"""A worker's side of the control channel: a thread that receives orders and sends the training thread's messages.
 
 The training thread never touches the socket. It takes calls from a queue, hands over messages through another, and pays one
 attribute check per step for the possibility of being stopped.
@@ -39,7 +39,7 @@ from torchtrainer.train.progress import Progress
 
 EXIT_LINK_LOST = 70
 FLUSH_S = 5.0
-"""How long a worker's last messages get to leave before it ends."""
+"""How long a worker waits for its last messages to leave before it ends."""
 
 
 class StepBarrier:
@@ -111,7 +111,7 @@ class StepBarrier:
             return False
         if not self._decided.wait(self._pause_s):
             raise TimeoutError(
-                f"paused at a step boundary for {self._pause_s} s (pause_s) and nobody said where to stop"
+                f"paused at a step boundary for {self._pause_s} s (pause_s) and was not told where to stop"
             )
         with self._lock:
             reached = [order for order in self._orders if order.boundary <= boundary]

@@ -42,11 +42,11 @@ from torchtrainer.worker.saver import RegionSaver
 
 EXIT_FAILED = 1
 FIRST_RANK_METHODS = frozenset({"get_model", "state_dict", "facts"})
-"""Calls whose result is alike on all ranks: it is taken from rank 0, the others only take part."""
+"""Calls whose result is the same on all ranks: it is taken from rank 0, the others only take part."""
 
 
 MAX_KEPT_REPLY_BYTES = 64 * 1024
-"""Of the reply to a call, kept in shared memory until the next one; a longer one is made again by whoever takes the rank over."""
+"""Size limit of the reply to a call, kept in shared memory until the next one; who takes over the rank makes a longer one again."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Latest:
 
 @dataclass(frozen=True)
 class WorkerArguments:
-    """What the host tells a worker; see `torchtrainer.control.messages.StartGroup` for units.
+    """A worker's arguments, from the host; see `torchtrainer.control.messages.StartGroup` for units.
 
     ``ranks``: those that it carries at first, none for a spare, which is built like ``rank`` with the answers of ``record``.
     ``memory``: paths of what is shared with the other workers, fields of `MemoryPaths`.

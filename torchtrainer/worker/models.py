@@ -1,4 +1,4 @@
-"""A model on its way from the rank that trains it to the user: as an object if it can be one, else as its state."""
+"""Sends a model from the rank that trains it to the user: as an object if possible, else as its state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured, or traced, of one call on one process. Everything here runs in the thread that trains."""
+"""Measures or traces one call on one process. Everything here runs in the training thread."""
 
 from __future__ import annotations
 

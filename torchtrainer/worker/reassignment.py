@@ -1,4 +1,4 @@
-"""What the driver asks of a worker while its training thread is at work, and when it does it.
+"""Orders of the driver to a worker while its training thread works, and when they take effect.
 
 Orders come by the link's thread. The training thread looks for them where it waits for other ranks, at step boundaries and
 between calls: there, and only there, the state of the last boundary is still whole.
@@ -24,7 +24,7 @@ from torchtrainer.worker.checkpointer import RankCheckpointer
 from torchtrainer.worker.saver import RegionSaver
 
 LOOK_S = 0.2
-"""How often a worker that holds looks whether it has paused too long."""
+"""Time between two checks of a worker that holds whether it has paused too long."""
 
 
 class Released(BaseException):
@@ -40,7 +40,7 @@ class Reassignment:
         operator: of this process.
         orders: filled by the link's thread.
         send: hands a message over to the host.
-        shared_path: memory file for the state that is alike on all ranks.
+        shared_path: memory file for the state that is the same on all ranks.
         saver: counts the snapshots; None: nothing is kept.
         pause_s: longest wait for `SetRanks`.
 
@@ -82,7 +82,7 @@ class Reassignment:
     # Where orders are looked for
 
     def on_wait(self) -> None:
-        """In an exchange, while other ranks are waited for."""
+        """Called in an exchange while this process waits for other ranks."""
         for order in self._waiting_orders(AdoptRanks, SendState):
             if isinstance(order, AdoptRanks):
                 self._carry(order, self._sync.catch_up)
@@ -116,7 +116,7 @@ class Reassignment:
                 if isinstance(order, SetRanks):
                     return
             self._await_order(LOOK_S)
-        raise EngineError(f"paused at a step boundary for {self._pause_s:g} s (pause_s), and nobody said how to go on")
+        raise EngineError(f"paused at a step boundary for {self._pause_s:g} s (pause_s) and was not told how to go on")
 
     def between_calls(self, order: ForWorker) -> None:
         """An order that came while no call was running."""
@@ -252,7 +252,7 @@ class BoundaryGate:
     """A gate at which a process has its ranks note how far they are; a worker also looks for orders, and holds if it is told to.
 
     Args:
-        gate: that is asked whether to go on.
+        gate: that is asked whether to continue.
         reassignment: of this worker; None: nobody orders this process about.
         before: called at every boundary first.
     """

@@ -1,4 +1,4 @@
-"""Where a worker's state goes: into the region that the host holds, for the writer to make a checkpoint of."""
+"""Copies a worker's state into the region that the host holds, from which the writer makes a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RegionSaver:
     Args:
         group, worker: of this process.
         regions: paths of the ranks' regions, by rank.
-        asynchronous: training goes on while the checkpoint is written.
+        asynchronous: training continues while the checkpoint is written.
         wait_s: longest wait for the host (pause_s), and for a checkpoint that is being written (write_s).
         send: hands a message over to the host.
         receive: waits for what the host says about snapshots; raises `queue.Empty`.
