@@ -16,22 +16,14 @@ from recovery_programs import (
     one_epoch,
     wait_for,
 )
+from torch.utils.data import DataLoader, TensorDataset
 
-from torchtrainer import CheckpointConfig, InvalidArgumentError
+from torchtrainer import CheckpointConfig, InvalidArgumentError, TorchTrainer
 
 pytestmark = pytest.mark.usefixtures("no_worker_left")
 
 FOUR = Job(ranks=4)
 STATEFUL = Job(ranks=4, operator="stateful", optimizer="momentum")
-
-
-@pytest.fixture
-def one_thread():
-    """This process computes as its workers do: sums depend on how many threads share them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def carried(trainer) -> list[tuple[int, ...]]:
@@ -119,9 +111,61 @@ def test_the_number_of_processes_changes_in_the_middle_of_a_call(job) -> None:
 
 
 @pytest.mark.parametrize("job", [FOUR, STATEFUL], ids=["adam", "stateful, momentum"])
-def test_one_process_for_debuggers_gives_the_bits_of_four(job, one_thread) -> None:
-    with job.trainer(use_local=True, num_cpus_per_worker="auto") as trainer:
+def test_one_process_for_debuggers_gives_the_bits_of_four(job) -> None:
+    with job.trainer(use_local=True) as trainer:
         assert_as_undisturbed(epochs_of(trainer, 3), job)
+
+
+@pytest.mark.parametrize("local", [False, True], ids=["workers", "this process"])
+def test_every_process_computes_with_as_many_threads_as_it_is_given(local) -> None:
+    threads = torch.get_num_threads()
+    with Job().trainer(use_local=local, num_cpus_per_worker=threads + 1) as trainer:
+        trainer.train()
+        assert trainer.apply_all_workers(torch.get_num_threads) == [threads + 1] * 2
+        assert torch.get_num_threads() == threads, "the user's own process keeps its number"
+
+
+class BrokenAt(TensorDataset):
+    """One sample cannot be read."""
+
+    def __getitem__(self, index):
+        if index == 33:
+            raise ValueError(f"sample {index}")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("processes", [2, 1])
+def test_an_error_is_told_as_that_of_its_rank_whoever_carries_it(processes) -> None:
+    def data_creator(config):
+        return DataLoader(BrokenAt(torch.ones(64, 4), torch.ones(64, 1)), batch_size=8)
+
+    with TorchTrainer(
+        model_creator=lambda config: torch.nn.Linear(4, 1),
+        data_creator=data_creator,
+        optimizer_creator=lambda model, config: torch.optim.SGD(model.parameters(), lr=0.1),
+        loss_creator=torch.nn.MSELoss,
+        num_workers=2,
+        use_gpu=False,
+        run_dir=None,
+    ) as trainer:
+        trainer.resize(processes)
+        with pytest.raises(ValueError, match="sample 33") as caught:
+            trainer.train()
+    assert "raised on rank 1 (pid " in str(caught.value.__cause__)
+
+
+def raises(operator):
+    raise ValueError("no")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_an_exception_in_a_function_for_all_operators_leaves_the_trainer_usable(processes) -> None:
+    with FOUR.trainer() as trainer:
+        trainer.resize(processes)
+        found = [one_epoch(trainer)]
+        with pytest.raises(ValueError, match="no"):
+            trainer.apply_all_operators(raises)
+        assert_as_undisturbed([*found, one_epoch(trainer)], FOUR)
 
 
 @pytest.mark.parametrize(

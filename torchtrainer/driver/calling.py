@@ -183,6 +183,10 @@ def _all_reported(machine: Machine) -> bool:
     if not state.failures and not state.deaths:  # as with every reply
         return len(state.ready if isinstance(state, Starting) else state.replied) == machine.world_size
     reported = set(state.ready) if isinstance(state, Starting) else set(state.replied)
-    reported.update(failure.rank for failure in state.failures)
+    for failure in state.failures:
+        reported.add(failure.rank)
+        view = machine.view(failure.worker)
+        if view is not None and not machine.losses:  # else it may not have adopted yet what it was told to carry
+            reported.update(view.ranks)
     reported.update(rank for death in state.deaths for rank in death.ranks)
     return len(reported) == machine.world_size

@@ -7,7 +7,8 @@ import io
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -84,10 +85,25 @@ class SpmdGroup:
             torch.cuda.set_device(device)
         if gather:
             torch.set_num_threads(plan.threads)
-        run_initialization_hook(plan.spec)
+        self._threads = plan.threads
         self._device, self._machine = str(device), socket.gethostname()
-        self._peers = self._find_peers() if gather else None
-        self._executor: Executor | None = self._built(plan, collective, device, local_rank)
+        with self._threads_of_a_worker():
+            run_initialization_hook(plan.spec)
+            self._peers = self._find_peers() if gather else None
+            self._executor: Executor | None = self._built(plan, collective, device, local_rank)
+
+    @contextmanager
+    def _threads_of_a_worker(self) -> Iterator[None]:
+        """As many intra-op threads as a worker process has, since they decide the last bits; the user's process gets its own back."""
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            yield
+        finally:
+            if not self._gather:
+                torch.set_num_threads(before)
 
     def _find_peers(self) -> Peers:
         from torchtrainer.train.progress import StepMark
@@ -185,11 +201,15 @@ class SpmdGroup:
     def _run(self, method: str, keywords: Mapping[str, Any]) -> tuple[dict[int, Any], bool]:
         """The results of this process's ranks, and whether they were stopped early."""
         assert self._executor is not None
+        with self._threads_of_a_worker():
+            return self._run_agreed(self._executor, method, keywords)
+
+    def _run_agreed(self, executor: Executor, method: str, keywords: Mapping[str, Any]) -> tuple[dict[int, Any], bool]:
         if method not in STEPPING_METHODS or self._agreement is None:
-            return self._executor.call(method, **keywords), False
+            return executor.call(method, **keywords), False
         self._agreement.begin()
         try:
-            return self._executor.call(method, **keywords), self._agreement.gate.stopped
+            return executor.call(method, **keywords), self._agreement.gate.stopped
         finally:
             self._agreement.end()
             if self._counter is not None:

@@ -346,10 +346,12 @@ class JointLoader:
 
     Args:
         loaders: gives them by rank, as they are now.
+        on_error: called with the rank whose loader raises.
     """
 
-    def __init__(self, loaders: Callable[[], Mapping[int, RankLoader]]) -> None:
+    def __init__(self, loaders: Callable[[], Mapping[int, RankLoader]], on_error: Callable[[int], None]) -> None:
         self._loaders = loaders
+        self._on_error = on_error
 
     def __getattr__(self, name: str) -> Any:
         loaders = self.__dict__["_loaders"]()
@@ -360,7 +362,11 @@ class JointLoader:
         parts: dict[int, RankBatch] = {}
         size = global_size = 0
         for rank, loader in sorted(self._loaders().items()):
-            part = loader.next_batch()
+            try:
+                part = loader.next_batch()
+            except Exception:
+                self._on_error(rank)
+                raise
             if part is None:
                 return None
             parts[rank] = part

@@ -109,7 +109,11 @@ class SharedStep:
         """The train loaders of all ranks here, as one."""
         if "train" not in self._now.loaders:
             return None
-        return cast("RankLoader", JointLoader(lambda: {r: one.loaders["train"] for r, one in self.contexts.items()}))
+        loaders = JointLoader(
+            lambda: {rank: one.loaders["train"] for rank, one in self.contexts.items()},
+            on_error=lambda rank: self._turn_to(self.contexts[rank]),  # whose error it is
+        )
+        return cast("RankLoader", loaders)
 
     def each(self) -> Iterator[RankContext]:
         """Every rank in order, with its streams, loaders, means and buffers in place."""
