@@ -13,6 +13,37 @@ Long because it is the contract of the processes: most of it says what each mess
     worker --> host --> driver        WorkerReady, Reply, Failure, Boundary, Paused, StateSent, RanksAdopted, Bound, LoaderLost, Heartbeat, Heard, Logged
     host   --> driver                 EngineFailed, GroupFailed, WorkerStarted, WorkerExited, GroupGone, Output, Stacks,
                                       CheckpointEnded, Logged
+
+What they say to each other when a rank's process is killed in a call and replaced, of two ranks, without heartbeats. The driver's
+messages to workers, and theirs to the driver, pass through the host:
+
+    the group starts     host     ──WorkerStarted──> driver     worker 0
+                         host     ──WorkerStarted──> driver     worker 1
+                         worker 0 ──WorkerReady────> driver
+                         worker 1 ──WorkerReady────> driver
+    a call               driver   ──Call───────────> worker 0
+                         driver   ──Call───────────> worker 1
+    worker 1 is killed   host     ──WorkerExited───> driver     worker 1
+                         driver   ──AdoptRanks─────> worker 0
+                         driver   ──StartWorker────> host       worker 2
+                         worker 0 ──RanksAdopted───> driver
+    its replacement      host     ──WorkerStarted──> driver     worker 2
+                         worker 2 ──WorkerReady────> driver
+                         driver   ──PrepareStop────> workers
+                         worker 0 ──Boundary───────> driver
+                         driver   ──StopAt─────────> workers
+                         worker 0 ──Paused─────────> driver
+                         driver   ──SendState──────> worker 0
+                         worker 0 ──StateSent──────> driver
+                         driver   ──Join───────────> worker 2
+                         driver   ──SetRanks───────> worker 0
+                         worker 2 ──RanksAdopted───> driver
+    the call ends        worker 0 ──Reply──────────> driver
+                         worker 2 ──Reply──────────> driver
+    the group ends       driver   ──EndWorker──────> workers
+                         host     ──WorkerExited───> driver     worker 0
+                         host     ──WorkerExited───> driver     worker 2
+                         host     ──GroupGone──────> driver
 """
 
 from __future__ import annotations

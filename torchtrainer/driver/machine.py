@@ -15,7 +15,7 @@ things happen. A failed group is taken down before its error is reported, so tha
 
     a call and its outcome   `calling`, `agreement`
     a worker is lost         `recovery`
-    a worker joins, leaves   `moving`, `layout`
+    a worker joins, leaves   `reassign`, `layout`
     by the clock             `supervision`, `hangs`, `stragglers`
     the group ends           `ending`
 """
