@@ -60,7 +60,13 @@ from torchtrainer.driver.events import (
 )
 from torchtrainer.driver.hangs import HANG_FLOOR_S, HANG_STEPS, MUTE_FLOOR_S, limit_s
 from torchtrainer.driver.machine import handle
-from torchtrainer.driver.policies import MIN_SAVE_EVERY_S, why_not_resize
+from torchtrainer.driver.policies import (
+    MIN_SAVE_EVERY_S,
+    RecoveryAction,
+    Situation,
+    decide_recovery,
+    why_not_resize,
+)
 from torchtrainer.driver.recovery import BURST_S
 from torchtrainer.driver.states import TO_THE_END, Calling, Closed, Idle, Killing, Machine
 from torchtrainer.driver.stragglers import STRAGGLER_STEPS, Straggler
@@ -509,6 +515,32 @@ def carried(worker: int, *ranks: int, step: int = 6, redone: int = 1) -> RanksAd
 
 def shared(drive: Drive, worker: int, call: int = 0, error: str = "") -> StateSent:
     return StateSent(group="g", worker=worker, number=drive.machine.shares, call=call, at={"exchange": 5}, error=error)
+
+
+RECOVERIES = [
+    ({}, RecoveryAction.ADOPT, "any worker can carry any rank"),
+    ({"failures": 4}, RecoveryAction.FAIL, "FailureConfig(max_failures=3) allows 3 failures"),
+    ({"failures": 1, "max_failures": 0}, RecoveryAction.FAIL, "FailureConfig(max_failures=0) allows no failure"),
+    ({"failures": 2, "max_failures": 1}, RecoveryAction.FAIL, "FailureConfig(max_failures=1) allows 1 failure"),
+    ({"lost_for_good": "it streams"}, RecoveryAction.RESTART, "it streams"),
+    ({"carriers": 0}, RecoveryAction.RESTART, "no worker was left that has the state"),
+    ({"carriers": 0, "replacement_comes": True}, RecoveryAction.RESTART, "no worker was left that has the state"),
+    ({"bound": BOUND, "replacement_comes": True}, RecoveryAction.WAIT, BOUND),
+    ({"bound": BOUND}, RecoveryAction.RESTART, "a replacement is needed, and none could be built"),
+    ({"min_workers": 3, "replacement_comes": True}, RecoveryAction.WAIT, "2 workers are left, and min_workers=3"),
+    ({"min_workers": 3}, RecoveryAction.RESTART, "a replacement is needed, and none could be built"),
+    ({"failures": 4, "lost_for_good": "it streams", "carriers": 0}, RecoveryAction.FAIL, "allows 3 failures"),
+]
+
+
+@pytest.mark.parametrize(("changes", "action", "reason"), RECOVERIES)
+def test_what_follows_a_loss_is_decided_from_values(changes, action, reason) -> None:
+    usual = Situation(
+        failures=1, max_failures=3, lost_for_good="", bound="", carriers=2, min_workers=1, replacement_comes=False
+    )
+    decision = decide_recovery(replace(usual, **changes))
+    assert decision.action is action
+    assert reason in decision.reason
 
 
 def test_survivors_with_the_fewest_ranks_carry_those_of_a_lost_worker_at_once() -> None:

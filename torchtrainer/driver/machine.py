@@ -77,13 +77,13 @@ from torchtrainer.driver.events import (
 from torchtrainer.driver.policies import root_cause, save_interval_s
 from torchtrainer.driver.reassign import begin, end_resizing, on_paused, on_state_sent, proceed, start_missing, trim
 from torchtrainer.driver.recovery import (
-    carry,
-    give_up,
+    ONLY_THERE,
     lose,
     lose_newcomer,
     note_step,
     on_bound,
     on_ranks_adopted,
+    recover,
     refetched,
 )
 from torchtrainer.driver.states import Calling, Closed, Ending, Idle, Killing, Machine, Result, Starting, in_turn
@@ -112,7 +112,7 @@ def advance(machine: Machine, now: float) -> Result:
     """Does what is possible and necessary as things are now; again, it does nothing."""
     if not machine.at_work:
         return machine, ()
-    steps = (give_up, carry, proceed, decide, trim, start_missing, begin, end_resizing, start_pending)
+    steps = (recover, proceed, decide, trim, start_missing, begin, end_resizing, start_pending)
     return in_turn(machine, now, *steps)
 
 
@@ -178,7 +178,7 @@ def on_worker_exited(machine: Machine, event: WorkerExited, now: float) -> Resul
         return lose_in_failed_call(machine, cause, event.worker, now)
     if not machine.recovers:
         machine = machine.see(event.worker, phase="gone", busy=False, lost=True)
-        return kill(machine, cause, now, retry=may_retry(machine, cause), why="its state existed only in that process")
+        return kill(machine, cause, now, retry=may_retry(machine, cause), why=ONLY_THERE)
     return lose(machine, view, cause, now)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from enum import Enum
 
 from torchtrainer.control.messages import Failure
 from torchtrainer.driver.causes import UserCodeFailed, WorkerDied, WorkerLost
@@ -24,6 +25,67 @@ def save_interval_s(stall_s: float, write_s: float) -> float:
         write_s: how long it was being written.
     """
     return max(MIN_SAVE_EVERY_S, stall_s / MAX_SAVING_SHARE, 2 * write_s)
+
+
+class RecoveryAction(Enum):
+    """What happens to ranks whose worker is lost."""
+
+    ADOPT = "other workers carry them"
+    WAIT = "the others wait for a replacement"
+    RESTART = "a new group starts from the newest checkpoint"
+    FAIL = "the run ends with the error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryDecision:
+    """What happens, and why; the reason becomes part of the error, if there is one."""
+
+    action: RecoveryAction
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """What a recovery depends on.
+
+    Attributes:
+        failures: in a row without a new optimizer step, this one included.
+        max_failures: so many are allowed; see `FailureConfig`.
+        lost_for_good: why the state of a lost worker is gone with it; empty: others can reproduce it.
+        bound: why a worker can carry only the rank that it was built for; empty: it can carry any.
+        carriers: living workers that carry ranks.
+        min_workers: with fewer, ranks are not adopted.
+        replacement_comes: enough workers are being built, or may be, to end a wait.
+    """
+
+    failures: int
+    max_failures: int
+    lost_for_good: str
+    bound: str
+    carriers: int
+    min_workers: int
+    replacement_comes: bool
+
+
+def decide_recovery(at: Situation) -> RecoveryDecision:
+    """What happens to the ranks of lost workers; the first line that applies decides."""
+    if at.failures > at.max_failures:
+        allowed = {0: "no failure", 1: "1 failure"}.get(at.max_failures, f"{at.max_failures} failures")
+        reason = f"FailureConfig(max_failures={at.max_failures}) allows {allowed}"
+        return RecoveryDecision(action=RecoveryAction.FAIL, reason=reason)
+    if at.lost_for_good:
+        return RecoveryDecision(action=RecoveryAction.RESTART, reason=at.lost_for_good)
+    if not at.carriers:
+        return RecoveryDecision(action=RecoveryAction.RESTART, reason="no worker was left that has the state")
+    few = f"{at.carriers} workers are left, and min_workers={at.min_workers}" if at.carriers < at.min_workers else ""
+    why_wait = at.bound or few
+    if why_wait and at.replacement_comes:
+        return RecoveryDecision(action=RecoveryAction.WAIT, reason=why_wait)
+    if why_wait:
+        return RecoveryDecision(
+            action=RecoveryAction.RESTART, reason="a replacement is needed, and none could be built"
+        )
+    return RecoveryDecision(action=RecoveryAction.ADOPT, reason="any worker can carry any rank")
 
 
 def root_cause(

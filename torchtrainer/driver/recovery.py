@@ -1,9 +1,7 @@
 """What follows when a worker is lost: its ranks are carried by others, at once or by a replacement, or the group ends. Pure.
 
-lost ──> budget spent? ──> group ends
-  │                                     ┌──> AdoptRanks to the survivors with the fewest ranks
-  └──> may a worker carry any ranks, ───┤
-       and are enough workers left?     └──> wait for a replacement (see `reassign`)
+What happens is decided in one place, `policies.decide_recovery`, from values: ranks are adopted (AdoptRanks to the survivors with the
+fewest), wait for a replacement (see `reassign`), start again in a new group, or the run ends.
 
 The survivors keep their memory and wait in the exchange in which the ranks are missed; `RanksAdopted` says that they have got past it.
 """
@@ -17,15 +15,18 @@ from torchtrainer.driver.causes import CrashLoop, LoaderDied, StartTimedOut, Use
 from torchtrainer.driver.ending import kill
 from torchtrainer.driver.events import Action, Joined, Recovered, ReplacingStopped, Send
 from torchtrainer.driver.layout import spread
+from torchtrainer.driver.policies import RecoveryAction, Situation, decide_recovery
 from torchtrainer.driver.states import Budget, Calling, Idle, Loss, Machine, Result
 from torchtrainer.driver.views import WorkerTable, WorkerView
 
+ONLY_THERE = "its state existed only in that process"
+"""Why a worker of a group that does not recover cannot be replaced."""
 BURST_S = 0.1
 """Workers that are lost within this time of each other are one failure of the budget: whatever it was, it took them together."""
 
 
 def lose(machine: Machine, view: WorkerView, cause: WorkerLost, now: float) -> Result:
-    """A worker that carries ranks is gone, and did not say why; who carries them now is up to `carry` and `reassign`.
+    """A worker that carries ranks is gone, and did not say why; `recover` has others carry them, or `reassign` a replacement.
 
     Args:
         machine: of a group that can recover.
@@ -40,12 +41,25 @@ def lose(machine: Machine, view: WorkerView, cause: WorkerLost, now: float) -> R
         replace(v, lost=True, busy=False, phase="gone") if v.worker == view.worker else v for v in machine.views
     )
     machine = replace(machine, views=views, losses=(*machine.losses, loss))
-    allowed, failures = machine.failure.max_failures, machine.budget.failures
-    if failures <= allowed:
-        return machine, ()
-    if not allowed:
-        return kill(machine, cause, now, why="FailureConfig(max_failures=0) allows no failure")
-    return kill(machine, CrashLoop(failures=failures, last=cause), now)
+    decision = decide_recovery(situation(machine))
+    if decision.action is not RecoveryAction.FAIL:
+        return machine, ()  # `recover` does it, whenever it is possible
+    if not machine.failure.max_failures:
+        return kill(machine, cause, now, why=decision.reason)
+    return kill(machine, CrashLoop(failures=machine.budget.failures, last=cause), now)
+
+
+def situation(machine: Machine) -> Situation:
+    """What a recovery depends on, as things are now."""
+    return Situation(
+        failures=machine.budget.failures,
+        max_failures=machine.failure.max_failures,
+        lost_for_good="" if machine.recovers else machine.bound or ONLY_THERE,
+        bound=machine.bound,
+        carriers=machine.carrier_count,
+        min_workers=machine.min_workers,
+        replacement_comes=_enough_will_come(machine),
+    )
 
 
 def spend(machine: Machine, now: float) -> Machine:
@@ -77,30 +91,23 @@ def lose_newcomer(
     machine = replace(machine.without(view.worker), unbuilt=max(tries, machine.tries) if stops else tries)
     if not stops:
         return machine, ()
-    if must_wait(machine):
+    if machine.uncarried and decide_recovery(situation(machine)).action is not RecoveryAction.ADOPT:
         final = cause if users or tries == 1 else CrashLoop(failures=tries, last=cause, building=True)
         return kill(machine, final, now, why="the replacement of a lost worker could not be built")
     return machine, (ReplacingStopped(tries=tries, cause=cause),)
 
 
-def must_wait(machine: Machine) -> bool:
-    """Whether ranks that nobody carries have to wait for a replacement."""
-    return bool(machine.uncarried) and (bool(machine.bound) or machine.carrier_count < machine.min_workers)
-
-
 # What becomes possible after any event
 
 
-def give_up(machine: Machine, now: float) -> Result:
-    """Ends the group if ranks are lost and nobody is left, or will come, that could take them over."""
+def recover(machine: Machine, now: float) -> Result:
+    """Does what is decided about ranks that nobody carries: nothing, while they wait for a replacement."""
     if not machine.uncarried:
         return machine, ()
-    cause = machine.losses[0].cause
-    if not machine.carrier_count:
-        return kill(machine, cause, now, retry=True, why="no worker was left that has the state")
-    if must_wait(machine) and not _enough_will_come(machine):
-        return kill(machine, cause, now, retry=True, why="a replacement is needed, and none could be built")
-    return machine, ()
+    decision = decide_recovery(situation(machine))
+    if decision.action is RecoveryAction.RESTART:
+        return kill(machine, machine.losses[0].cause, now, retry=True, why=decision.reason)
+    return _adopt(machine, now) if decision.action is RecoveryAction.ADOPT else (machine, ())
 
 
 def _enough_will_come(machine: Machine) -> bool:
@@ -112,13 +119,10 @@ def _enough_will_come(machine: Machine) -> bool:
     return bool(machine.newcomers) and machine.carrier_count + len(machine.newcomers) >= machine.min_workers
 
 
-def carry(machine: Machine, now: float) -> Result:
-    """Has survivors carry the ranks that nobody carries, where they may."""
-    lost = machine.uncarried
-    if not lost:
-        return machine, ()
-    able = machine.able
-    if not able or must_wait(machine):
+def _adopt(machine: Machine, now: float) -> Result:
+    """Has the survivors with the fewest ranks carry those that nobody carries."""
+    lost, able = machine.uncarried, machine.able
+    if not able:
         return machine, ()
     actions: list[Action] = []
     views = {view.worker: view for view in machine.views if not view.lost}

@@ -20,7 +20,7 @@ from torchtrainer.driver.events import Action, Send, Tick
 from torchtrainer.driver.hangs import find_hung, is_silent, silent_s
 from torchtrainer.driver.policies import STEPPING_METHODS
 from torchtrainer.driver.reassign import release_late
-from torchtrainer.driver.recovery import lose_newcomer
+from torchtrainer.driver.recovery import ONLY_THERE, lose_newcomer
 from torchtrainer.driver.states import (
     Calling,
     Diagnosis,
@@ -193,7 +193,7 @@ def _condemn(machine: Machine, cause: WorkerHung, worker: int, now: float) -> Re
     if isinstance(machine.state, Starting):
         return kill(machine, cause, now)
     if not machine.recovers:
-        return kill(machine, cause, now, retry=may_retry(machine, cause), why="its state existed only in that process")
+        return kill(machine, cause, now, retry=may_retry(machine, cause), why=ONLY_THERE)
     pending_kills = PendingKill(worker=worker, cause=cause, until=now + machine.timeouts.cleanup_s)
     machine = replace(machine, pending_kills=(*machine.pending_kills, pending_kills))
     return machine, (Send(message=KillWorker(group=machine.group, worker=worker)),)
