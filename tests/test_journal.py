@@ -84,7 +84,7 @@ def test_a_torn_last_line_is_left_out_and_overwritten(tmp_path) -> None:
 
 def test_a_line_that_is_no_record_is_an_error(tmp_path) -> None:
     (tmp_path / "calls.jsonl").write_text("what is this\n")
-    with pytest.raises(RunDirectoryError, match="is not what was written"):
+    with pytest.raises(RunDirectoryError, match="is corrupt"):
         Journal.read(tmp_path)
 
 
@@ -185,7 +185,7 @@ def test_a_record_of_a_newer_version_is_named(tmp_path) -> None:
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 1}'])
 def test_a_record_that_is_none_is_an_error(tmp_path, text) -> None:
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(RunDirectoryError, match="is not what was written"):
+    with pytest.raises(RunDirectoryError, match="is corrupt"):
         RunRecord.read(tmp_path)
 
 

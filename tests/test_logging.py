@@ -206,7 +206,7 @@ def test_records_of_workers_and_of_their_spawner_reach_the_application(tmp_path)
     assert program.output.count(f"RECORD WARNING 0 True {REFUSED}") == program.output.count(REFUSED) == 2
     plain = [line.partition("torchtrainer: ")[0] for line in program.errors.splitlines() if REFUSED in line]
     assert plain == ["", "[rank 0] "]
-    assert "RECORD WARNING None True preload of torchvision.not_there left out: " in program.output
+    assert "RECORD WARNING None True cannot preload torchvision.not_there: " in program.output
 
 
 def test_under_a_launcher_records_carry_the_rank_of_their_process(tmp_path) -> None:

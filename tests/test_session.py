@@ -202,7 +202,7 @@ def test_a_session_that_was_cut_off_is_gone_on_with_by_the_same_arguments_and_se
     assert "from 2" in ends(tmp_path, "--lr", "0.1", script=f"# a comment\n{ENDS}", END=end).output
     changed = ends(tmp_path, "--lr", "0.9", END=end)
     assert "from 0" in changed.output
-    assert "as --lr was '0.1' and is '0.9'; this run goes to runs/program-2" in changed.errors
+    assert "because --lr was '0.1' and is '0.9'; this run goes to runs/program-2" in changed.errors
     allowed = ends(tmp_path, "--lr", "0.5", MAY="lr")
     assert "from 2" in allowed.output
     assert "--lr was '0.9' and is '0.5', as may_change allows" in allowed.errors
@@ -219,7 +219,7 @@ def test_ranks_of_a_launch_end_a_session_together(tmp_path, python) -> None:
     assert changed.output.count("from 0") == 2, changed.errors
     done = run_program(tmp_path, script, "--lr", "0.9", python=python, **ENVIRON)
     assert done.output.count("from 0") == 2
-    assert done.errors.count("as it has finished") == 1
+    assert done.errors.count("because it has finished") == 1
 
 
 ERRORS = """
