@@ -148,6 +148,10 @@ def stop(number, frame):
 
 for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1"):
     signal.signal(getattr(signal, name), stop)
+# Not signal.pause(): a signal that comes just before it would be handled only after the next one.
+woken, wake = os.pipe()
+os.set_blocking(wake, False)
+signal.set_wakeup_fd(wake)
 seen = dict(node=node, arguments=sys.argv[1:], environ=dict(os.environ), cwd=os.getcwd())
 (directory / f"seen-{node}-{os.getpid()}").write_text(json.dumps(seen))
 with open(directory / "ready", "w") as ready:
@@ -155,7 +159,7 @@ with open(directory / "ready", "w") as ready:
 if os.environ.get("STAND_IN_GO") == node:
     (directory / "go").read_text()
 while os.environ.get("STAND_IN_WAITS", "") in ("all", node):
-    signal.pause()
+    os.read(woken, 1)
 sys.exit(int(os.environ.get(f"STAND_IN_STATUS_{node}", os.environ.get("STAND_IN_STATUS", "0"))))
 """
 
@@ -732,11 +736,16 @@ total = torch.tensor([float(dist.get_rank() + 1)])
 dist.all_reduce(total)
 with open(sys.argv[1] + "/" + str(dist.get_rank()), "w") as file:
     print(dist.get_world_size(), int(total.item()), os.environ["GROUP_RANK"], os.environ["MASTER_ADDR"], file=file)
+if len(sys.argv) > 2:
+    import signal
+    # Not signal.pause(): a signal that comes just before it would be handled only after the next one.
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
 with open(sys.argv[1] + "/ready", "w") as ready:
     print(os.getpid(), file=ready)
 if len(sys.argv) > 2:
-    import signal
-    signal.pause()
+    os.read(woken, 1)
 dist.destroy_process_group()
 """
 
