@@ -16,7 +16,7 @@ from torchtrainer.driver.causes import UserCodeFailed, WorkerLost
 from torchtrainer.driver.ending import kill
 from torchtrainer.driver.events import Action, CallRequested, Raised, Returned, SaveRequested, Send, StopRequested
 from torchtrainer.driver.policies import STEPPING_METHODS, root_cause, survives_failure
-from torchtrainer.driver.recovery import done, lose_newcomer, note_step
+from torchtrainer.driver.recovery import done, lose_newcomer, may_retry, note_step
 from torchtrainer.driver.states import Calling, Idle, Machine, Result, Starting
 from torchtrainer.driver.views import WorkerTable
 
@@ -170,11 +170,6 @@ def settle(machine: Machine, now: float) -> Result:
         return kill(machine, cause, now, retry=retry, why=NOT_IN_PLACE if retry else "")
     actions: tuple[Action, ...] = (Raised(cause=cause, usable=True),)
     return machine.to(Idle()), actions
-
-
-def may_retry(machine: Machine, cause: WorkerLost) -> bool:
-    """Whether a new group may go on from a saved state after this loss: it was not what user code wanted, nor is it forbidden."""
-    return getattr(cause, "failure", None) is None and machine.failure.max_failures > 0
 
 
 def _all_reported(machine: Machine) -> bool:

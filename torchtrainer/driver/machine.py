@@ -50,7 +50,6 @@ from torchtrainer.control.messages import (
 from torchtrainer.driver.agreement import decide
 from torchtrainer.driver.calling import (
     lose_in_failed_call,
-    may_retry,
     on_boundary,
     on_call_requested,
     on_failure,
@@ -77,8 +76,8 @@ from torchtrainer.driver.events import (
 from torchtrainer.driver.policies import root_cause, save_interval_s
 from torchtrainer.driver.reassign import begin, end_resizing, on_paused, on_state_sent, proceed, start_missing, trim
 from torchtrainer.driver.recovery import (
-    ONLY_THERE,
     lose,
+    lose_for_good,
     lose_newcomer,
     note_step,
     on_bound,
@@ -178,7 +177,7 @@ def on_worker_exited(machine: Machine, event: WorkerExited, now: float) -> Resul
         return lose_in_failed_call(machine, cause, event.worker, now)
     if not machine.recovers:
         machine = machine.see(event.worker, phase="gone", busy=False, lost=True)
-        return kill(machine, cause, now, retry=may_retry(machine, cause), why=ONLY_THERE)
+        return lose_for_good(machine, cause, now)
     return lose(machine, view, cause, now)
 
 

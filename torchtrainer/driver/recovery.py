@@ -1,6 +1,6 @@
 """What follows when a worker is lost: its ranks are carried by others, at once or by a replacement, or the group ends. Pure.
 
-What happens is decided in one place, `policies.decide_recovery`, from values: ranks are adopted (AdoptRanks to the survivors with the
+What happens to lost ranks, `policies.decide_recovery` decides from values: ranks are adopted (AdoptRanks to the survivors with the
 fewest), wait for a replacement (see `reassign`), start again in a new group, or the run ends.
 
 The survivors keep their memory and wait in the exchange in which the ranks are missed; `RanksAdopted` says that they have got past it.
@@ -49,12 +49,23 @@ def lose(machine: Machine, view: WorkerView, cause: WorkerLost, now: float) -> R
     return kill(machine, CrashLoop(failures=machine.budget.failures, last=cause), now)
 
 
+def lose_for_good(machine: Machine, cause: WorkerLost, now: float) -> Result:
+    """A worker of a group that cannot recover is gone, or has to be killed: the group ends, and may start again."""
+    decision = decide_recovery(situation(machine))
+    return kill(machine, cause, now, retry=may_retry(machine, cause), why=decision.reason)
+
+
+def may_retry(machine: Machine, cause: WorkerLost) -> bool:
+    """Whether a new group may go on from a saved state after this loss: it was not what user code wanted, nor is it forbidden."""
+    return getattr(cause, "failure", None) is None and machine.failure.max_failures > 0
+
+
 def situation(machine: Machine) -> Situation:
     """What a recovery depends on, as things are now."""
     return Situation(
         failures=machine.budget.failures,
         max_failures=machine.failure.max_failures,
-        lost_for_good="" if machine.recovers else machine.bound or ONLY_THERE,
+        lost_for_good="" if machine.recovers else ONLY_THERE,
         bound=machine.bound,
         carriers=machine.carrier_count,
         min_workers=machine.min_workers,

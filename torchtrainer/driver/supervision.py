@@ -13,14 +13,14 @@ from dataclasses import replace
 
 from torchtrainer.control.messages import DumpStacks, KillWorker, Stacks
 from torchtrainer.driver.agreement import ask, save_is_due
-from torchtrainer.driver.calling import may_retry, settle
+from torchtrainer.driver.calling import settle
 from torchtrainer.driver.causes import StartTimedOut, WorkerHung
 from torchtrainer.driver.ending import close, kill
 from torchtrainer.driver.events import Action, Send, Tick
 from torchtrainer.driver.hangs import find_hung, is_silent, silent_s
 from torchtrainer.driver.policies import STEPPING_METHODS
 from torchtrainer.driver.reassign import release_late
-from torchtrainer.driver.recovery import ONLY_THERE, lose_newcomer
+from torchtrainer.driver.recovery import lose_for_good, lose_newcomer, may_retry
 from torchtrainer.driver.states import (
     Calling,
     Diagnosis,
@@ -193,7 +193,7 @@ def _condemn(machine: Machine, cause: WorkerHung, worker: int, now: float) -> Re
     if isinstance(machine.state, Starting):
         return kill(machine, cause, now)
     if not machine.recovers:
-        return kill(machine, cause, now, retry=may_retry(machine, cause), why=ONLY_THERE)
+        return lose_for_good(machine, cause, now)
     pending_kills = PendingKill(worker=worker, cause=cause, until=now + machine.timeouts.cleanup_s)
     machine = replace(machine, pending_kills=(*machine.pending_kills, pending_kills))
     return machine, (Send(message=KillWorker(group=machine.group, worker=worker)),)
