@@ -364,7 +364,7 @@ class JointLoader:
         for rank, loader in sorted(self._loaders().items()):
             try:
                 part = loader.next_batch()
-            except Exception:
+            except BaseException:  # ``sys.exit`` too
                 self._on_error(rank)
                 raise
             if part is None:
