@@ -18,7 +18,7 @@ from recovery_programs import (
 )
 from torch.utils.data import DataLoader, TensorDataset
 
-from torchtrainer import CheckpointConfig, InvalidArgumentError, TorchTrainer
+from torchtrainer import CheckpointConfig, InvalidArgumentError, TorchTrainer, WorkerDiedError
 
 pytestmark = pytest.mark.usefixtures("no_worker_left")
 
@@ -125,19 +125,42 @@ def test_every_process_computes_with_as_many_threads_as_it_is_given(local) -> No
         assert torch.get_num_threads() == threads, "the user's own process keeps its number"
 
 
-class BrokenAt(TensorDataset):
-    """One sample cannot be read."""
+def two_more_threads(operator):
+    torch.set_num_threads(torch.get_num_threads() + 2)
+
+
+@pytest.mark.parametrize("local", [False, True], ids=["workers", "this process"])
+def test_a_number_of_threads_that_user_code_sets_stays(local) -> None:
+    threads = torch.get_num_threads()
+    with Job().trainer(use_local=local, num_cpus_per_worker=1) as trainer:
+        trainer.apply_all_operators(two_more_threads)
+        trainer.train()
+        assert trainer.apply_all_workers(torch.get_num_threads) == [3] * 2
+        assert torch.get_num_threads() == threads
+
+
+class BrokenAt33(TensorDataset):
+    """One sample, which is rank 1's, cannot be read."""
+
+    def __init__(self, error):
+        super().__init__(torch.ones(64, 4), torch.ones(64, 1))
+        self.error = error
 
     def __getitem__(self, index):
         if index == 33:
-            raise ValueError(f"sample {index}")
+            raise self.error
         return super().__getitem__(index)
 
 
 @pytest.mark.parametrize("processes", [2, 1])
-def test_an_error_is_told_as_that_of_its_rank_whoever_carries_it(processes) -> None:
+@pytest.mark.parametrize(
+    ("error", "told", "says"),
+    [(ValueError("sample 33"), ValueError, "sample 33"), (SystemExit(3), WorkerDiedError, r"sys\.exit\(3\)")],
+    ids=["exception", "exit"],
+)
+def test_an_error_is_told_as_that_of_its_rank_whoever_carries_it(processes, error, told, says) -> None:
     def data_creator(config):
-        return DataLoader(BrokenAt(torch.ones(64, 4), torch.ones(64, 1)), batch_size=8)
+        return DataLoader(BrokenAt33(error), batch_size=8)
 
     with TorchTrainer(
         model_creator=lambda config: torch.nn.Linear(4, 1),
@@ -149,9 +172,11 @@ def test_an_error_is_told_as_that_of_its_rank_whoever_carries_it(processes) -> N
         run_dir=None,
     ) as trainer:
         trainer.resize(processes)
-        with pytest.raises(ValueError, match="sample 33") as caught:
+        with pytest.raises(told, match=says) as caught:
             trainer.train()
-    assert "raised on rank 1 (pid " in str(caught.value.__cause__)
+    text = str(caught.value if told is WorkerDiedError else caught.value.__cause__)
+    assert ("raised on rank 1 (pid " if told is ValueError else "rank 1 (pid ") in text
+    assert "rank 0 (pid" not in text
 
 
 def raises(operator):

@@ -377,6 +377,21 @@ print(trainer.train()["num_samples"], trainer.status().run_dir, os.listdir(os.en
     assert {entry.name for entry in tmp_path.iterdir()} == {"program.py"}
 
 
+def test_a_number_of_threads_that_the_script_sets_stays(tmp_path) -> None:
+    text = output_of(
+        "by hand",
+        tmp_path,
+        CREATORS
+        + """
+with TorchTrainer(**CREATORS) as trainer:
+    torch.set_num_threads(3)
+    trainer.train()
+    print(trainer.apply_all_workers(torch.get_num_threads))
+""",
+    )
+    assert text == "[3, 3]\n"
+
+
 @pytest.mark.soak
 def test_callbacks_and_the_progress_bar_are_rank_0s(tmp_path) -> None:
     (program,) = launch(

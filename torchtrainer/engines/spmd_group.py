@@ -94,16 +94,19 @@ class SpmdGroup:
 
     @contextmanager
     def _threads_of_a_worker(self) -> Iterator[None]:
-        """As many intra-op threads as a worker process has, since they decide the last bits; the user's process gets its own back."""
+        """In the user's process, as many intra-op threads as a worker has, since they decide the last bits; its own afterwards."""
         import torch
 
+        if self._gather:  # the process is the rank's, and whoever sets another number means it
+            yield
+            return
         before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:
             yield
         finally:
-            if not self._gather:
-                torch.set_num_threads(before)
+            self._threads = torch.get_num_threads()  # the user's code may set another, which a worker would keep
+            torch.set_num_threads(before)
 
     def _find_peers(self) -> Peers:
         from torchtrainer.train.progress import StepMark
